@@ -52,7 +52,9 @@ int error_prefix(struct error *err, int code, const char *format, ...)
         vsnprintf(prefix.text, sizeof(prefix.text), format, ap);
         va_end(ap);
         snprintf(full, sizeof(full), "%s: %s", prefix.text, err->text);
-        error_set(err, code, "%s", full);
+        memcpy(err->text, full, sizeof(err->text));
+        err->text[sizeof(err->text) - 1] = 0;
+        make_printable(err->text);
     }
     return -code;
 }

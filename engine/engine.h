@@ -1,0 +1,116 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * engine: a model on a backend, with the pool of KV pages and the scratch memory of a step.
+ * session: one timeline, that is tokens so far and their KV cache.
+ *
+ * Engine thread only: one thread, the same for every call on an engine and its sessions, because it
+ * is the one that enters OpenMP regions. engine_options are checked, nothing here logs.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/error.h"
+
+struct engine;
+struct model;
+struct session;
+
+enum activations {
+    ACTIVATIONS_INT8, /* the default: q4 and q8 weights meet activations rounded to 8 bits in
+                         blocks of 32 */
+    ACTIVATIONS_F32,  /* the definition */
+};
+
+enum kv_type {
+    KV_F16,
+    KV_F32,
+};
+
+struct engine_options {
+    enum activations activations;
+    enum kv_type kv_type;
+    const char *cpu_level;  /* cap: "reference", "avx2", "avx512", "amx"; NULL: the best there is */
+    uint32_t n_threads;     /* 0: as many as cores this process may use */
+    uint32_t max_rows;      /* tokens in one step; 0: 512 */
+    uint32_t max_logits;    /* wanted rows in one step; 0: 16 */
+    uint64_t kv_bytes;      /* budget of the page pool; 0: a quarter of physical memory */
+};
+
+/* m must outlive the engine. 0, -EINVAL (err names the option), -ENOMEM */
+int engine_new(struct engine **ret, const struct model *m, const struct engine_options *options,
+               struct error *err);
+struct engine *engine_free(struct engine *e); /* all sessions must be gone */
+void engine_freep(struct engine **e);
+
+const struct model *engine_model(const struct engine *e);
+uint32_t engine_max_rows(const struct engine *e);
+uint32_t engine_max_logits(const struct engine *e);
+
+struct engine_memory {
+    uint64_t kv_bytes_used, kv_bytes_max; /* pages in use; budget */
+    uint64_t scratch_bytes;               /* activations and the backend's own */
+};
+void engine_memory(const struct engine *e, struct engine_memory *ret);
+
+/* What runs, for people and logs: "cpu/avx2, 2 threads, int8 activations, f16 KV". */
+const char *engine_description(const struct engine *e);
+
+/*
+ * n_ctx: most tokens the session may hold; 0: the model's. Pages are taken as tokens arrive.
+ * 0, -EINVAL: n_ctx above the model's, -ENOMEM
+ */
+int session_new(struct session **ret, struct engine *e, uint32_t n_ctx);
+struct session *session_free(struct session *s);
+void session_freep(struct session **s);
+
+/* A second session with the same tokens; pages are shared until one of the two writes. */
+int session_fork(struct session **ret, struct session *s);
+
+/*
+ * Forgets all tokens from position n on (n <= session_n_tokens()). Where the sliding layers no
+ * longer hold the window before n, the next step recomputes it from the tokens kept: exact, and
+ * the only case in which a token is ever computed twice.
+ */
+void session_rewind(struct session *s, uint32_t n);
+
+uint32_t session_n_tokens(const struct session *s);
+uint32_t session_n_ctx(const struct session *s);
+const uint32_t *session_tokens(const struct session *s); /* [session_n_tokens()], until next step */
+struct engine *session_engine(const struct session *s);
+
+enum logits_wanted {
+    LOGITS_NONE,
+    LOGITS_LAST,
+    LOGITS_ALL,
+};
+
+/* One session's share of a step. A session may appear once in a step. */
+struct step_item {
+    struct session *session;
+    const uint32_t *tokens; /* [n_tokens], the next ones; each < vocab_size */
+    uint32_t n_tokens;      /* at least 1 */
+    enum logits_wanted wanted;
+    const float *ret_logits; /* [wanted rows][vocab_size], softcapped; engine's until next step */
+    int ret_error;           /* 0; -EMSGSIZE: passes n_ctx; -ENOBUFS: the pool is full;
+                                -EINVAL: a token outside the vocabulary; -ENOMEM.
+                                Such an item was not evaluated and its session is unchanged. */
+};
+
+/*
+ * Evaluates the tokens of all items, together at most max_rows (excluding what a rewound session
+ * must recompute, which is done in pieces) and max_logits wanted rows. In f32 mode, and in int8
+ * mode, what one session gets does not depend on the other items.
+ * 0: look at each ret_error; -EINVAL: too many rows, a session twice; -ENODEV: the device is lost
+ */
+int engine_step(struct engine *e, struct step_item *items, size_t n_items);
+
+/*
+ * The whole of tokens[n] through one session, in chunks of at most max_rows: for tools and tests.
+ * Logits of the last token in *ret_logits if that is not NULL. 0 or an item's error
+ */
+int session_eval(struct session *s, const uint32_t *tokens, size_t n, const float **ret_logits);
