@@ -1,0 +1,293 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * backend: what executes operations on rows of activations. It knows no model and no session.
+ *
+ * Every operation works on n rows, one per token of the step; rows may belong to different
+ * sessions. What a row gives does not depend on which other rows are there, nor on n, nor on the
+ * number of threads: sums run in an order fixed by the row alone. That is what makes a seeded
+ * request reproducible, so it is part of each operation's contract and tested.
+ *
+ * Memory: every float array, weight and KV page is addressed by host pointers. Activations and KV
+ * pages come from backend_alloc(), so that a backend with a device can find the buffer behind an
+ * address. Arrays are owned by the caller and must stay until backend_finish(). `ld` is the
+ * distance between two rows, in elements. Outputs never overlap inputs unless said.
+ *
+ * Thread: one, the engine thread. Operations may be executed asynchronously, in order;
+ * backend_finish() waits. Nothing is allocated by an operation.
+ *
+ * Numbers: inputs are finite, except that hostile model files may bring any bit pattern as weight
+ * or scale: the results are then arbitrary, but nothing is read or written out of bounds. Error
+ * bounds are given as |got - exact| <= bound, exact being the same formula in real arithmetic;
+ * eps = 2^-24.
+ *
+ * The reference (cpu/reference.c) is the definition: plain loops, sums in double. Every other
+ * implementation is tested against it, operation by operation, at odd sizes.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "backends/weight.h"
+#include "base/error.h"
+
+struct backend;
+
+#define BACKEND_MAX_STREAMS 8
+#define BACKEND_MAX_HEAD_DIM 1024
+
+/*
+ * Rows that are about to meet weights. f32 is the caller's; the rounded copy is filled by
+ * quantize() and used by matmul() for q4 and q8 weights when it is there.
+ */
+struct activations {
+    uint32_t n, k;  /* rows, values in a row */
+    float *f32;     /* [n][ld] */
+    size_t ld;
+    int8_t *q;      /* [n][ld_q], NULL: f32 mode. Block b of a row: q in -127..127, */
+    float *d;       /* [n][ld_q / 32]: x ~ d * q, d = max |x| / 127 over the block, */
+    int32_t *sum;   /* [n][ld_q / 32]: sum of the block's q */
+    size_t ld_q;    /* at least k, a multiple of 64; values from k on are zero */
+};
+
+/* A KV page: K and V of KV_PAGE consecutive positions of one layer, n_heads_kv = the model's.
+ *   K [n_heads_kv][head_dim][KV_PAGE], V [n_heads_kv][KV_PAGE][head_dim], f16 or f32
+ * K is transposed so that a vector holds the same dimension of consecutive positions. */
+#define KV_PAGE 64
+
+/* Where the K and V of one row's sequence are in one layer: position p in pages[p / KV_PAGE]. */
+struct kv_row {
+    void *const *pages; /* entries that the row does not see may be NULL */
+    uint32_t pos;       /* of the row itself */
+};
+
+struct kv_shape {
+    uint32_t n_heads_kv, head_dim;
+    bool f16; /* else f32 */
+};
+
+static inline size_t kv_page_bytes(const struct kv_shape *s)
+{
+    return (size_t)2 * KV_PAGE * s->n_heads_kv * s->head_dim * (s->f16 ? 2 : 4);
+}
+
+struct norm_args {
+    uint32_t n, k;
+    const float *x;
+    size_t ld_x;
+    const float *w; /* [k] or NULL: no weight */
+    float eps;
+    const float *add, *add2; /* [n] rows or NULL */
+    size_t ld_add, ld_add2;
+    float scale;
+    float *y; /* may be x or one of the added */
+    size_t ld_y;
+};
+
+struct head_norm_args {
+    uint32_t n, n_heads, head_dim;
+    float *x; /* [n][n_heads * head_dim], in place */
+    size_t ld;
+    const float *w; /* [head_dim] or NULL */
+    float eps;
+    const float *rope; /* [n][head_dim]: cos of the head_dim / 2 angles, then their sin; or NULL */
+};
+
+struct kv_store_args {
+    uint32_t n;
+    struct kv_shape shape;
+    const float *k, *v; /* [n][n_heads_kv * head_dim] */
+    size_t ld;
+    const struct kv_row *rows; /* [n]; the page of pos exists and is this sequence's alone */
+};
+
+struct attention_args {
+    uint32_t n, n_heads;
+    struct kv_shape shape;
+    uint32_t window;           /* positions seen, the row's own included; 0: all */
+    const float *q;            /* [n][n_heads * head_dim] */
+    float *out;                /* likewise */
+    size_t ld;                 /* of both */
+    const struct kv_row *rows; /* [n] */
+};
+
+struct gate_args {
+    uint32_t n, k;
+    const float *gate, *up; /* [n][k] */
+    size_t ld_gate, ld_up;
+    float z; /* > 0: gate := max(gate - (mean + z * deviation), 0) over the row first (§3.7) */
+    float *y; /* may be gate or up */
+    size_t ld_y;
+};
+
+/* The router of a layer: tanh(router . (rms(x; norm, eps) / hidden)), [n_streams]. */
+struct router_weights {
+    const float *norm;   /* [hidden] */
+    const float *router; /* [n_streams][hidden] */
+    float eps;
+};
+
+/* Streams are [n][n_streams][hidden], without gaps. */
+struct altup_predict_args {
+    uint32_t n, hidden, n_streams;
+    struct router_weights router;
+    const float *coefs; /* [n_streams^2][n_streams] */
+    const float *h;
+    float *pred;
+};
+
+struct altup_correct_args {
+    uint32_t n, hidden, n_streams;
+    struct router_weights router;
+    const float *coefs; /* [n_streams][n_streams] */
+    const float *pred;
+    const float *b;     /* [n][hidden]: what attention and MLP made of pred's stream 0 */
+    const float *scale; /* correct_output_scale [hidden] */
+    float *h;           /* corrected streams; may be pred */
+    float *scaled;      /* [n][hidden]: corrected stream 0 times scale, for the PLE gate */
+};
+
+struct stream_norm_args { /* streams 1.. += rms(x; w, eps) */
+    uint32_t n, hidden, n_streams;
+    const float *x; /* [n][hidden] */
+    const float *w;
+    float eps;
+    float *h;
+};
+
+struct rescale_args { /* stream[i] of h := y * rms(ref) / sqrt(max(mean(y^2), 1e-5)) (§3.4) */
+    uint32_t n, hidden, n_streams, stream;
+    const float *y;   /* [n][hidden] */
+    const float *ref; /* [n][ld_ref], rows of hidden */
+    size_t ld_ref;
+    float *h;
+};
+
+struct merge_args { /* x = rms(mean over streams; w, eps) (§3.8) */
+    uint32_t n, hidden, n_streams;
+    const float *h;
+    const float *w;
+    float eps;
+    float *x; /* [n][hidden] */
+};
+
+struct ple_args { /* ple = (rms(g * g_scale; w, eps) + e) * 2^-1/2, per layer (§3.3) */
+    uint32_t n, n_layers, width;
+    const float *g; /* [n][n_layers * width], projection, unscaled */
+    const float *e; /* likewise, table rows, scaled; may be ple */
+    const float *w; /* [width] */
+    float g_scale, eps;
+    float *ple;
+};
+
+/* One per instruction set or device; every pointer is filled. */
+struct backend_ops {
+    const char *name; /* "reference", "avx2", ... */
+
+    /* Fills q, d, sum of x from f32. q is exact up to ties in rounding: |x - d q| <= d (1/2 + eps) */
+    void (*quantize)(struct backend *b, const struct activations *x);
+
+    /*
+     * y[n][w->n_out] = W x. Bounds, with S = sum over k of |w x|:
+     *   f32 activations, any weight:   n_in * eps * S   (and far better when summed in blocks)
+     *   rounded, q4 and q8 weights:    the same about the rounded activations, with the block
+     *                                  sums of integers exact
+     */
+    void (*matmul)(struct backend *b, const struct weight *w, const struct activations *x,
+                   float *y, size_t ld_y);
+
+    /* y[i] = row ids[i] of w times scale; ids below n_out. tile16 or rows. Exact up to one eps. */
+    void (*get_rows)(struct backend *b, const struct weight *w, const uint32_t *ids, uint32_t n,
+                     float scale, float *y, size_t ld_y);
+
+    /* y = (add + add2 + rms(x; w, eps)) * scale. Bound: 16 eps (|each term|) */
+    void (*norm)(struct backend *b, const struct norm_args *a);
+
+    /* Per head: rms, then rotation of (i, i + head_dim / 2). Bound: 16 eps max |x'| */
+    void (*head_norm)(struct backend *b, const struct head_norm_args *a);
+
+    void (*kv_store)(struct backend *b, const struct kv_store_args *a); /* rounds to nearest even */
+
+    /* Softmax over q . k, scale 1; query head h uses KV head h * n_heads_kv / n_heads.
+     * Bound: 2^-16 max |v| for scores below 100 in magnitude, f16 pages read exactly. */
+    void (*attention)(struct backend *b, const struct attention_args *a);
+
+    /* y = gelu_tanh(gate) * up. Bound: 2^-18 (|exact| + |up| 2^-10), with z 2^-16. A gate that is
+     * zero after the cut gives exactly 0. */
+    void (*gate)(struct backend *b, const struct gate_args *a);
+
+    void (*altup_predict)(struct backend *b, const struct altup_predict_args *a);
+    void (*altup_correct)(struct backend *b, const struct altup_correct_args *a);
+    void (*stream_norm)(struct backend *b, const struct stream_norm_args *a);
+    void (*rescale)(struct backend *b, const struct rescale_args *a);
+    void (*merge)(struct backend *b, const struct merge_args *a);
+    void (*ple)(struct backend *b, const struct ple_args *a);
+
+    /* x := c tanh(x / c) in place; n values. |result| < c. */
+    void (*softcap)(struct backend *b, float *x, size_t n, float c);
+};
+
+/*
+ * The operations to use: b->ops->matmul(b, ...). What lies behind belongs to the implementation,
+ * which embeds this as its first member.
+ */
+struct backend {
+    const struct backend_ops *ops;
+    const struct backend_vtable *vtable;
+};
+
+struct backend_vtable {
+    void *(*alloc)(struct backend *b, size_t bytes);
+    void (*release)(struct backend *b, void *p, size_t bytes);
+    int (*finish)(struct backend *b);
+    void (*free)(struct backend *b);
+    size_t (*scratch_bytes)(const struct backend *b);
+    uint32_t (*n_threads)(const struct backend *b);
+};
+
+/* Zeroed memory aligned to 4096 bytes, or NULL. Kept pages cost memory only when touched. */
+static inline void *backend_alloc(struct backend *b, size_t bytes)
+{
+    return b->vtable->alloc(b, bytes);
+}
+
+static inline void backend_release(struct backend *b, void *p, size_t bytes)
+{
+    if (p)
+        b->vtable->release(b, p, bytes);
+}
+
+/* All operations so far are done. 0 or -ENODEV: the device is lost, for good */
+static inline int backend_finish(struct backend *b)
+{
+    return b->vtable->finish(b);
+}
+
+static inline struct backend *backend_free(struct backend *b)
+{
+    if (b)
+        b->vtable->free(b);
+    return NULL;
+}
+
+static inline void backend_freep(struct backend **b)
+{
+    backend_free(*b);
+}
+
+struct backend_limits { /* what the scratch memory must hold */
+    uint32_t max_rows;
+    uint32_t max_width; /* values in a row of any operation */
+    uint32_t max_heads;
+};
+
+/*
+ * CPU backend. level: a cap, "reference", "avx2", "avx512" or "amx", NULL for the best this machine
+ * has; the name of what was chosen is ops->name. n_threads 0: as many as cores this process may use.
+ * 0, -EINVAL: err names the unknown level or the one this build or machine lacks, -ENOMEM
+ */
+int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
+                    const struct backend_limits *limits, struct error *err);
