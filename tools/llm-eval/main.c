@@ -1,0 +1,90 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/* llm-eval: looks at a model without a daemon. Finds the subcommand and hands over to its file. */
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tools/llm-eval/llm-eval.h"
+
+static const struct command {
+    const char *name;
+    const char *summary;
+    int (*run)(int argc, char **argv);
+} commands[] = {
+    {NULL, NULL, NULL},
+};
+
+int usage_error(const char *name, const char *format, ...)
+{
+    va_list ap;
+
+    if (format) {
+        fprintf(stderr, "llm-eval %s: ", name);
+        va_start(ap, format);
+        vfprintf(stderr, format, ap);
+        va_end(ap);
+        fputc('\n', stderr);
+    }
+    fprintf(stderr, "Try 'llm-eval %s --help'.\n", name);
+    return EXIT_USAGE;
+}
+
+int run_error(const char *name, const char *format, ...)
+{
+    va_list ap;
+
+    fprintf(stderr, "llm-eval %s: ", name);
+    va_start(ap, format);
+    vfprintf(stderr, format, ap);
+    va_end(ap);
+    fputc('\n', stderr);
+    return EXIT_FAILURE;
+}
+
+int finish_output(const char *name)
+{
+    if (fflush(stdout) != 0 || ferror(stdout))
+        return run_error(name, "cannot write to stdout: %s", strerror(errno));
+    return EXIT_SUCCESS;
+}
+
+static void help(void)
+{
+    puts("Usage: llm-eval COMMAND [OPTION]...\n"
+         "Looks at a model without a daemon.\n"
+         "\n"
+         "Commands:");
+    for (const struct command *c = commands; c->name; c++)
+        printf("  %-12s %s\n", c->name, c->summary);
+    puts("\n"
+         "  --help       show this and exit\n"
+         "  --version    show the version and exit\n"
+         "\n"
+         "'llm-eval COMMAND --help' tells more.");
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2) {
+        fputs("llm-eval: no command given\nTry 'llm-eval --help'.\n", stderr);
+        return EXIT_USAGE;
+    }
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
+        help();
+        return finish_output("--help");
+    }
+    if (strcmp(argv[1], "--version") == 0) {
+        puts("llm-eval " LLMD_VERSION);
+        return finish_output("--version");
+    }
+    for (const struct command *c = commands; c->name; c++)
+        if (strcmp(argv[1], c->name) == 0)
+            return c->run(argc - 1, argv + 1);
+    fprintf(stderr, "llm-eval: unknown command '%s'\nTry 'llm-eval --help'.\n", argv[1]);
+    return EXIT_USAGE;
+}
