@@ -1,0 +1,331 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * The CPU backend's object: which level this machine and build have, how many threads are worth
+ * starting, memory, and the one place where work is handed to threads.
+ */
+
+#include "backends/cpu/cpu.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "base/checked.h"
+#include "base/cleanup.h"
+
+/* Below this many multiplications a second thread costs more than it brings (a region takes 1 to
+ * 3 us to open and close). */
+#define PARALLEL_MIN ((size_t)1 << 15)
+
+/* Pieces per thread: enough that a core that is also busy elsewhere does not hold up the others. */
+#define PIECES_PER_THREAD 4
+
+/* Transparent huge pages are asked for from here on. */
+#define HUGE_MIN ((size_t)4 << 20)
+
+struct level {
+    const char *name;
+    bool (*supported)(void);
+    void (*use)(struct backend_ops *ops); /* NULL: not in this build */
+};
+
+static bool always(void)
+{
+    return true;
+}
+
+/* In rising order; each builds upon those before it. */
+static const struct level levels[] = {
+    {"reference", always, cpu_use_reference},
+    {"avx2", NULL, NULL},
+    {"avx512", NULL, NULL},
+    {"amx", NULL, NULL},
+};
+
+void cpu_parallel(struct cpu_backend *c, uint32_t n, size_t cost, cpu_body body, const void *args)
+{
+    if (n == 0)
+        return;
+#ifdef _OPENMP
+    uint32_t n_threads = c->n_threads, piece;
+
+    if (n_threads > 1 && n > 1 && cost >= PARALLEL_MIN / n) {
+        piece = MAX(n / (n_threads * PIECES_PER_THREAD), 1u);
+#pragma omp parallel for num_threads(n_threads) schedule(dynamic, 1)
+        for (uint32_t i = 0; i < n; i += piece)
+            body(args, i, MIN(i + piece, n),
+                 c->scratch + c->scratch_each * (size_t)omp_get_thread_num());
+        return;
+    }
+#else
+    (void)cost;
+#endif
+    body(args, 0, n, c->scratch);
+}
+
+size_t cpu_scratch_each(const struct backend_limits *limits)
+{
+    size_t width = ALIGN_UP((size_t)limits->max_width, (size_t)64);
+
+    /* a decoded row with its integers and scales */
+    return ALIGN_UP(width * 4 + width + width / WEIGHT_BLOCK * 4, (size_t)4096);
+}
+
+size_t cpu_scratch_shared(const struct backend_limits *limits)
+{
+    (void)limits;
+    return 0;
+}
+
+static void *map(size_t bytes)
+{
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (p == MAP_FAILED)
+        return NULL;
+    if (bytes >= HUGE_MIN)
+        (void)madvise(p, bytes, MADV_HUGEPAGE); /* a wish: without it the memory is only slower */
+    return p;
+}
+
+static void *cpu_alloc(struct backend *b, size_t bytes)
+{
+    (void)b;
+    return map(MAX(bytes, (size_t)1));
+}
+
+static void cpu_release(struct backend *b, void *p, size_t bytes)
+{
+    (void)b;
+    (void)munmap(p, MAX(bytes, (size_t)1));
+}
+
+static int cpu_finish(struct backend *b)
+{
+    (void)b;
+    return 0; /* every operation is done when it returns */
+}
+
+static void cpu_free(struct backend *b)
+{
+    struct cpu_backend *c = cpu_backend(b);
+
+    if (c->scratch)
+        (void)munmap(c->scratch, c->scratch_total);
+    free(c);
+}
+
+static size_t cpu_scratch_bytes(const struct backend *b)
+{
+    return ((const struct cpu_backend *)b)->scratch_total;
+}
+
+static uint32_t cpu_n_threads(const struct backend *b)
+{
+    return ((const struct cpu_backend *)b)->n_threads;
+}
+
+static const struct backend_vtable vtable = {
+    .alloc = cpu_alloc,
+    .release = cpu_release,
+    .finish = cpu_finish,
+    .free = cpu_free,
+    .scratch_bytes = cpu_scratch_bytes,
+    .n_threads = cpu_n_threads,
+};
+
+/* First line of folder/name without its end; false when there is none. */
+static bool read_line(const char *folder, const char *name, char *line, size_t size)
+{
+    char path[4096 + 64];
+    CLEANUP(fclosep) FILE *f = NULL;
+
+    if (snprintf(path, sizeof(path), "%s/%s", folder, name) >= (int)sizeof(path))
+        return false;
+    f = fopen(path, "re");
+    if (!f || !fgets(line, (int)size, f))
+        return false;
+    line[strcspn(line, "\n")] = '\0';
+    return true;
+}
+
+/* Cores that the quota of one cgroup folder amounts to, rounded up; 0: no quota. */
+static uint32_t folder_quota(const char *folder)
+{
+    char line[64];
+    long long quota = 0, period = 0;
+
+    if (read_line(folder, "cpu.max", line, sizeof(line))) {
+        if (sscanf(line, "%lld %lld", &quota, &period) != 2)
+            return 0; /* "max 100000" */
+    } else if (read_line(folder, "cpu.cfs_quota_us", line, sizeof(line))) {
+        if (sscanf(line, "%lld", &quota) != 1 ||
+            !read_line(folder, "cpu.cfs_period_us", line, sizeof(line)) ||
+            sscanf(line, "%lld", &period) != 1)
+            return 0;
+    }
+    if (quota <= 0 || period <= 0 || quota / period >= UINT16_MAX)
+        return 0;
+    return (uint32_t)((quota + period - 1) / period);
+}
+
+/* The least quota from mount/path up to mount. */
+static uint32_t tree_quota(const char *mount, const char *path)
+{
+    char folder[4096];
+    size_t mount_length = strlen(mount);
+    uint32_t least = 0;
+
+    if (snprintf(folder, sizeof(folder), "%s%s", mount, path) >= (int)sizeof(folder))
+        return 0;
+    while (strlen(folder) >= mount_length) {
+        uint32_t q = folder_quota(folder);
+        char *slash;
+
+        if (q && (!least || q < least))
+            least = q;
+        slash = strrchr(folder, '/');
+        if (!slash)
+            break;
+        *slash = '\0';
+    }
+    return least;
+}
+
+/*
+ * Cores by cgroup quota, 0: no limit. A process with more runnable threads than its quota is
+ * stopped in the middle of a token until the next period. Wrong or unreadable files mean no limit.
+ */
+static uint32_t quota_cores(void)
+{
+    char line[4096];
+    uint32_t least = 0;
+    CLEANUP(fclosep) FILE *f = fopen("/proc/self/cgroup", "re");
+
+    while (f && fgets(line, sizeof(line), f)) { /* id:controllers:path */
+        char *controllers = strchr(line, ':'), *path, *name, *save = NULL;
+        uint32_t q = 0;
+
+        line[strcspn(line, "\n")] = '\0';
+        if (!controllers)
+            continue;
+        path = strchr(++controllers, ':');
+        if (!path)
+            continue;
+        *path++ = '\0';
+        if (*controllers == '\0') {
+            q = tree_quota("/sys/fs/cgroup", path);
+        } else {
+            for (name = strtok_r(controllers, ",", &save); name; name = strtok_r(NULL, ",", &save))
+                if (strcmp(name, "cpu") == 0)
+                    q = tree_quota("/sys/fs/cgroup/cpu", path);
+        }
+        if (q && (!least || q < least))
+            least = q;
+    }
+    return least;
+}
+
+static uint32_t usable_cores(void)
+{
+    /* a fixed cpu_set_t ends at 1024 CPUs; the kernel says EINVAL for a set that is too small */
+    for (int n_cpus = 1024; n_cpus <= 1 << 18; n_cpus *= 4) {
+        cpu_set_t *set = CPU_ALLOC(n_cpus);
+        size_t size = CPU_ALLOC_SIZE(n_cpus);
+        int count = 0;
+
+        if (!set)
+            break;
+        if (sched_getaffinity(0, size, set) == 0)
+            count = CPU_COUNT_S(size, set);
+        CPU_FREE(set);
+        if (count > 0) {
+            uint32_t quota = quota_cores();
+
+            return quota ? MIN((uint32_t)count, quota) : (uint32_t)count;
+        }
+        if (errno != EINVAL)
+            break;
+    }
+    return 1;
+}
+
+/* The level to use: the best up to the cap. */
+static int choose_level(const char *cap, size_t *ret, struct error *err)
+{
+    size_t best = 0;
+
+    for (size_t i = 0; i < ARRAY_SIZE(levels); i++) {
+        bool in_build = levels[i].use, usable = in_build && levels[i].supported();
+
+        if (usable)
+            best = i;
+        if (!cap || strcmp(levels[i].name, cap) != 0)
+            continue;
+        if (!usable)
+            return error_set(err, EINVAL, "CPU level %s: %s lacks it; choose a lower one or none",
+                             cap, in_build ? "this machine" : "this build");
+        *ret = i;
+        return 0;
+    }
+    if (cap)
+        return error_set(err, EINVAL,
+                         "CPU level %s: unknown; known are reference, avx2, avx512 and amx", cap);
+    *ret = best;
+    return 0;
+}
+
+int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
+                    const struct backend_limits *limits, struct error *err)
+{
+    struct cpu_backend *c;
+    size_t chosen = 0, total;
+    int r;
+
+    r = choose_level(level, &chosen, err);
+    if (r < 0)
+        return r;
+    if (n_threads == 0)
+        n_threads = usable_cores();
+#ifndef _OPENMP
+    n_threads = 1;
+#endif
+
+    c = calloc(1, sizeof(*c));
+    if (!c)
+        return error_set(err, ENOMEM, "CPU backend: out of memory");
+    c->base.vtable = &vtable;
+    c->base.ops = &c->ops;
+    c->limits = *limits;
+    c->n_threads = n_threads;
+    for (size_t i = 0; i <= chosen; i++)
+        if (levels[i].use && levels[i].supported()) {
+            levels[i].use(&c->ops);
+            c->ops.name = levels[i].name;
+        }
+
+    c->scratch_each = cpu_scratch_each(limits);
+    c->scratch_shared = cpu_scratch_shared(limits);
+    if (!ckd_mul(&total, c->scratch_each, n_threads) &&
+        !ckd_add(&total, total, c->scratch_shared)) {
+        c->scratch_total = total;
+        c->scratch = map(total);
+    }
+    if (!c->scratch) {
+        backend_free(&c->base);
+        return error_set(err, ENOMEM, "CPU backend: no memory for the scratch space of %u threads",
+                         n_threads);
+    }
+    *ret = &c->base;
+    return 0;
+}

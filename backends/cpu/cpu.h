@@ -1,0 +1,54 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * cpu_backend: what the files of backends/cpu share. Each level is one file that fills or overrides
+ * a table of operations: the reference fills all of it, a level for an instruction set replaces
+ * what it does better, and backend_cpu_new() applies them in that order, once.
+ *
+ * Only cpu_parallel() knows of threads. A level's file is compiled for its instruction set, so
+ * nothing in it but cpu_use_*() may be visible outside, and whatever it shares with other levels
+ * is static inline: otherwise the linker might take its copy for everybody.
+ */
+
+#include "backends/backend.h"
+
+struct cpu_backend {
+    struct backend base;
+    struct backend_ops ops; /* what base.ops points to */
+    struct backend_limits limits;
+    uint32_t n_threads;
+    char *scratch; /* scratch_each bytes for each thread, aligned to 64, then the shared part */
+    size_t scratch_each, scratch_shared, scratch_total;
+};
+
+static inline struct cpu_backend *cpu_backend(struct backend *b)
+{
+    return (struct cpu_backend *)b;
+}
+
+/* Memory that all threads of one operation see; cpu_scratch_shared() bytes. */
+static inline void *cpu_shared(struct cpu_backend *c)
+{
+    return c->scratch + c->scratch_each * c->n_threads;
+}
+
+/*
+ * Part of an operation: items first..last - 1. Which thread runs which items, and in how many
+ * pieces, is not defined, so what an item gives must not depend on it. scratch is the thread's
+ * own, with undefined content.
+ */
+typedef void (*cpu_body)(const void *args, uint32_t first, uint32_t last, void *scratch);
+
+/*
+ * Runs body over items 0..n - 1, on several threads when it pays. cost: of one item, about the
+ * number of multiplications.
+ */
+void cpu_parallel(struct cpu_backend *c, uint32_t n, size_t cost, cpu_body body, const void *args);
+
+/* Bytes of scratch that the operations need within the limits. */
+size_t cpu_scratch_each(const struct backend_limits *limits);
+size_t cpu_scratch_shared(const struct backend_limits *limits);
+
+void cpu_use_reference(struct backend_ops *ops);
