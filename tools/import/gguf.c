@@ -576,12 +576,13 @@ static bool get_number(const struct gguf_entry *e, size_t i, struct number *ret)
         return false;
     p = e->data + i * value_bytes(e->type);
 
-#define READ(ctype, k, member)                             \
-    {                                                      \
-        ctype v_;                                          \
-        memcpy(&v_, p, sizeof(v_));                        \
-        *ret = (struct number){.kind = (k), .member = v_}; \
-        return true;                                       \
+#define READ(ctype, k, member)                                              \
+    {                                                                       \
+        ctype v_;                                                           \
+        memcpy(&v_, p, sizeof(v_));                                         \
+        *ret = (struct number){.kind = (k)};                                \
+        ret->member = (__typeof__(ret->member))v_; /* -Wdouble-promotion */ \
+        return true;                                                        \
     }
     switch (e->type) {
     case GGUF_U8:
