@@ -383,7 +383,7 @@ static void attention_heads(const void *args, uint32_t first, uint32_t last, voi
         const float *q = a->q + i * a->ld + (size_t)h * s->head_dim;
         float *y = a->out + i * a->ld + (size_t)h * s->head_dim;
         uint32_t begin = a->window && row->pos >= a->window ? row->pos - a->window + 1 : 0;
-        double max = -INFINITY, sum = 0;
+        double max = -(double)INFINITY, sum = 0;
 
         for (uint32_t p = begin; p <= row->pos; p++)
             max = fmax(max, score(s, q, row, head_kv, p));
