@@ -19,11 +19,16 @@ import time
 
 SOURCE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# name: (what it is for, environment, meson options). In the order of running: the first is the one that finds most.
+# name: (what it is, environment, meson options). In the order of running: the first is the one that finds most.
 STAGES = {
     "sanitizers": ("gcc, ASan and UBSan", {"CC": "gcc"}, ["--native-file", "build-dev.ini"]),
     "clang": ("clang, no sanitizers, no Vulkan", {"CC": "clang"}, ["-Dwerror=true", "-Dvulkan=disabled"]),
+    "release": ("gcc -O3, NDEBUG, LTO, features off", {"CC": "gcc"},
+                ["--buildtype=release", "-Db_lto=true", "-Dwerror=true", "-Dauto_features=disabled"]),
+    "debug": ("clang -O0", {"CC": "clang"}, ["--buildtype=debug", "-Dwerror=true"]),
+    "tsan": ("clang, TSan", {}, ["--native-file", "build-tsan.ini"]),
 }
+DEFAULT = ["sanitizers", "clang"]
 QUICK = ["clang"]
 
 PASSED, SKIPPED = ("OK", "EXPECTEDFAIL"), ("SKIP",)
@@ -109,7 +114,9 @@ class Stage:
 
 def main():
     ap = argparse.ArgumentParser(prog="tools/test", description="Builds llmd and runs its tests.",
-                                 epilog="stages: " + "; ".join(f"{n} ({s[0]})" for n, s in STAGES.items()))
+                                 epilog="stages: " + "; ".join(f"{n} ({s[0]})" for n, s in STAGES.items())
+                                 + ". Without an option: " + ", ".join(DEFAULT) + ".")
+    ap.add_argument("--all", action="store_true", help="every stage")
     ap.add_argument("--quick", action="store_true", help="only the stage " + ", ".join(QUICK))
     ap.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be repeated")
     ap.add_argument("--jobs", type=int, default=max(2, os.cpu_count() or 2), metavar="N",
@@ -121,7 +128,7 @@ def main():
 
     stages = []
     interrupted = False
-    for name in args.stage or (QUICK if args.quick else STAGES):
+    for name in args.stage or (STAGES if args.all else QUICK if args.quick else DEFAULT):
         stage = Stage(name, args.patterns, args.jobs)
         stages.append(stage)
         start = time.monotonic()
