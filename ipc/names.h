@@ -1,0 +1,26 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * names: what both ends call things, and the limits both ends keep. The interfaces themselves are
+ * described by the XML files here, which the tests compare with what the daemon serves.
+ */
+
+#define LLM_BUS_NAME "org.llmd.Llm1"
+#define LLM_ROOT_PATH "/org/llmd/Llm1"
+#define LLM_SESSION_PATH "/org/llmd/Llm1/session" /* then "/N" */
+#define LLM_MANAGER_INTERFACE "org.llmd.Llm1.Manager"
+#define LLM_SESSION_INTERFACE "org.llmd.Llm1.Session"
+#define LLM_ERROR_PREFIX "org.llmd.Llm1.Error."
+
+/* The private daemon's socket within the runtime directory (ipc/runtime-dir.h). */
+#define LLM_PRIVATE_SOCKET "private.sock"
+
+/* One prompt, in bytes: a string, all messages together, or what a memfd holds. */
+#define LLM_PROMPT_BYTES_MAX (8u * 1024 * 1024)
+#define LLM_MESSAGES_MAX 4096u
+#define LLM_STOP_MAX 16u
+#define LLM_STOP_BYTES_MAX 256u
+#define LLM_LOGIT_BIAS_MAX 1024u
+#define LLM_TOP_LOGPROBS_MAX 64u
