@@ -37,15 +37,6 @@ static inline bool range_outside(uint64_t offset, uint64_t length, uint64_t size
 #define ALIGN_UP(a, align) (((a) + (align)-1) & ~((__typeof__(a))(align)-1))
 #define DIV_ROUND_UP(a, b) (((a) + (b)-1) / (b))
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
-#define MIN(a, b)                                                                                  \
-    ({                                                                                             \
-        __typeof__(a) min_a_ = (a);                                                                \
-        __typeof__(b) min_b_ = (b);                                                                \
-        min_a_ < min_b_ ? min_a_ : min_b_;                                                         \
-    })
-#define MAX(a, b)                                                                                  \
-    ({                                                                                             \
-        __typeof__(a) max_a_ = (a);                                                                \
-        __typeof__(b) max_b_ = (b);                                                                \
-        max_a_ > max_b_ ? max_a_ : max_b_;                                                         \
-    })
+/* Evaluate an argument twice, so that they nest without shadowing: no side effects in there. */
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))

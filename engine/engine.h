@@ -20,7 +20,7 @@ struct engine;
 struct model;
 struct session;
 
-enum activations {
+enum activation_type {
     ACTIVATIONS_INT8, /* the default: q4 and q8 weights meet activations rounded to 8 bits in
                          blocks of 32 */
     ACTIVATIONS_F32,  /* the definition */
@@ -32,7 +32,7 @@ enum kv_type {
 };
 
 struct engine_options {
-    enum activations activations;
+    enum activation_type activations;
     enum kv_type kv_type;
     const char *cpu_level;  /* cap: "reference", "avx2", "avx512", "amx"; NULL: the best there is */
     uint32_t n_threads;     /* 0: as many as cores this process may use */
@@ -77,6 +77,13 @@ int session_fork(struct session **ret, struct session *s);
  * the only case in which a token is ever computed twice.
  */
 void session_rewind(struct session *s, uint32_t n);
+
+/*
+ * A position that session_rewind() can return to without recomputing, however long ago: where a
+ * request began, until it is over. SESSION_NO_MARK takes it away. At most session_n_tokens().
+ */
+#define SESSION_NO_MARK UINT32_MAX
+void session_set_mark(struct session *s, uint32_t n);
 
 uint32_t session_n_tokens(const struct session *s);
 uint32_t session_n_ctx(const struct session *s);

@@ -1,0 +1,288 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * A step: every item is checked and gets its pages, or its error; then the rows of all good items
+ * go through one forward pass. What a rewound session lost is computed before, in passes of its
+ * own, so that it costs the step nothing but time.
+ */
+
+#include "engine/engine.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/checked.h"
+#include "base/cleanup.h"
+#include "engine/engine-internal.h"
+#include "engine/session.h"
+
+#define DEFAULT_MAX_ROWS 512
+#define DEFAULT_MAX_LOGITS 16
+#define MOST_ROWS 65536u
+
+static uint64_t default_kv_bytes(void)
+{
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+
+    return pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size / 4 : (uint64_t)1 << 30;
+}
+
+/* Values in the widest row that any matrix reads. */
+static uint32_t widest_input(const struct model_config *c)
+{
+    uint32_t n = MAX(MAX(c->hidden, c->n_heads * c->head_dim), MAX(c->laurel_rank, c->ple_width));
+
+    for (uint32_t l = 0; l < c->n_layers; l++)
+        n = MAX(n, c->layers[l].ffn_width);
+    return ALIGN_UP(n, 64u);
+}
+
+int engine_new(struct engine **ret, const struct model *m, const struct engine_options *options,
+               struct error *err)
+{
+    CLEANUP(engine_freep) struct engine *e = NULL;
+    const struct model_config *c = model_config(m);
+    struct kv_shape shape = {c->n_heads_kv, c->head_dim, options->kv_type == KV_F16};
+    struct backend_limits limits;
+    uint64_t kv_bytes = options->kv_bytes ? options->kv_bytes : default_kv_bytes();
+    int r;
+
+    if (options->max_rows > MOST_ROWS || options->max_logits > MOST_ROWS)
+        return error_set(err, EINVAL, "at most %u rows and logits fit one step", MOST_ROWS);
+    if (c->head_dim > BACKEND_MAX_HEAD_DIM)
+        return error_set(err, EINVAL, "head_dim %u is above what backends take, %u", c->head_dim,
+                         BACKEND_MAX_HEAD_DIM);
+    e = calloc(1, sizeof(*e));
+    if (!e)
+        return -ENOMEM;
+    e->model = m;
+    e->config = c;
+    e->weights = model_weights(m);
+    e->activations = options->activations;
+    e->max_rows = options->max_rows ? options->max_rows : DEFAULT_MAX_ROWS;
+    e->max_logits = options->max_logits ? options->max_logits : DEFAULT_MAX_LOGITS;
+    e->max_logits = MIN(e->max_logits, e->max_rows);
+    e->widest = widest_input(c);
+
+    limits = (struct backend_limits){e->max_rows, e->widest, c->n_heads};
+    r = backend_cpu_new(&e->backend, options->cpu_level, options->n_threads, &limits, err);
+    if (r < 0)
+        return r;
+    r = forward_init(e);
+    if (r < 0)
+        return error_set(err, -r, "no memory for the activations of %u rows", e->max_rows);
+    r = kv_pool_new(&e->pool, e->backend, &shape, kv_bytes);
+    if (r == -EINVAL)
+        return error_set(err, EINVAL, "a KV budget of %llu bytes does not hold one page of %zu",
+                         (unsigned long long)kv_bytes, kv_page_bytes(&shape));
+    if (r < 0)
+        return r;
+    snprintf(e->description, sizeof(e->description), "cpu/%s, %u threads, %s activations, %s KV",
+             e->backend->ops->name, e->backend->vtable->n_threads(e->backend),
+             e->activations == ACTIVATIONS_INT8 ? "int8" : "f32", shape.f16 ? "f16" : "f32");
+    *ret = TAKE_PTR(e);
+    return 0;
+}
+
+struct engine *engine_free(struct engine *e)
+{
+    if (!e)
+        return NULL;
+    assert(e->n_sessions == 0);
+    kv_pool_free(e->pool);
+    forward_done(e);
+    backend_free(e->backend);
+    free(e);
+    return NULL;
+}
+
+void engine_freep(struct engine **e)
+{
+    engine_free(*e);
+}
+
+const struct model *engine_model(const struct engine *e)
+{
+    return e->model;
+}
+
+uint32_t engine_max_rows(const struct engine *e)
+{
+    return e->max_rows;
+}
+
+uint32_t engine_max_logits(const struct engine *e)
+{
+    return e->max_logits;
+}
+
+const char *engine_description(const struct engine *e)
+{
+    return e->description;
+}
+
+void engine_memory(const struct engine *e, struct engine_memory *ret)
+{
+    *ret = (struct engine_memory){
+        .kv_bytes_used = kv_pool_bytes_used(e->pool),
+        .kv_bytes_max = kv_pool_bytes_max(e->pool),
+        .scratch_bytes = e->scratch_bytes + e->backend->vtable->scratch_bytes(e->backend),
+    };
+}
+
+static uint32_t n_wanted(const struct step_item *item)
+{
+    switch (item->wanted) {
+    case LOGITS_NONE:
+        return 0;
+    case LOGITS_LAST:
+        return 1;
+    case LOGITS_ALL:
+        return item->n_tokens;
+    }
+    return 0;
+}
+
+/* Puts tokens [from, to) of a session into rows [at, ...); the last `wanted` have logits. */
+static void add_rows(struct engine *e, uint32_t at, const struct session *s, uint32_t from,
+                     uint32_t to, uint32_t wanted)
+{
+    for (uint32_t p = from; p < to; p++)
+        e->buf.rows[at++] = (struct forward_row){
+            .token = s->tokens[p], .pos = p, .kv = &s->kv, .wanted = to - p <= wanted};
+}
+
+/* Computes what a rewind lost, so that n_cached == n_tokens again. */
+static int catch_up(struct engine *e, struct session *s)
+{
+    while (s->n_cached < s->n_tokens) {
+        uint32_t n = MIN(s->n_tokens - s->n_cached, e->max_rows);
+        int r = kv_cache_reserve(&s->kv, s->n_cached, s->n_cached + n);
+
+        if (r < 0)
+            return r;
+        add_rows(e, 0, s, s->n_cached, s->n_cached + n, 0);
+        r = forward(e, n);
+        if (r < 0)
+            return r;
+        s->n_cached += n;
+        kv_cache_trim(&s->kv, s->n_cached, s->mark);
+    }
+    return 0;
+}
+
+/* Everything that can go wrong for one item, before anything of it is evaluated. */
+static int prepare(struct engine *e, struct step_item *item)
+{
+    struct session *s = item->session;
+    uint32_t n = s->n_tokens, end;
+    int r;
+
+    for (uint32_t i = 0; i < item->n_tokens; i++)
+        if (item->tokens[i] >= e->config->vocab_size)
+            return -EINVAL;
+    if (ckd_add(&end, n, item->n_tokens) || end > s->n_ctx)
+        return -EMSGSIZE;
+    r = session_grow(s, end);
+    if (r < 0)
+        return r;
+    r = catch_up(e, s);
+    if (r < 0)
+        return r;
+    r = kv_cache_reserve(&s->kv, n, end);
+    if (r < 0)
+        return r;
+    memcpy(s->tokens + n, item->tokens, item->n_tokens * sizeof(*item->tokens));
+    return 0;
+}
+
+/* The whole step's limits, and that no session is in it twice. */
+static int check_step(struct engine *e, struct step_item *items, size_t n_items)
+{
+    uint64_t rows = 0, wanted = 0;
+    int r = 0;
+
+    for (size_t i = 0; i < n_items; i++) {
+        rows += items[i].n_tokens;
+        wanted += n_wanted(&items[i]);
+        if (items[i].n_tokens == 0 || items[i].session->in_step || items[i].session->engine != e)
+            r = -EINVAL;
+        items[i].session->in_step = true;
+    }
+    for (size_t i = 0; i < n_items; i++)
+        items[i].session->in_step = false;
+    return rows > e->max_rows || wanted > e->max_logits ? -EINVAL : r;
+}
+
+int engine_step(struct engine *e, struct step_item *items, size_t n_items)
+{
+    const float *logits = e->buf.logits;
+    uint32_t n = 0;
+    int r = check_step(e, items, n_items);
+
+    if (r < 0)
+        return r;
+    /* Catching up uses the row buffers, so rows are filled when all items are prepared. */
+    for (size_t i = 0; i < n_items; i++) {
+        items[i].ret_logits = NULL;
+        items[i].ret_error = prepare(e, &items[i]);
+        if (items[i].ret_error == -ENODEV)
+            return -ENODEV;
+    }
+    for (size_t i = 0; i < n_items; i++) {
+        const struct step_item *item = &items[i];
+
+        if (item->ret_error < 0)
+            continue;
+        add_rows(e, n, item->session, item->session->n_tokens,
+                 item->session->n_tokens + item->n_tokens, n_wanted(item));
+        n += item->n_tokens;
+    }
+    if (n == 0)
+        return 0;
+    r = forward(e, n);
+    if (r < 0)
+        return r;
+    for (size_t i = 0; i < n_items; i++) {
+        struct session *s = items[i].session;
+
+        if (items[i].ret_error < 0)
+            continue;
+        s->n_tokens += items[i].n_tokens;
+        s->n_cached = s->n_tokens;
+        kv_cache_trim(&s->kv, s->n_tokens, s->mark);
+        if (n_wanted(&items[i]) > 0) {
+            items[i].ret_logits = logits;
+            logits += (size_t)n_wanted(&items[i]) * e->config->vocab_size;
+        }
+    }
+    return 0;
+}
+
+int session_eval(struct session *s, const uint32_t *tokens, size_t n, const float **ret_logits)
+{
+    struct engine *e = s->engine;
+
+    while (n > 0) {
+        struct step_item item = {.session = s, .tokens = tokens};
+        int r;
+
+        item.n_tokens = (uint32_t)MIN(n, (size_t)e->max_rows);
+        item.wanted = ret_logits && item.n_tokens == n ? LOGITS_LAST : LOGITS_NONE;
+        r = engine_step(e, &item, 1);
+        if (r == 0)
+            r = item.ret_error;
+        if (r < 0)
+            return r;
+        tokens += item.n_tokens;
+        n -= item.n_tokens;
+        if (n == 0 && ret_logits)
+            *ret_logits = item.ret_logits;
+    }
+    return 0;
+}

@@ -1,0 +1,123 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+#include "engine/session.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/checked.h"
+#include "base/cleanup.h"
+#include "engine/engine-internal.h"
+
+int session_new(struct session **ret, struct engine *e, uint32_t n_ctx)
+{
+    CLEANUP(session_freep) struct session *s = NULL;
+    int r;
+
+    if (n_ctx > e->config->context_max)
+        return -EINVAL;
+    s = calloc(1, sizeof(*s));
+    if (!s)
+        return -ENOMEM;
+    s->engine = e;
+    s->n_ctx = n_ctx ? n_ctx : e->config->context_max;
+    s->mark = KV_NO_MARK;
+    r = kv_cache_init(&s->kv, e->pool, e->config);
+    if (r < 0)
+        return r;
+    e->n_sessions++;
+    *ret = TAKE_PTR(s);
+    return 0;
+}
+
+struct session *session_free(struct session *s)
+{
+    if (!s)
+        return NULL;
+    if (s->kv.layers)
+        s->engine->n_sessions--;
+    kv_cache_done(&s->kv);
+    free(s->tokens);
+    free(s);
+    return NULL;
+}
+
+void session_freep(struct session **s)
+{
+    session_free(*s);
+}
+
+int session_grow(struct session *s, uint32_t n)
+{
+    uint32_t allocated = MIN(MAX(n, s->n_allocated + s->n_allocated / 2 + 64), s->n_ctx);
+    uint32_t *tokens;
+
+    if (n <= s->n_allocated)
+        return 0;
+    tokens = reallocarray(s->tokens, allocated, sizeof(*tokens));
+    if (!tokens)
+        return -ENOMEM;
+    s->tokens = tokens;
+    s->n_allocated = allocated;
+    return 0;
+}
+
+int session_fork(struct session **ret, struct session *s)
+{
+    CLEANUP(session_freep) struct session *f = NULL;
+    int r;
+
+    r = session_new(&f, s->engine, s->n_ctx);
+    if (r < 0)
+        return r;
+    r = session_grow(f, s->n_tokens);
+    if (r < 0)
+        return r;
+    r = kv_cache_fork(&f->kv, &s->kv);
+    if (r < 0)
+        return r;
+    if (s->n_tokens > 0)
+        memcpy(f->tokens, s->tokens, s->n_tokens * sizeof(*s->tokens));
+    f->n_tokens = s->n_tokens;
+    f->n_cached = s->n_cached;
+    *ret = TAKE_PTR(f);
+    return 0;
+}
+
+void session_rewind(struct session *s, uint32_t n)
+{
+    if (n >= s->n_tokens)
+        return;
+    s->n_tokens = n;
+    if (n < s->n_cached)
+        s->n_cached = kv_cache_rewind(&s->kv, n) ? n : 0;
+    if (s->mark != KV_NO_MARK && s->mark > n)
+        s->mark = n;
+}
+
+void session_set_mark(struct session *s, uint32_t n)
+{
+    s->mark = n <= s->n_tokens ? n : KV_NO_MARK;
+}
+
+uint32_t session_n_tokens(const struct session *s)
+{
+    return s->n_tokens;
+}
+
+uint32_t session_n_ctx(const struct session *s)
+{
+    return s->n_ctx;
+}
+
+const uint32_t *session_tokens(const struct session *s)
+{
+    return s->tokens;
+}
+
+struct engine *session_engine(const struct session *s)
+{
+    return s->engine;
+}
