@@ -6,7 +6,8 @@
 - arrows between folders point one way: an include, or a library in a meson.build, only from where it may come;
 - quoted includes are written from the root and exist, or are generated;
 - each file bears its two SPDX lines (a meson.build the licence's alone);
-- a source file has at most 1500 lines.
+- a source file has at most 1500 lines;
+- each test and fuzzer is entered in its folder's meson.build, and each fuzzer has a corpus.
 
   test-include-arrows.py SOURCE_ROOT
 """
@@ -72,6 +73,23 @@ def library_folders(root):
     return found
 
 
+def check_entered(root, path):
+    """Complaints about a test or fuzzer that no build would notice."""
+    where, name = os.path.split(path)
+    m = re.fullmatch(r"(test|fuzz)-(.+)\.(c|py|sh)", name)
+    if not m or name == "fuzz-replay.c":
+        return []
+    wrong = []
+    text = open(os.path.join(root, where, "meson.build"), encoding="utf-8").read()
+    if not re.search(rf"'({re.escape(m[2])}|{re.escape(name)})'", text):
+        wrong.append(f"{path}: is not entered in {where}/meson.build")
+    if m[1] == "fuzz":
+        corpus = os.path.join(root, where, m[2] + "-corpus")
+        if not os.path.isdir(corpus) or not os.listdir(corpus):
+            wrong.append(f"{path}: has no inputs in {m[2]}-corpus/")
+    return wrong
+
+
 def check(root):
     wrong = []
     n = 0
@@ -87,6 +105,8 @@ def check(root):
                 wrong.append(f"{path}: lacks the line '{spdx}' at its head")
         if len(lines) > MAX_LINES:
             wrong.append(f"{path}: {len(lines)} lines, more than {MAX_LINES}: it is two files")
+
+        wrong += check_entered(root, path)
 
         folder = path.split(os.sep)[0]
         may = ARROWS.get(folder)
