@@ -7,8 +7,8 @@
  * tensors, and the metadata strings. It knows the container, not the architecture: model.h does.
  *
  * Every field of the header is checked before anything is mapped. What cannot be known then is the
- * tensors' contents, so whoever reads them treats them as hostile numbers (no index, no loop bound).
- * Immutable after open; any thread.
+ * tensors' contents, so whoever reads them treats them as hostile numbers (no index, no loop
+ * bound). Immutable after open; any thread.
  */
 
 #include <stddef.h>
@@ -19,19 +19,24 @@
 
 #define MODEL_FILE_FORMAT 1
 #define MODEL_FILE_PAGE 4096 /* payloads of at least this size begin at a multiple of it */
+#define MODEL_FILE_MAX_HEADER (64 << 20) /* bytes of JSON */
+#define MODEL_FILE_MAX_NAME 255          /* bytes of a tensor's name */
+
+/* How the JSON begins; the 64 digits of the header's hash follow, then `",`. */
+#define MODEL_FILE_PREFIX "{\"__metadata__\":{\"llmd.header_sha256\":\""
 
 struct model_file;
 
 struct model_tensor {
     const char *name;     /* Hugging Face name without prefix: "layers.0.self_attn.q_proj.weight" */
-    struct weight weight; /* data points into the mapping */
+    struct weight weight; /* data points into the mapping; a vector has n_out 1 */
     size_t bytes;         /* of the payload at weight.data */
     uint64_t offset;      /* of the payload in the file */
-    const char *sha256;   /* 64 hex digits: of the payload */
+    const char *sha256;   /* 64 hex digits: of the payload without its padding */
 };
 
 /*
- * Opens path, or takes over fd (closed in every case) with path for messages only.
+ * Opens path, or takes over fd (closed on failure, else by free) with path for messages only.
  * 0, -errno of open, fstat or mmap, -EINVAL: not a model file or a broken one, -ENOMEM
  */
 int model_file_open(struct model_file **ret, const char *path, struct error *err);
@@ -53,6 +58,9 @@ const struct model_tensor *model_file_find(const struct model_file *f, const cha
 
 /* A blob: a U8 tensor without weight type, such as "tokenizer.pieces". NULL if there is none. */
 const void *model_file_blob(const struct model_file *f, const char *name, size_t *ret_bytes);
+
+/* The open file, for prefetch; borrowed. Verification reads through it too: no SIGBUS on EIO. */
+int model_file_fd(const struct model_file *f);
 
 /* The whole mapping, for prefetch and statistics: file bytes [0, size). */
 const void *model_file_map(const struct model_file *f, size_t *ret_size);

@@ -36,8 +36,7 @@ DEFINE_CLEANUP(struct model_writer *, model_writer_free)
  * it. "llmd.header_sha256", "llmd.format" and "llmd.tensors" are the writer's own.
  * 0, -EINVAL, -ENOMEM
  */
-int model_writer_set(struct model_writer *w, const char *key, const char *value,
-                     struct error *err);
+int model_writer_set(struct model_writer *w, const char *key, const char *value, struct error *err);
 
 /*
  * Announces the next payload: weight_size() bytes of a packed matrix, or a blob of bytes >= 1.
