@@ -156,7 +156,8 @@ static void test_refuse(void)
         "{\"type\":\"delta\",\"text\":\"\",\"id\":4294967296,\"logprob\":0,\"entropy\":0}",
         "{\"type\":\"delta\",\"text\":\"\",\"id\":1,\"logprob\":1e999,\"entropy\":0}",
         "{\"type\":\"delta\",\"text\":\"\",\"id\":1,\"logprob\":01,\"entropy\":0}",
-        ("{\"type\":\"delta\",\"text\":\"\",\"id\":1,\"logprob\":0,\"entropy\":0,\"top\":[{\"id\":1}"
+        ("{\"type\":\"delta\",\"text\":\"\",\"id\":1,\"logprob\":0,\"entropy\":0,\"top\":[{\"id\":"
+         "1}"
          "]}"),
         "{\"type\":\"usage\",\"prompt_tokens\":1}",
         "{\"type\":\"usage\",\"prompt_tokens\":1.5,\"completion_tokens\":0,\"cached_tokens\":0}",
