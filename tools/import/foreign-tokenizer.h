@@ -27,7 +27,6 @@ struct foreign_tokenizer {
     uint32_t *offsets;
     float *scores;
     uint8_t *types;
-    char *chat_template; /* Jinja, as the source has it; NULL if it has none */
 };
 
 /*
@@ -45,8 +44,8 @@ int foreign_tokenizer_from_json(struct foreign_tokenizer **ret, const char *text
                                 const char *name, struct error *err);
 
 /*
- * From a Hugging Face folder: tokenizer.model, or else tokenizer.json, with the chat template from
- * chat_template.jinja or tokenizer_config.json, which may also say add_bos_token.
+ * From a Hugging Face folder: tokenizer.model, or else tokenizer.json, with what
+ * tokenizer_config.json may say about add_bos_token.
  * As above, or -errno of open and read; -ENODATA when neither file is there
  */
 int foreign_tokenizer_from_folder(struct foreign_tokenizer **ret, const char *path,
