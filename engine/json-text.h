@@ -27,7 +27,7 @@ struct json_limits {
 int json_text_parse(json_object **ret, const char *text, size_t n, const struct json_limits *limits,
                     struct error *err);
 
-/* An integer 0 .. 2^63 - 2 (json-c saturates beyond), else false; v may be NULL. */
+/* An integer 0 .. 2^63 - 2 (json-c saturates beyond), else false. v may be NULL here and below. */
 bool json_text_u64(json_object *v, uint64_t *ret);
 
 /* A string; NULL when v is none. Borrowed from v. */
