@@ -17,35 +17,46 @@ struct tokenizer;
 struct chat_template;
 
 struct layer_weights {
-    /* norms f32 plain [hidden] unless stated */
+    /* norms f32 plain [hidden] unless stated; a vector has n_out 1 */
     struct weight input_norm, post_attention_norm, pre_ffn_norm, post_ffn_norm, post_ple_norm;
     struct weight q, k, v, o;     /* k, v: only layers that own K and V */
     struct weight q_norm, k_norm; /* [head_dim] */
     struct weight gate, up, down;
     struct weight laurel_left, laurel_right, laurel_norm;
-    struct weight router_norm, router;                 /* [hidden], [n_streams][hidden] plain */
-    struct weight predict_coefs, correct_coefs;        /* [n^2][n], [n][n] plain, n = n_streams */
-    struct weight correct_scale;                       /* [hidden] */
-    struct weight ple_gate, ple_proj;                  /* [ple_width][hidden] and back */
+    struct weight router_norm, router;          /* [hidden], [n_streams][hidden] plain */
+    struct weight predict_coefs, correct_coefs; /* [n^2][n], [n][n] plain, n = n_streams */
+    struct weight correct_scale;                /* [hidden] */
+    struct weight ple_gate, ple_proj;           /* [ple_width][hidden] and back */
 };
 
 struct model_weights {
-    struct weight embed;                                    /* [>= vocab_size][hidden] tile16 */
-    struct weight ple_embed;                                /* [vocab_size_ple][L * ple_width] rows */
-    struct weight ple_projection, ple_projection_norm;      /* [L * ple_width][hidden], [ple_width] */
-    struct weight altup_projection[MODEL_MAX_STREAMS - 1];  /* [hidden][hidden] */
-    struct weight altup_unembed[MODEL_MAX_STREAMS - 1];     /* [hidden][hidden] */
-    struct weight final_norm;                               /* [hidden] */
+    struct weight embed;                               /* [>= vocab_size][hidden] tile16 */
+    struct weight ple_embed;                           /* [vocab_size_ple][L * ple_width] rows */
+    struct weight ple_projection, ple_projection_norm; /* [L * ple_width][hidden], [ple_width] */
+    struct weight altup_projection[MODEL_MAX_STREAMS - 1]; /* [hidden][hidden] */
+    struct weight altup_unembed[MODEL_MAX_STREAMS - 1];    /* [hidden][hidden] */
+    struct weight final_norm;                              /* [hidden] */
     struct layer_weights layers[MODEL_MAX_LAYERS];
 };
 
-/* Generation defaults of the model family, from the file's metadata "llmd.generation". */
+/*
+ * Generation defaults of the model family, from the file's metadata "llmd.generation"; without
+ * that: temperature 1 and nothing else.
+ */
 struct model_generation {
     float temperature, top_p;
     uint32_t top_k;
     uint32_t n_stop_ids;
     uint32_t stop_ids[8]; /* end of generation: <eos>, <end_of_turn> */
 };
+
+/*
+ * As JSON text, for the importer, and back; every id must be below vocab_size.
+ * to_json: a malloc'ed string or NULL (out of memory); parse: 0, -EINVAL, -ENOMEM
+ */
+char *model_generation_to_json(const struct model_generation *g);
+int model_generation_parse(struct model_generation *ret, const char *json, uint32_t vocab_size,
+                           struct error *err);
 
 /* 0, -errno, -EINVAL: err names file and field */
 int model_open(struct model **ret, const char *path, struct error *err);
