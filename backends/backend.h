@@ -187,7 +187,13 @@ struct ple_args { /* ple = (rms(g * g_scale; w, eps) + e) * 2^-1/2, per layer (Â
 struct backend_ops {
     const char *name; /* "reference", "avx2", ... */
 
-    /* Fills q, d, sum of x from f32. q is exact up to ties in rounding: |x - d q| <= d (1/2 + eps) */
+    /*
+     * Fills q, d, sum of x from f32. d is max |x| / 127 rounded to float, but 0 where that is below
+     * 2^-126: there q is 0 as well. Otherwise q is x / d, rounded to float and then to the nearest
+     * even integer, so |x - d q| <= d (1/2 + 64 eps): near 63.5 to 126.5 the quotient's own
+     * rounding, half of 2^-17, may take it to a tie and the tie to the farther side. All CPU
+     * levels give the same bits.
+     */
     void (*quantize)(struct backend *b, const struct activations *x);
 
     /*
@@ -219,6 +225,7 @@ struct backend_ops {
      * zero after the cut gives exactly 0. */
     void (*gate)(struct backend *b, const struct gate_args *a);
 
+    /* Bound of these and of ple: 16 eps (sum of |each term|) of the formula written out */
     void (*altup_predict)(struct backend *b, const struct altup_predict_args *a);
     void (*altup_correct)(struct backend *b, const struct altup_correct_args *a);
     void (*stream_norm)(struct backend *b, const struct stream_norm_args *a);
@@ -226,7 +233,7 @@ struct backend_ops {
     void (*merge)(struct backend *b, const struct merge_args *a);
     void (*ple)(struct backend *b, const struct ple_args *a);
 
-    /* x := c tanh(x / c) in place; n values. |result| < c. */
+    /* x := c tanh(x / c) in place; n values. |result| < c. Bound: 2^-21 c */
     void (*softcap)(struct backend *b, float *x, size_t n, float c);
 };
 

@@ -1,0 +1,1339 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * Every operation at every level this machine has, against the reference, within the bounds of
+ * backend.h. Each case is run by a backend of two threads over many rows, by one of a single
+ * thread, and row by row: all must give the same bits. Outputs lie between guard values, inputs at
+ * addresses that are aligned to nothing but their element.
+ *
+ * The reference itself is checked by what does not share its code: weight_get_row() for the
+ * layouts, formulas worked out here, and cases whose answer is known.
+ */
+
+#undef NDEBUG
+#include <assert.h>
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "backends/backend.h"
+#include "base/checked.h"
+
+#define EPS 0x1p-24
+#define N_MAX 33 /* rows of the largest batch */
+#define GUARD 32 /* values before and behind an array */
+
+static const uint32_t batches[] = {1, 2, 3, 5, 8, 17, N_MAX};
+static const char *const level_names[] = {"reference", "avx2", "avx512", "amx"};
+
+static struct backend *ref;       /* reference, one thread */
+static struct backend *one, *two; /* the level under test with one and two threads */
+static uint64_t seed = 1;
+
+static uint32_t next_random(void)
+{
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(seed >> 33);
+}
+
+static float uniform(void) /* in -1..1 */
+{
+    return (float)((double)next_random() * 0x1p-30 - 1);
+}
+
+/* [n][width] values, ld apart, with everything around them marked. */
+struct array {
+    uint32_t *memory, *copy;
+    size_t n, width, ld, total;
+    float *p;
+};
+
+static struct array array_new(size_t n, size_t width, size_t gap)
+{
+    struct array a = {.n = n, .width = width, .ld = width + gap};
+
+    a.total = n * a.ld + 2 * GUARD + 1;
+    a.memory = malloc(a.total * 4);
+    a.copy = malloc(a.total * 4);
+    assert(a.memory && a.copy);
+    memset(a.memory, 0xa5, a.total * 4);
+    a.p = (float *)a.memory + GUARD + 1; /* odd on purpose */
+    return a;
+}
+
+static struct array array_random(size_t n, size_t width, size_t gap, float scale)
+{
+    struct array a = array_new(n, width, gap);
+
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; k < width; k++)
+            a.p[i * a.ld + k] = uniform() * scale;
+    return a;
+}
+
+static void array_free(struct array *a)
+{
+    free(a->memory);
+    free(a->copy);
+}
+
+static void array_mark(struct array *a)
+{
+    memset(a->memory, 0xa5, a->total * 4);
+}
+
+/* Only the first n rows may have been written. */
+static void check_guards(const struct array *a, size_t n)
+{
+    for (size_t i = 0; i < a->total; i++) {
+        bool inside = i > GUARD && i - GUARD - 1 < n * a->ld;
+
+        if (inside && (i - GUARD - 1) % a->ld < a->width)
+            continue;
+        if (a->memory[i] != 0xa5a5a5a5u) {
+            fprintf(stderr, "%s: written outside: %zu of [%zu][%zu] ld %zu\n", two->ops->name, i, n,
+                    a->width, a->ld);
+            abort();
+        }
+    }
+}
+
+static void check_near(const char *what, size_t row, size_t k, double got, double want,
+                       double bound)
+{
+    if (fabs(got - want) <= bound + EPS * fabs(want) + 1e-42)
+        return;
+    fprintf(stderr, "%s: %s: row %zu value %zu: %.9g, not %.9g; off by %.3g, allowed %.3g\n",
+            two->ops->name, what, row, k, got, want, fabs(got - want), bound);
+    abort();
+}
+
+static void check_same(const char *what, const float *a, const float *b, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (memcmp(&a[i], &b[i], 4) != 0) {
+            fprintf(stderr, "%s: %s: value %zu depends on the batch: %.9g, %.9g\n", two->ops->name,
+                    what, i, (double)a[i], (double)b[i]);
+            abort();
+        }
+}
+
+/*
+ * An operation with its arguments, to be run over rows first..first + n - 1 of them into y
+ * ([n][ld of the array]). Results that consist of several arrays are run as several cases.
+ */
+typedef void (*run_rows)(struct backend *b, void *args, uint32_t first, uint32_t n, float *y);
+
+/* Rows in batches of all sizes and single, with both thread counts, have the bits of all at once,
+ * which are left in out. */
+static void check_batches(const char *what, run_rows run, void *args, struct array *out)
+{
+    struct array part = array_new(out->n, out->width, out->ld - out->width);
+    uint32_t n_rows = (uint32_t)out->n;
+
+    array_mark(out);
+    run(two, args, 0, n_rows, out->p);
+    check_guards(out, n_rows);
+    for (int threads = 1; threads <= 2; threads++)
+        for (size_t c = 0; c < ARRAY_SIZE(batches); c++) {
+            uint32_t n = batches[c], first = n < n_rows ? next_random() % (n_rows - n + 1) : 0;
+
+            if (n > n_rows)
+                break;
+            array_mark(&part);
+            run(threads == 1 ? one : two, args, first, n, part.p);
+            check_guards(&part, n);
+            for (uint32_t i = 0; i < n; i++)
+                check_same(what, part.p + i * part.ld, out->p + (first + i) * out->ld, out->width);
+        }
+    array_free(&part);
+}
+
+/* Weights */
+
+struct packed {
+    struct weight w;
+    uint8_t *data;
+    size_t bytes;
+};
+
+/* Rows 0 and 1 hold the extremes of the type: sums of products reach the end of their range. */
+static struct packed packed_new(enum weight_type type, enum weight_layout layout, uint32_t n_out,
+                                uint32_t n_in)
+{
+    struct packed p = {.w = {.type = type, .layout = layout, .n_out = n_out, .n_in = n_in}};
+    float *x = malloc(n_in * sizeof(*x));
+    int8_t *q = malloc(n_in);
+    uint16_t *d = malloc((n_in / WEIGHT_BLOCK + 1) * sizeof(*d));
+    int min = type == WEIGHT_Q4 ? -8 : -128, max = -min - 1;
+    uint8_t *end;
+
+    assert(weight_size(type, layout, n_out, n_in, &p.bytes) == 0);
+    /* the last byte of the weight is the last byte of the allocation: a read beyond it is seen */
+    p.data = aligned_alloc(64, ALIGN_UP(p.bytes, (size_t)64));
+    assert(p.data && x && q && d);
+    end = p.data + p.bytes;
+    memset(p.data, 0, (size_t)(end - p.data));
+    p.w.data = p.data;
+    for (uint32_t r = 0; r < n_out; r++) {
+        for (uint32_t k = 0; k < n_in; k++) {
+            x[k] = uniform();
+            q[k] = (int8_t)(r == 0   ? min
+                            : r == 1 ? max
+                                     : min + (int)(next_random() % (uint32_t)(max - min + 1)));
+        }
+        for (uint32_t b = 0; b < n_in / WEIGHT_BLOCK; b++)
+            d[b] = half_from_float(b % 7 == 3 ? 0x1p-24f * (float)(next_random() % 9)
+                                              : uniform() / 16);
+        if (weight_type_is_quantized(type))
+            weight_put_row_q(&p.w, p.data, r, q, d);
+        else
+            weight_put_row(&p.w, p.data, r, x);
+    }
+    free(x);
+    free(q);
+    free(d);
+    return p;
+}
+
+static void packed_free(struct packed *p)
+{
+    free(p->data);
+}
+
+/* Activations, aligned to nothing. */
+struct rows {
+    struct activations a;
+    struct array f32;
+    char *memory;
+};
+
+static struct rows rows_new(uint32_t n, uint32_t k, bool rounded)
+{
+    struct rows r = {.f32 = array_new(n, k, 3)};
+    size_t ld_q = ALIGN_UP((size_t)k, (size_t)64), n_blocks = ld_q / WEIGHT_BLOCK;
+
+    r.a = (struct activations){.n = n, .k = k, .f32 = r.f32.p, .ld = r.f32.ld};
+    if (rounded) {
+        r.memory = malloc(n * (ld_q + n_blocks * 8) + 8);
+        assert(r.memory);
+        r.a.d = (float *)r.memory + 1;
+        r.a.sum = (int32_t *)(r.a.d + n * n_blocks);
+        r.a.q = (int8_t *)(r.a.sum + n * n_blocks) + 1;
+        r.a.ld_q = ld_q;
+    }
+    return r;
+}
+
+static void rows_free(struct rows *r)
+{
+    array_free(&r->f32);
+    free(r->memory);
+}
+
+/* Some rows of a special kind among random ones. */
+static void rows_fill(struct rows *r)
+{
+    for (uint32_t i = 0; i < r->a.n; i++)
+        for (uint32_t k = 0; k < r->a.k; k++) {
+            float v = uniform();
+
+            switch (i % 11) {
+            case 1: /* sparse, as behind a cut gate: whole blocks and single values are zero */
+                v = k / 32 % 3 == 1 || next_random() % 16 ? 0 : v;
+                break;
+            case 2: /* rounds to the ends of the range everywhere */
+                v = k % 64 < 32 || k & 1 ? 4 : -4;
+                break;
+            case 3:
+                v = 0;
+                break;
+            case 4:
+                v *= 1e4f;
+                break;
+            case 5:
+                v *= 1e-40f;
+                break;
+            case 6:
+                v = k % 32 == 5 ? -0.0f : v * 1e-6f;
+                break;
+            }
+            r->f32.p[i * r->f32.ld + k] = v;
+        }
+}
+
+static struct activations rows_from(const struct activations *a, uint32_t first, uint32_t n)
+{
+    struct activations s = *a;
+
+    s.n = n;
+    s.f32 += first * s.ld;
+    if (s.q) {
+        s.q += first * s.ld_q;
+        s.d += first * (s.ld_q / WEIGHT_BLOCK);
+        s.sum += first * (s.ld_q / WEIGHT_BLOCK);
+    }
+    return s;
+}
+
+static void check_quantize(uint32_t n, uint32_t k)
+{
+    struct rows got = rows_new(n, k, true), want = rows_new(n, k, true);
+    size_t n_blocks = got.a.ld_q / WEIGHT_BLOCK;
+
+    rows_fill(&got);
+    memcpy(want.f32.memory, got.f32.memory, got.f32.total * 4);
+    memset(got.memory, 0x5a, n * (got.a.ld_q + n_blocks * 8) + 8);
+    two->ops->quantize(two, &got.a);
+    ref->ops->quantize(ref, &want.a);
+    for (int i = 0; i < 4; i++) /* the odd word before d, the odd byte before q, three behind */
+        assert(got.memory[i] == 0x5a);
+    assert(((char *)got.a.q)[-1] == 0x5a);
+    for (size_t i = 0; i < 3; i++)
+        assert(((char *)got.a.q)[n * got.a.ld_q + i] == 0x5a);
+
+    for (uint32_t i = 0; i < n; i++)
+        for (size_t b = 0; b < n_blocks; b++) {
+            float d = got.a.d[i * n_blocks + b], max = 0;
+            const int8_t *q = got.a.q + i * got.a.ld_q + b * WEIGHT_BLOCK;
+            int32_t sum = 0;
+
+            for (size_t j = 0; j < WEIGHT_BLOCK; j++) {
+                size_t at = b * WEIGHT_BLOCK + j;
+                double x = at < k ? (double)got.f32.p[i * got.f32.ld + at] : 0;
+
+                assert(q[j] >= -127 && (at < k || q[j] == 0));
+                assert(fabs(x - (double)d * q[j]) <= (double)d * (0.5 + 64 * EPS) + 0x1p-119);
+                max = fmaxf(max, (float)fabs(x));
+                sum += q[j];
+            }
+            assert(d == (max / 127 >= 0x1p-126f ? max / 127 : 0));
+            assert(sum == got.a.sum[i * n_blocks + b]);
+            /* all levels round alike, so that a request may move between machines */
+            assert(d == want.a.d[i * n_blocks + b]);
+            assert(memcmp(q, want.a.q + i * got.a.ld_q + b * WEIGHT_BLOCK, WEIGHT_BLOCK) == 0);
+        }
+    for (uint32_t first = 0; first < n; first += 5) { /* row by row */
+        struct activations a = rows_from(&want.a, first, 1);
+
+        memset(a.q, 0x5a, a.ld_q);
+        one->ops->quantize(one, &a);
+        assert(memcmp(a.q, got.a.q + first * a.ld_q, a.ld_q) == 0);
+        assert(memcmp(a.d, got.a.d + first * n_blocks, n_blocks * 4) == 0);
+        assert(memcmp(a.sum, got.a.sum + first * n_blocks, n_blocks * 4) == 0);
+    }
+    rows_free(&got);
+    rows_free(&want);
+}
+
+struct matmul_case {
+    const struct weight *w;
+    const struct activations *x;
+    size_t ld_y;
+};
+
+static void run_matmul(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct matmul_case *c = args;
+    struct activations x = rows_from(c->x, first, n);
+
+    b->ops->matmul(b, c->w, &x, y, c->ld_y);
+}
+
+static void check_matmul(enum weight_type type, enum weight_layout layout, uint32_t n_out,
+                         uint32_t n_in, bool rounded)
+{
+    struct packed p = packed_new(type, layout, n_out, n_in);
+    struct rows x = rows_new(N_MAX, n_in, rounded);
+    struct array y = array_new(N_MAX, n_out, 5);
+    struct matmul_case c = {&p.w, &x.a, y.ld};
+    float *w = malloc(n_in * sizeof(*w));
+    char what[96];
+
+    snprintf(what, sizeof(what), "matmul %s %s %ux%u %s", weight_type_name(type),
+             weight_layout_name(layout), n_out, n_in, rounded ? "rounded" : "f32");
+    rows_fill(&x);
+    if (rounded) {
+        ref->ops->quantize(ref, &x.a);
+        /* rounded weights must not look at f32, the others not at the rounded values */
+        if (weight_type_is_quantized(type))
+            for (uint32_t i = 0; i < N_MAX; i++)
+                memset(x.f32.p + i * x.f32.ld, 0xff, n_in * 4);
+    }
+    rounded = rounded && weight_type_is_quantized(type);
+    check_batches(what, run_matmul, &c, &y);
+    for (uint32_t o = 0; o < n_out; o++) {
+        weight_get_row(&p.w, o, w);
+        for (uint32_t i = 0; i < N_MAX; i++) {
+            double sum = 0, magnitude = 0;
+
+            for (uint32_t k = 0; k < n_in; k++) {
+                double a =
+                    rounded ? (double)x.a.d[i * (x.a.ld_q / 32) + k / 32] * x.a.q[i * x.a.ld_q + k]
+                            : (double)x.f32.p[i * x.f32.ld + k];
+
+                sum += (double)w[k] * a;
+                magnitude += fabs((double)w[k] * a);
+            }
+            check_near(what, i, o, (double)y.p[i * y.ld + o], sum, n_in * EPS * magnitude);
+        }
+    }
+    free(w);
+    array_free(&y);
+    rows_free(&x);
+    packed_free(&p);
+}
+
+static const struct {
+    enum weight_type type;
+    enum weight_layout layout;
+} kinds[] = {
+    {WEIGHT_F32, LAYOUT_PLAIN},   {WEIGHT_F32, LAYOUT_TILE16}, {WEIGHT_F16, LAYOUT_TILE16},
+    {WEIGHT_BF16, LAYOUT_TILE16}, {WEIGHT_Q8, LAYOUT_TILE16},  {WEIGHT_Q4, LAYOUT_TILE16},
+    {WEIGHT_F32, LAYOUT_ROWS},    {WEIGHT_F16, LAYOUT_ROWS},   {WEIGHT_BF16, LAYOUT_ROWS},
+    {WEIGHT_Q8, LAYOUT_ROWS},     {WEIGHT_Q4, LAYOUT_ROWS},    {WEIGHT_F32, LAYOUT_COLS},
+    {WEIGHT_F16, LAYOUT_COLS},    {WEIGHT_BF16, LAYOUT_COLS},  {WEIGHT_Q8, LAYOUT_COLS},
+    {WEIGHT_Q4, LAYOUT_COLS},
+};
+
+static void test_matmul(void)
+{
+    static const uint32_t sizes[][2] = {{1, 1},     {1, 32},   {15, 31},  {16, 16},  {17, 15},
+                                        {31, 33},   {32, 32},  {33, 64},  {64, 17},  {96, 96},
+                                        {160, 64},  {32, 544}, {64, 160}, {544, 96}, {128, 320},
+                                        {96, 2048}, {48, 544}, {160, 32}, {2048, 64}};
+
+    for (size_t s = 0; s < ARRAY_SIZE(sizes); s++)
+        for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
+            if (weight_supported(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1]))
+                for (int rounded = 0; rounded < 2; rounded++)
+                    check_matmul(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1], rounded);
+}
+
+/* Weights whose every bit is hostile: nothing is promised but to come back. */
+static void test_hostile_weights(void)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
+        for (int rounded = 0; rounded < 2; rounded++)
+            for (int fill = 0; fill < 3; fill++) {
+                struct packed p = packed_new(kinds[i].type, kinds[i].layout, 96, 160);
+                struct rows x = rows_new(9, 160, rounded);
+                struct array y = array_new(9, 96, 1);
+                uint32_t id = 95;
+
+                for (size_t j = 0; j < p.bytes; j++)
+                    p.data[j] = fill == 0 ? 0xff : fill == 1 ? 0x7c : (uint8_t)next_random();
+                rows_fill(&x);
+                if (rounded)
+                    two->ops->quantize(two, &x.a);
+                two->ops->matmul(two, &p.w, &x.a, y.p, y.ld);
+                check_guards(&y, 9);
+                array_free(&y);
+                if (kinds[i].layout == LAYOUT_TILE16 || kinds[i].layout == LAYOUT_ROWS) {
+                    y = array_new(1, 160, 0);
+                    two->ops->get_rows(two, &p.w, &id, 1, 1, y.p, y.ld);
+                    check_guards(&y, 1);
+                    array_free(&y);
+                }
+                rows_free(&x);
+                packed_free(&p);
+            }
+}
+
+static void test_get_rows(void)
+{
+    static const uint32_t sizes[][2] = {{1, 1}, {15, 33}, {17, 32}, {40, 544}, {33, 2048}, {5, 17}};
+
+    for (size_t s = 0; s < ARRAY_SIZE(sizes); s++)
+        for (size_t i = 0; i < ARRAY_SIZE(kinds); i++) {
+            uint32_t n_out = sizes[s][0], n_in = sizes[s][1], ids[N_MAX];
+            struct packed p;
+            struct array y;
+            float *w;
+
+            if (!weight_supported(kinds[i].type, kinds[i].layout, n_out, n_in) ||
+                (kinds[i].layout != LAYOUT_TILE16 && kinds[i].layout != LAYOUT_ROWS))
+                continue;
+            p = packed_new(kinds[i].type, kinds[i].layout, n_out, n_in);
+            y = array_new(N_MAX, n_in, 3);
+            w = malloc(n_in * sizeof(*w));
+            for (uint32_t r = 0; r < N_MAX; r++)
+                ids[r] = r == 0 ? n_out - 1 : next_random() % n_out;
+            for (size_t c = 0; c < ARRAY_SIZE(batches); c++) {
+                array_mark(&y);
+                two->ops->get_rows(two, &p.w, ids, batches[c], 45.254834f, y.p, y.ld);
+                check_guards(&y, batches[c]);
+                for (uint32_t r = 0; r < batches[c]; r++) {
+                    weight_get_row(&p.w, ids[r], w);
+                    for (uint32_t k = 0; k < n_in; k++)
+                        assert(y.p[r * y.ld + k] == w[k] * 45.254834f);
+                }
+            }
+            free(w);
+            array_free(&y);
+            packed_free(&p);
+        }
+}
+
+/* Norms. Each run_ function runs in place where the contract allows it, every other call. */
+
+struct norm_case {
+    struct norm_args a;
+    bool in_place;
+};
+
+static void run_norm(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct norm_case *c = args;
+    struct norm_args a = c->a;
+
+    a.n = n;
+    a.x += first * a.ld_x;
+    a.add = a.add ? a.add + first * a.ld_add : NULL;
+    a.add2 = a.add2 ? a.add2 + first * a.ld_add2 : NULL;
+    a.y = y;
+    if (c->in_place) {
+        for (uint32_t i = 0; i < n; i++)
+            memcpy(y + i * a.ld_y, a.x + i * a.ld_x, a.k * 4);
+        a.x = y;
+        a.ld_x = a.ld_y;
+    }
+    b->ops->norm(b, &a);
+}
+
+static double rms_factor(const float *x, uint32_t k, double scale, double eps)
+{
+    double sum = 0;
+
+    for (uint32_t i = 0; i < k; i++)
+        sum += (double)x[i] * scale * ((double)x[i] * scale);
+    return scale / sqrt(sum / k + eps);
+}
+
+static void test_norm(void)
+{
+    static const uint32_t widths[] = {1, 7, 8, 15, 16, 17, 33, 96, 256, 2048, 2061};
+
+    for (size_t s = 0; s < ARRAY_SIZE(widths); s++)
+        for (int variant = 0; variant < 16; variant++) {
+            uint32_t k = widths[s];
+            struct array x = array_random(N_MAX, k, 2, 1), y = array_new(N_MAX, k, 7);
+            struct array add = array_random(N_MAX, k, 1, 3), add2 = array_random(N_MAX, k, 5, 3);
+            struct array w = array_random(1, k, 0, 2);
+            struct norm_case c = {.a = {.k = k,
+                                        .x = x.p,
+                                        .ld_x = x.ld,
+                                        .w = variant & 1 ? w.p : NULL,
+                                        .eps = 1e-6f,
+                                        .add = variant & 2 ? add.p : NULL,
+                                        .add2 = variant & 4 ? add2.p : NULL,
+                                        .ld_add = add.ld,
+                                        .ld_add2 = add2.ld,
+                                        .scale = variant & 2 ? 0.70710678f : 1,
+                                        .ld_y = y.ld},
+                                  .in_place = variant & 8};
+
+            for (uint32_t j = 0; j < k; j++) { /* rows 1: zero, 2: large, 3: tiny */
+                x.p[x.ld + j] = 0;
+                x.p[2 * x.ld + j] *= 1e4f;
+                x.p[3 * x.ld + j] *= 1e-30f;
+            }
+            check_batches("norm", run_norm, &c, &y);
+            for (uint32_t i = 0; i < N_MAX; i++) {
+                double r = rms_factor(x.p + i * x.ld, k, 1, (double)1e-6f);
+
+                for (uint32_t j = 0; j < k; j++) {
+                    double t = (double)x.p[i * x.ld + j] * r * (double)(variant & 1 ? w.p[j] : 1);
+                    double t1 = variant & 2 ? (double)add.p[i * add.ld + j] : 0;
+                    double t2 = variant & 4 ? (double)add2.p[i * add2.ld + j] : 0;
+
+                    check_near("norm", i, j, (double)y.p[i * y.ld + j],
+                               (t + t1 + t2) * (double)c.a.scale,
+                               16 * EPS * (fabs(t) + fabs(t1) + fabs(t2)) * (double)c.a.scale);
+                }
+            }
+            array_free(&x);
+            array_free(&y);
+            array_free(&add);
+            array_free(&add2);
+            array_free(&w);
+        }
+}
+
+struct head_norm_case {
+    struct head_norm_args a;
+    const float *x;
+};
+
+static void run_head_norm(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct head_norm_case *c = args;
+    struct head_norm_args a = c->a;
+
+    a.n = n;
+    a.x = y;
+    a.rope = a.rope ? a.rope + (size_t)first * a.head_dim : NULL;
+    for (uint32_t i = 0; i < n; i++)
+        memcpy(y + i * a.ld, c->x + (first + i) * a.ld, (size_t)a.n_heads * a.head_dim * 4);
+    b->ops->head_norm(b, &a);
+}
+
+static void test_head_norm(void)
+{
+    static const uint32_t shapes[][2] = {{1, 2},  {3, 6},  {2, 8},  {8, 16},
+                                         {4, 34}, {2, 64}, {8, 256}};
+
+    for (size_t s = 0; s < ARRAY_SIZE(shapes); s++)
+        for (int variant = 0; variant < 4; variant++) {
+            uint32_t heads = shapes[s][0], dim = shapes[s][1], half = dim / 2;
+            struct array x = array_random(N_MAX, (size_t)heads * dim, 3, 4);
+            struct array y = array_new(N_MAX, (size_t)heads * dim, 3);
+            struct array w = array_random(1, dim, 0, 2), rope = array_new(N_MAX, dim, 0);
+            struct head_norm_case c = {.a = {.n_heads = heads,
+                                             .head_dim = dim,
+                                             .ld = y.ld,
+                                             .eps = 1e-6f,
+                                             .w = variant & 1 ? w.p : NULL,
+                                             .rope = variant & 2 ? rope.p : NULL},
+                                       .x = x.p};
+
+            for (uint32_t i = 0; i < N_MAX; i++)
+                for (uint32_t k = 0; k < half; k++) {
+                    double angle = i * pow(10000, -2.0 * k / dim);
+
+                    rope.p[i * dim + k] = (float)cos(angle);
+                    rope.p[i * dim + half + k] = (float)sin(angle);
+                }
+            check_batches("head_norm", run_head_norm, &c, &y);
+            for (uint32_t i = 0; i < N_MAX; i++)
+                for (uint32_t h = 0; h < heads; h++) {
+                    const float *v = x.p + i * x.ld + (size_t)h * dim;
+                    const float *got = y.p + i * y.ld + (size_t)h * dim;
+                    double r = rms_factor(v, dim, 1, (double)1e-6f), max = 0;
+
+                    for (uint32_t k = 0; k < dim; k++)
+                        max =
+                            fmax(max, fabs((double)v[k] * r * (double)(variant & 1 ? w.p[k] : 1)));
+                    for (uint32_t k = 0; k < half; k++) {
+                        double a = (double)v[k] * r, b = (double)v[k + half] * r;
+                        double cosine = 1, sine = 0;
+
+                        if (variant & 1) {
+                            a *= (double)w.p[k];
+                            b *= (double)w.p[k + half];
+                        }
+                        if (variant & 2) {
+                            cosine = (double)rope.p[i * dim + k];
+                            sine = (double)rope.p[i * dim + half + k];
+                        }
+                        check_near("head_norm", i, k, (double)got[k], a * cosine - b * sine,
+                                   16 * EPS * max);
+                        check_near("head_norm", i, k + half, (double)got[k + half],
+                                   b * cosine + a * sine, 16 * EPS * max);
+                    }
+                }
+            array_free(&x);
+            array_free(&y);
+            array_free(&w);
+            array_free(&rope);
+        }
+}
+
+/* Attention */
+
+#define MAX_PAGES 17
+
+struct attention_case {
+    struct attention_args a;
+    struct kv_row rows[N_MAX];
+};
+
+static void run_attention(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct attention_case *c = args;
+    struct attention_args a = c->a;
+
+    a.n = n;
+    a.q += first * a.ld;
+    a.rows = c->rows + first;
+    a.out = y;
+    b->ops->attention(b, &a);
+}
+
+static double kv_value(const struct kv_shape *s, const void *page, size_t at)
+{
+    return (double)(s->f16 ? half_to_float(((const uint16_t *)page)[at])
+                           : ((const float *)page)[at]);
+}
+
+/* Pages are filled by kv_store and everything that a row must not see is NaN or missing. */
+static void check_attention(uint32_t heads, uint32_t heads_kv, uint32_t dim, uint32_t window,
+                            bool f16, float q_scale)
+{
+    static const uint32_t positions[] = {0, 1, 63, 64, 127, 1000, 65, 300, 511, 62, 128};
+    uint32_t n = ARRAY_SIZE(positions);
+    struct kv_shape shape = {heads_kv, dim, f16};
+    struct array q = array_random(n, (size_t)heads * dim, 3, q_scale);
+    struct array y = array_new(n, (size_t)heads * dim, 3);
+    struct array kv = array_random(1, (size_t)heads_kv * dim * 2, 0, 1);
+    struct attention_case c = {
+        .a = {.n_heads = heads, .shape = shape, .window = window, .q = q.p, .ld = q.ld}};
+    size_t bytes = kv_page_bytes(&shape), v_from = (size_t)heads_kv * dim * KV_PAGE;
+    void *pages[ARRAY_SIZE(positions)][MAX_PAGES] = {0};
+    char what[96];
+
+    snprintf(what, sizeof(what), "attention %u/%u heads of %u, window %u, %s", heads, heads_kv, dim,
+             window, f16 ? "f16" : "f32");
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t pos = positions[i], begin = window && pos + 1 > window ? pos + 1 - window : 0;
+
+        for (uint32_t p = begin; p <= pos; p++) {
+            struct kv_row at = {pages[i], p};
+            struct kv_store_args store = {.n = 1,
+                                          .shape = shape,
+                                          .k = kv.p,
+                                          .v = kv.p + (size_t)heads_kv * dim,
+                                          .ld = 1,
+                                          .rows = &at};
+
+            if (!pages[i][p / KV_PAGE]) {
+                pages[i][p / KV_PAGE] = malloc(bytes);
+                memset(pages[i][p / KV_PAGE], 0xff, bytes);
+            }
+            for (size_t k = 0; k < (size_t)heads_kv * dim * 2; k++)
+                kv.p[k] = uniform();
+            two->ops->kv_store(two, &store);
+            for (uint32_t h = 0; h < heads_kv; h++)
+                for (uint32_t k = 0; k < dim; k++) {
+                    size_t k_at = ((size_t)h * dim + k) * KV_PAGE + p % KV_PAGE;
+                    size_t v_at = v_from + ((size_t)h * KV_PAGE + p % KV_PAGE) * dim + k;
+                    float fk = kv.p[h * dim + k], fv = kv.p[(heads_kv + h) * dim + k];
+
+                    if (f16) {
+                        fk = half_to_float(half_from_float(fk));
+                        fv = half_to_float(half_from_float(fv));
+                    }
+                    assert(kv_value(&shape, pages[i][p / KV_PAGE], k_at) == (double)fk);
+                    assert(kv_value(&shape, pages[i][p / KV_PAGE], v_at) == (double)fv);
+                }
+        }
+        c.rows[i] = (struct kv_row){pages[i], pos};
+    }
+    check_batches(what, run_attention, &c, &y);
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t h = 0; h < heads; h++) {
+            uint32_t pos = positions[i], begin = window && pos + 1 > window ? pos + 1 - window : 0;
+            uint32_t head_kv = h / (heads / heads_kv);
+            double score[1024], max = -INFINITY, sum = 0;
+
+            for (uint32_t p = begin; p <= pos; p++) {
+                double s = 0;
+
+                for (uint32_t k = 0; k < dim; k++)
+                    s += (double)q.p[i * q.ld + (size_t)h * dim + k] *
+                         kv_value(&shape, pages[i][p / KV_PAGE],
+                                  ((size_t)head_kv * dim + k) * KV_PAGE + p % KV_PAGE);
+                score[p] = s;
+                max = fmax(max, s);
+                assert(fabs(s) < 100);
+            }
+            for (uint32_t p = begin; p <= pos; p++) {
+                score[p] = exp(score[p] - max);
+                sum += score[p];
+            }
+            for (uint32_t k = 0; k < dim; k++) {
+                double v = 0;
+
+                for (uint32_t p = begin; p <= pos; p++)
+                    v += score[p] / sum *
+                         kv_value(&shape, pages[i][p / KV_PAGE],
+                                  v_from + ((size_t)head_kv * KV_PAGE + p % KV_PAGE) * dim + k);
+                check_near(what, i, (size_t)h * dim + k,
+                           (double)y.p[i * y.ld + (size_t)h * dim + k], v, 0x1p-16);
+            }
+        }
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t p = 0; p < MAX_PAGES; p++)
+            free(pages[i][p]);
+    array_free(&q);
+    array_free(&y);
+    array_free(&kv);
+}
+
+static void test_attention(void)
+{
+    static const uint32_t windows[] = {0, 1, 3, 63, 64, 65, 512};
+    static const uint32_t shapes[][3] = {{8, 2, 16}, {4, 2, 8}, {4, 4, 34}, {3, 1, 24}, {2, 1, 2}};
+
+    for (size_t s = 0; s < ARRAY_SIZE(shapes); s++)
+        for (size_t w = 0; w < ARRAY_SIZE(windows); w++)
+            for (int f16 = 0; f16 < 2; f16++)
+                check_attention(shapes[s][0], shapes[s][1], shapes[s][2], windows[w], f16, 3);
+    check_attention(8, 2, 256, 512, true, 0.05f);
+    check_attention(8, 2, 256, 0, false, 1.5f);
+}
+
+/* The largest score may come first, last or in the middle page; a sum may vanish beside it. */
+static void test_attention_peaks(void)
+{
+    for (uint32_t peak = 0; peak < 200; peak += 33) {
+        struct kv_shape shape = {1, 8, false};
+        void *pages[4];
+        struct kv_row row = {pages, 199};
+        float q[8] = {1}, y[8];
+        struct attention_args a = {
+            .n = 1, .n_heads = 1, .shape = shape, .q = q, .out = y, .ld = 8, .rows = &row};
+
+        for (uint32_t i = 0; i < 4; i++)
+            pages[i] = calloc(1, kv_page_bytes(&shape));
+        for (uint32_t p = 0; p < 200; p++) {
+            float k[8] = {p == peak ? 90 : -90}, v[8] = {(float)p, 1};
+            struct kv_row at = {pages, p};
+            struct kv_store_args store = {
+                .n = 1, .shape = shape, .k = k, .v = v, .ld = 8, .rows = &at};
+
+            two->ops->kv_store(two, &store);
+        }
+        two->ops->attention(two, &a);
+        assert(fabsf(y[0] - (float)peak) <= (float)peak * 0x1p-16f && fabsf(y[1] - 1) <= 0x1p-16f);
+        for (uint32_t i = 0; i < 4; i++)
+            free(pages[i]);
+    }
+}
+
+/* Gate */
+
+struct gate_case {
+    struct gate_args a;
+    int in_place; /* 1: in gate, 2: in up */
+};
+
+static void run_gate(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct gate_case *c = args;
+    struct gate_args a = c->a;
+
+    a.n = n;
+    a.gate += first * a.ld_gate;
+    a.up += first * a.ld_up;
+    a.y = y;
+    if (c->in_place) {
+        const float **from = c->in_place == 1 ? &a.gate : &a.up;
+        size_t *ld = c->in_place == 1 ? &a.ld_gate : &a.ld_up;
+
+        for (uint32_t i = 0; i < n; i++)
+            memcpy(y + i * a.ld_y, *from + i * *ld, a.k * 4);
+        *from = y;
+        *ld = a.ld_y;
+    }
+    b->ops->gate(b, &a);
+}
+
+static void test_gate(void)
+{
+    static const uint32_t widths[] = {1, 7, 8, 16, 31, 33, 256, 2048};
+
+    for (size_t s = 0; s < ARRAY_SIZE(widths); s++)
+        for (int variant = 0; variant < 9; variant++) {
+            uint32_t k = widths[s];
+            struct array gate = array_random(N_MAX, k, 3, variant % 3 == 2 ? 20 : 3);
+            struct array up = array_random(N_MAX, k, 2, 2), y = array_new(N_MAX, k, 1);
+            double z = variant / 3 == 0 ? 0 : variant / 3 == 1 ? 1.6448533535 : 0.1;
+            struct gate_case c = {.a = {.k = k,
+                                        .gate = gate.p,
+                                        .ld_gate = gate.ld,
+                                        .up = up.p,
+                                        .ld_up = up.ld,
+                                        .ld_y = y.ld,
+                                        .z = (float)z},
+                                  .in_place = variant % 3};
+
+            for (uint32_t j = 0; j < k; j++) {
+                gate.p[gate.ld + j] = 0;
+                gate.p[2 * gate.ld + j] *= 1e4f;
+                gate.p[3 * gate.ld + j] *= 1e-38f;
+                gate.p[4 * gate.ld + j] = 0.75f; /* nothing is above the mean */
+            }
+            check_batches("gate", run_gate, &c, &y);
+            for (uint32_t i = 0; i < N_MAX; i++) {
+                const float *g = gate.p + i * gate.ld;
+                double mean = 0, square = 0;
+
+                for (uint32_t j = 0; j < k; j++)
+                    mean += (double)g[j] / k;
+                for (uint32_t j = 0; j < k; j++)
+                    square += ((double)g[j] - mean) * ((double)g[j] - mean) / k;
+                for (uint32_t j = 0; j < k; j++) {
+                    double u = (double)up.p[i * up.ld + j], v = (double)g[j], want;
+                    double cut = mean + (double)c.a.z * sqrt(square);
+                    /* whether a value so near the cut survives is a matter of the last bit */
+                    double doubt = c.a.z > 0 ? 1e-13 * (fabs(cut) + fabs(v)) : 0;
+
+                    if (c.a.z > 0)
+                        v = fmax(v - cut, 0);
+                    want = v * u / (1 + exp(-2 * sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+                    if (c.a.z > 0 && v == 0 && (double)g[j] < cut - doubt)
+                        assert(y.p[i * y.ld + j] == 0);
+                    check_near("gate", i, j, (double)y.p[i * y.ld + j], want,
+                               0x1p-18 * (fabs(want) + fabs(u) * 0x1p-10) + 2 * doubt * fabs(u));
+                }
+            }
+            array_free(&gate);
+            array_free(&up);
+            array_free(&y);
+        }
+}
+
+/* The operations on streams */
+
+struct altup_case {
+    uint32_t hidden, n_streams;
+    struct router_weights router;
+    const float *coefs, *h, *b, *scale;
+    bool in_place, want_scaled;
+    float *other; /* for the result that is not looked at */
+};
+
+static void run_predict(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct altup_case *c = args;
+    size_t row = (size_t)c->n_streams * c->hidden;
+    struct altup_predict_args a = {.n = n,
+                                   .hidden = c->hidden,
+                                   .n_streams = c->n_streams,
+                                   .router = c->router,
+                                   .coefs = c->coefs,
+                                   .h = c->h + first * row,
+                                   .pred = y};
+
+    b->ops->altup_predict(b, &a);
+}
+
+static void run_correct(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct altup_case *c = args;
+    size_t row = (size_t)c->n_streams * c->hidden;
+    struct altup_correct_args a = {.n = n,
+                                   .hidden = c->hidden,
+                                   .n_streams = c->n_streams,
+                                   .router = c->router,
+                                   .coefs = c->coefs,
+                                   .pred = c->h + first * row,
+                                   .b = c->b + (size_t)first * c->hidden,
+                                   .scale = c->scale,
+                                   .h = c->want_scaled ? c->other : y,
+                                   .scaled = c->want_scaled ? y : c->other};
+
+    if (c->in_place) {
+        memcpy(a.h, a.pred, n * row * 4);
+        a.pred = a.h;
+    }
+    b->ops->altup_correct(b, &a);
+}
+
+static void route(const struct altup_case *c, const float *x, double *ret)
+{
+    double r = rms_factor(x, c->hidden, 1, (double)c->router.eps);
+
+    for (uint32_t j = 0; j < c->n_streams; j++) {
+        double sum = 0;
+
+        for (uint32_t k = 0; k < c->hidden; k++)
+            sum += (double)c->router.router[(size_t)j * c->hidden + k] *
+                   ((double)x[k] * r * (double)c->router.norm[k] / c->hidden);
+        ret[j] = tanh(sum);
+    }
+}
+
+static void check_altup(uint32_t hidden, uint32_t n)
+{
+    struct array h = array_random(N_MAX, (size_t)n * hidden, 0, 5);
+    struct array b = array_random(N_MAX, hidden, 0, 5), y = array_new(N_MAX, n * hidden, 0);
+    struct array scaled = array_new(N_MAX, hidden, 0), other = array_new(N_MAX, n * hidden, 0);
+    struct array norm = array_random(1, hidden, 0, 1), router = array_random(n, hidden, 0, 40);
+    struct array coefs = array_random(n * n, n, 0, 1), scale = array_random(1, hidden, 0, 2);
+    struct altup_case c = {.hidden = hidden,
+                           .n_streams = n,
+                           .coefs = coefs.p,
+                           .h = h.p,
+                           .b = b.p,
+                           .scale = scale.p,
+                           .router = {norm.p, router.p, 1e-6f},
+                           .other = other.p};
+    double m[BACKEND_MAX_STREAMS];
+
+    check_batches("altup_predict", run_predict, &c, &y);
+    for (uint32_t i = 0; i < N_MAX; i++) {
+        const float *x = h.p + (size_t)i * n * hidden;
+
+        route(&c, x, m);
+        for (uint32_t j = 0; j < n; j++)
+            for (uint32_t k = 0; k < hidden; k++) {
+                double sum = (double)x[j * hidden + k], magnitude = fabs(sum);
+
+                for (uint32_t s = 0; s < n; s++) {
+                    double coef = 0;
+
+                    for (uint32_t t = 0; t < n; t++)
+                        coef += (double)coefs.p[(j * n + s) * n + t] * m[t];
+                    sum += coef * (double)x[s * hidden + k];
+                    magnitude += fabs(coef * (double)x[s * hidden + k]);
+                }
+                check_near("altup_predict", i, j * hidden + k,
+                           (double)y.p[((size_t)i * n + j) * hidden + k], sum,
+                           16 * EPS * magnitude);
+            }
+    }
+    for (int in_place = 0; in_place < 2; in_place++) {
+        c.in_place = in_place;
+        c.want_scaled = false;
+        check_batches("altup_correct", run_correct, &c, &y);
+        c.want_scaled = true;
+        check_batches("altup_correct, scaled", run_correct, &c, &scaled);
+        for (uint32_t i = 0; i < N_MAX; i++) {
+            const float *pred = h.p + (size_t)i * n * hidden, *out = b.p + (size_t)i * hidden;
+
+            route(&c, out, m);
+            for (uint32_t j = 0; j < n; j++) {
+                double coef = 1;
+
+                for (uint32_t t = 0; t < n; t++)
+                    coef += (double)coefs.p[j * n + t] * m[t];
+                for (uint32_t k = 0; k < hidden; k++) {
+                    double p = (double)pred[j * hidden + k], p0 = (double)pred[k];
+                    double want = p + coef * ((double)out[k] - p0);
+                    double bound =
+                        16 * EPS * (fabs(p) + fabs(coef * (double)out[k]) + fabs(coef * p0));
+
+                    check_near("altup_correct", i, j * hidden + k,
+                               (double)y.p[((size_t)i * n + j) * hidden + k], want, bound);
+                    if (j == 0)
+                        check_near("altup_correct, scaled", i, k,
+                                   (double)scaled.p[(size_t)i * hidden + k],
+                                   want * (double)scale.p[k], bound * fabs((double)scale.p[k]));
+                }
+            }
+        }
+    }
+    array_free(&h);
+    array_free(&b);
+    array_free(&y);
+    array_free(&scaled);
+    array_free(&other);
+    array_free(&norm);
+    array_free(&router);
+    array_free(&coefs);
+    array_free(&scale);
+}
+
+struct stream_case {
+    uint32_t hidden, n_streams, stream;
+    const float *x, *w, *h;
+};
+
+static void run_stream_norm(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct stream_case *c = args;
+    size_t row = (size_t)c->n_streams * c->hidden;
+    struct stream_norm_args a = {.n = n,
+                                 .hidden = c->hidden,
+                                 .n_streams = c->n_streams,
+                                 .x = c->x + (size_t)first * c->hidden,
+                                 .w = c->w,
+                                 .eps = 1e-6f,
+                                 .h = y};
+
+    memcpy(y, c->h + first * row, n * row * 4);
+    b->ops->stream_norm(b, &a);
+}
+
+/* ref is stream 0 of the array that is written, as when streams are set up. */
+static void run_rescale(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct stream_case *c = args;
+    size_t row = (size_t)c->n_streams * c->hidden;
+    struct rescale_args a = {.n = n,
+                             .hidden = c->hidden,
+                             .n_streams = c->n_streams,
+                             .stream = c->stream,
+                             .y = c->x + (size_t)first * c->hidden,
+                             .ref = y,
+                             .ld_ref = row,
+                             .h = y};
+
+    memcpy(y, c->h + first * row, n * row * 4);
+    b->ops->rescale(b, &a);
+}
+
+static void run_merge(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct stream_case *c = args;
+    struct merge_args a = {.n = n,
+                           .hidden = c->hidden,
+                           .n_streams = c->n_streams,
+                           .h = c->h + (size_t)first * c->n_streams * c->hidden,
+                           .w = c->w,
+                           .eps = 1e-6f,
+                           .x = y};
+
+    b->ops->merge(b, &a);
+}
+
+static void check_streams(uint32_t hidden, uint32_t n)
+{
+    struct array h = array_random(N_MAX, (size_t)n * hidden, 0, 5);
+    struct array x = array_random(N_MAX, hidden, 0, 5), y = array_new(N_MAX, n * hidden, 0);
+    struct array w = array_random(1, hidden, 0, 1), merged = array_new(N_MAX, hidden, 0);
+    struct stream_case c = {
+        .hidden = hidden, .n_streams = n, .stream = n - 1, .x = x.p, .w = w.p, .h = h.p};
+    float *mean = malloc(hidden * sizeof(*mean));
+
+    for (uint32_t k = 0; k < hidden; k++)
+        x.p[hidden + k] *= 1e-5f; /* under the floor of rescale */
+    check_batches("stream_norm", run_stream_norm, &c, &y);
+    for (uint32_t i = 0; i < N_MAX; i++) {
+        double r = rms_factor(x.p + (size_t)i * hidden, hidden, 1, (double)1e-6f);
+
+        for (size_t k = 0; k < (size_t)n * hidden; k++) {
+            double before = (double)h.p[i * h.ld + k];
+            double add = k < hidden ? 0
+                                    : (double)x.p[(size_t)i * hidden + k % hidden] * r *
+                                          (double)w.p[k % hidden];
+
+            check_near("stream_norm", i, k, (double)y.p[i * y.ld + k], before + add,
+                       k < hidden ? 0 : 16 * EPS * (fabs(before) + fabs(add)));
+        }
+    }
+    check_batches("rescale", run_rescale, &c, &y);
+    for (uint32_t i = 0; i < N_MAX; i++) {
+        double to = 1 / rms_factor(h.p + i * h.ld, hidden, 1, 0);
+        double from = 1 / rms_factor(x.p + (size_t)i * hidden, hidden, 1, 0);
+        double r = to / fmax(from, sqrt(1e-5));
+
+        if (n == 1) /* the only stream is its own measure: nothing more to say */
+            break;
+        for (size_t k = 0; k < (size_t)n * hidden; k++) {
+            bool changed = k >= (size_t)(n - 1) * hidden;
+            double want = changed ? (double)x.p[(size_t)i * hidden + k % hidden] * r
+                                  : (double)h.p[i * h.ld + k];
+
+            check_near("rescale", i, k, (double)y.p[i * y.ld + k], want,
+                       changed ? 16 * EPS * fabs(want) : 0);
+        }
+    }
+    check_batches("merge", run_merge, &c, &merged);
+    for (uint32_t i = 0; i < N_MAX; i++) {
+        double r, sum = 0;
+
+        for (int pass = 0; pass < 2; pass++)
+            for (uint32_t k = 0; k < hidden; k++) {
+                double m = 0, magnitude = 0;
+
+                for (uint32_t s = 0; s < n; s++) {
+                    m += (double)h.p[i * h.ld + s * hidden + k] / n;
+                    magnitude += fabs((double)h.p[i * h.ld + s * hidden + k]) / n;
+                }
+                if (pass == 0) {
+                    sum += m * m;
+                    continue;
+                }
+                r = 1 / sqrt(sum / hidden + (double)1e-6f);
+                check_near("merge", i, k, (double)merged.p[i * merged.ld + k],
+                           m * r * (double)w.p[k], 16 * EPS * magnitude * r * fabs((double)w.p[k]));
+            }
+    }
+    free(mean);
+    array_free(&h);
+    array_free(&x);
+    array_free(&y);
+    array_free(&w);
+    array_free(&merged);
+}
+
+static void test_streams(void)
+{
+    static const uint32_t widths[] = {1, 7, 8, 17, 24, 33, 256, 2048};
+
+    for (size_t s = 0; s < ARRAY_SIZE(widths); s++) {
+        check_altup(widths[s], 4);
+        check_streams(widths[s], 4);
+    }
+    check_altup(40, 1);
+    check_altup(40, 2);
+    check_altup(40, BACKEND_MAX_STREAMS);
+    check_streams(40, 1);
+    check_streams(40, 3);
+}
+
+struct ple_case {
+    struct ple_args a;
+    bool in_place;
+};
+
+static void run_ple(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct ple_case *c = args;
+    struct ple_args a = c->a;
+    size_t row = (size_t)a.n_layers * a.width;
+
+    a.n = n;
+    a.g += first * row;
+    a.e += first * row;
+    a.ple = y;
+    if (c->in_place) {
+        memcpy(y, a.e, n * row * 4);
+        a.e = y;
+    }
+    b->ops->ple(b, &a);
+}
+
+static void test_ple(void)
+{
+    static const uint32_t shapes[][2] = {{1, 1}, {10, 6}, {3, 17}, {5, 32}, {30, 256}};
+
+    for (size_t s = 0; s < ARRAY_SIZE(shapes); s++)
+        for (int in_place = 0; in_place < 2; in_place++) {
+            uint32_t layers = shapes[s][0], width = shapes[s][1];
+            struct array g = array_random(N_MAX, (size_t)layers * width, 0, 30);
+            struct array e = array_random(N_MAX, (size_t)layers * width, 0, 2);
+            struct array y = array_new(N_MAX, (size_t)layers * width, 0);
+            struct array w = array_random(1, width, 0, 2);
+            struct ple_case c = {.a = {.n_layers = layers,
+                                       .width = width,
+                                       .g = g.p,
+                                       .e = e.p,
+                                       .w = w.p,
+                                       .g_scale = 0.022097087f,
+                                       .eps = 1e-6f},
+                                 .in_place = in_place};
+
+            for (uint32_t k = 0; k < width; k++)
+                g.p[k] = k == 0 ? 1e-3f : 0; /* so small that eps counts */
+            check_batches("ple", run_ple, &c, &y);
+            for (size_t i = 0; i < (size_t)N_MAX * layers; i++) {
+                double r = rms_factor(g.p + i * width, width, (double)c.a.g_scale, (double)1e-6f);
+
+                for (uint32_t k = 0; k < width; k++) {
+                    double a = (double)g.p[i * width + k] * r * (double)w.p[k];
+                    double b = (double)e.p[i * width + k];
+
+                    check_near("ple", i, k, (double)y.p[i * width + k], (a + b) * sqrt(0.5),
+                               16 * EPS * (fabs(a) + fabs(b)));
+                }
+            }
+            array_free(&g);
+            array_free(&e);
+            array_free(&y);
+            array_free(&w);
+        }
+}
+
+static void test_softcap(void)
+{
+    static const size_t sizes[] = {0, 1, 7, 8, 33, 4096, 20001};
+
+    for (size_t s = 0; s < ARRAY_SIZE(sizes); s++) {
+        size_t n = sizes[s];
+        struct array x = array_random(1, n, 0, 100), y = array_new(1, n, 0), z = array_new(1, n, 0);
+
+        for (size_t i = 0; i < n; i++) {
+            if (i % 5 == 1)
+                x.p[i] *= i % 2 ? 1e-3f : 1e4f;
+            if (i % 97 == 3)
+                x.p[i] = i % 2 ? 3e38f : 0;
+        }
+        memcpy(y.memory, x.memory, x.total * 4);
+        memcpy(z.memory, x.memory, x.total * 4);
+        two->ops->softcap(two, y.p, n, 30);
+        one->ops->softcap(one, z.p, n / 2, 30);
+        one->ops->softcap(one, z.p + n / 2, n - n / 2, 30);
+        check_guards(&y, 1);
+        check_same("softcap", y.p, z.p, n);
+        for (size_t i = 0; i < n; i++) {
+            check_near("softcap", 0, i, (double)y.p[i], 30 * tanh((double)x.p[i] / 30),
+                       30 * 0x1p-21);
+            assert(fabsf(y.p[i]) < 30);
+        }
+        array_free(&x);
+        array_free(&y);
+        array_free(&z);
+    }
+}
+
+static void test_quantize(void)
+{
+    static const uint32_t widths[] = {1, 31, 32, 33, 64, 96, 160, 544, 2048};
+
+    for (size_t s = 0; s < ARRAY_SIZE(widths); s++)
+        for (size_t c = 0; c < ARRAY_SIZE(batches); c++)
+            check_quantize(batches[c], widths[s]);
+}
+
+static void test_new(void)
+{
+    struct backend_limits limits = {N_MAX, 2048, 8};
+    struct backend *b = NULL;
+    struct error err = {{0}};
+    unsigned char *p;
+
+    assert(backend_cpu_new(&b, "sse9", 1, &limits, &err) == -EINVAL && !b);
+    assert(strstr(err.text, "sse9"));
+    assert(backend_cpu_new(&b, NULL, 0, &limits, &err) == 0);
+    assert(b->vtable->n_threads(b) >= 1 && b->vtable->scratch_bytes(b) > 0);
+    assert(backend_finish(b) == 0);
+    for (size_t bytes = 1; bytes <= (size_t)8 << 20; bytes *= 8) {
+        p = backend_alloc(b, bytes);
+        assert(p && (uintptr_t)p % 4096 == 0 && p[0] == 0 && p[bytes - 1] == 0);
+        p[bytes - 1] = 1;
+        backend_release(b, p, bytes);
+    }
+    assert(!backend_alloc(b, SIZE_MAX / 2));
+    printf("best level: %s, %u threads\n", b->ops->name, b->vtable->n_threads(b));
+    assert(!backend_free(b));
+    limits.max_width = UINT32_MAX;
+    limits.max_rows = UINT32_MAX;
+    b = NULL;
+    assert(backend_cpu_new(&b, "reference", UINT32_MAX, &limits, &err) == -ENOMEM && !b);
+}
+
+int main(void)
+{
+    struct backend_limits limits = {N_MAX, 8192, 8};
+    struct error err = {{0}};
+    int n_levels = 0;
+
+    assert(backend_cpu_new(&ref, "reference", 1, &limits, &err) == 0);
+    for (size_t i = 0; i < ARRAY_SIZE(level_names); i++) {
+        int r = backend_cpu_new(&one, level_names[i], 1, &limits, &err);
+
+        if (r == -EINVAL) {
+            printf("%s\n", err.text);
+            continue;
+        }
+        assert(r == 0);
+        assert(backend_cpu_new(&two, level_names[i], 2, &limits, &err) == 0);
+        assert(strcmp(two->ops->name, level_names[i]) == 0);
+        printf("%s\n", two->ops->name);
+        test_quantize();
+        test_matmul();
+        test_hostile_weights();
+        test_get_rows();
+        test_norm();
+        test_head_norm();
+        test_attention();
+        test_attention_peaks();
+        test_gate();
+        test_streams();
+        test_ple();
+        test_softcap();
+        one = backend_free(one);
+        two = backend_free(two);
+        n_levels++;
+    }
+    backend_free(ref);
+    test_new();
+    return n_levels ? 0 : 1;
+}
