@@ -21,7 +21,7 @@
 #include "engine/engine-internal.h"
 #include "engine/session.h"
 
-#define DEFAULT_MAX_ROWS 512
+#define DEFAULT_MAX_ROWS 256
 #define DEFAULT_MAX_LOGITS 16
 #define MOST_ROWS 65536u
 
@@ -69,7 +69,8 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     e->max_logits = MIN(e->max_logits, e->max_rows);
     e->widest = widest_input(c);
 
-    limits = (struct backend_limits){e->max_rows, e->widest, c->n_heads};
+    limits = (struct backend_limits){
+        e->max_rows, MAX(e->widest, c->n_layers * c->ple_width), c->n_heads};
     r = backend_cpu_new(&e->backend, options->cpu_level, options->n_threads, &limits, err);
     if (r < 0)
         return r;

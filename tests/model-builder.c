@@ -14,7 +14,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "backends/weight.h"
 #include "base/cleanup.h"
 #include "tools/import/model-writer.h"
 

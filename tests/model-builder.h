@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "backends/weight.h"
 #include "engine/model-config.h"
 
 struct model_builder {
