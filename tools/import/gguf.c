@@ -522,6 +522,11 @@ int gguf_fd(const struct gguf *g)
     return g->fd;
 }
 
+uint64_t gguf_file_size(const struct gguf *g)
+{
+    return g->file_size;
+}
+
 size_t gguf_n_entries(const struct gguf *g)
 {
     return g->n_entries;

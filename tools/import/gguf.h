@@ -92,6 +92,7 @@ bool gguf_detect(const void *data, size_t n);
 
 const char *gguf_path(const struct gguf *g);
 int gguf_fd(const struct gguf *g); /* borrowed; negative for gguf_parse() */
+uint64_t gguf_file_size(const struct gguf *g);
 
 size_t gguf_n_entries(const struct gguf *g);
 const struct gguf_entry *gguf_entry(const struct gguf *g, size_t i);
