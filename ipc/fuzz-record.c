@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/utf8.h"
 #include "ipc/record.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
@@ -22,8 +23,27 @@ static bool near(double a, double b)
     return (isnan(a) && isnan(b)) || fabs(a - b) <= 1e-12 * (fabs(a) + fabs(b)) + 1e-300;
 }
 
+/*
+ * json-c 0.16 takes an escaped character beyond U+FFFF for half a surrogate pair when its low 16
+ * bits look like one (U+1DA00) and puts U+FFFD instead.
+ */
+static bool json_c_misreads(const char *text, size_t n)
+{
+    uint32_t c;
+
+    for (size_t i = 0, used; i < n; i += used) {
+        used = utf8_next(text + i, n - i, &c);
+        assert(used > 0);
+        if (c > 0xffff && (c & 0xf800) == 0xd800)
+            return true;
+    }
+    return false;
+}
+
 static bool same_text(struct json_object *o, const char *text, size_t n)
 {
+    if (json_c_misreads(text, n))
+        return true;
     return json_object_is_type(o, json_type_string) && (size_t)json_object_get_string_len(o) == n &&
            memcmp(json_object_get_string(o), text, n) == 0;
 }
