@@ -3,8 +3,8 @@
 #pragma once
 
 /*
- * foreign_tokenizer: a vocabulary as others store it (gemma3n.md §6.3, §6.4), brought into one form,
- * so that the same vocabulary gives the same table from each of its sources:
+ * foreign_tokenizer: a vocabulary as others store it (gemma3n.md §6.3, §6.4), brought into one
+ * form, so that the same vocabulary gives the same table from each of its sources:
  * - spaces are U+2581 in every piece;
  * - pieces that only mark something (turns, masks, images, <unusedN>) are control pieces, whatever
  *   the source calls them, so that their text does nothing unless asked for;
