@@ -8,7 +8,13 @@
  * EXIT_USAGE for wrong arguments. Answers go to stdout, notes to stderr.
  */
 
+#include <stddef.h>
+#include <stdio.h>
+
 #define EXIT_USAGE 2
+
+int tokenize_run(int argc, char **argv);
+int detokenize_run(int argc, char **argv);
 
 /*
  * Prints "llm-eval NAME: message" and a line that points to --help to stderr; returns EXIT_USAGE.
@@ -21,3 +27,7 @@ int run_error(const char *name, const char *format, ...) __attribute__((format(p
 
 /* Flushes stdout: EXIT_SUCCESS, or EXIT_FAILURE with a message when the answer was not written. */
 int finish_output(const char *name);
+
+/* The rest of f, whatever it is; free() it. A NUL follows that does not count. 0, -errno, -ENOMEM
+ */
+int read_all(FILE *f, char **ret, size_t *ret_n);

@@ -1,0 +1,178 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/* llm-eval tokenize: text on stdin, ids on stdout; llm-eval detokenize: the way back. */
+
+#include <ctype.h>
+#include <errno.h>
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/cleanup.h"
+#include "tools/llm-eval/any-tokenizer.h"
+#include "tools/llm-eval/llm-eval.h"
+
+static const char tokenize_help[] =
+    "Usage: llm-eval tokenize [OPTION]... FILE < TEXT\n"
+    "Prints the ids of all of stdin, taken as one text, on one line.\n"
+    "\n"
+    "FILE is a model file, a GGUF file (one with a vocabulary only will do), a Hugging\n"
+    "Face folder, or a tokenizer.json or tokenizer.model.\n"
+    "\n"
+    "  --no-bos      do not put <bos> first\n"
+    "  --no-special  control pieces written in the text, such as <bos>, stay text\n"
+    "  --help        show this and exit\n"
+    "  --version     show the version and exit";
+
+static const char detokenize_help[] =
+    "Usage: llm-eval detokenize [OPTION]... FILE < IDS\n"
+    "Prints the text of the ids on stdin, which white space separates.\n"
+    "\n"
+    "FILE is a model file, a GGUF file (one with a vocabulary only will do), a Hugging\n"
+    "Face folder, or a tokenizer.json or tokenizer.model.\n"
+    "\n"
+    "  --no-special  leave out control pieces such as <bos>\n"
+    "  --help        show this and exit\n"
+    "  --version     show the version and exit";
+
+/* What both commands get from their command line. */
+struct arguments {
+    const char *file; /* NULL: --help or --version has been answered */
+    bool no_bos, no_special;
+};
+
+/* 0, or an exit status with the message printed. */
+static int parse(struct arguments *ret, int argc, char **argv, bool has_bos, const char *help)
+{
+    static const struct option options[] = {
+        {"no-special", no_argument, NULL, 's'},
+        {"help", no_argument, NULL, 'h'},
+        {"version", no_argument, NULL, 'v'},
+        {"no-bos", no_argument, NULL, 'b'},
+        {NULL, 0, NULL, 0},
+    };
+    static const struct option without_bos[] = {
+        {"no-special", no_argument, NULL, 's'},
+        {"help", no_argument, NULL, 'h'},
+        {"version", no_argument, NULL, 'v'},
+        {NULL, 0, NULL, 0},
+    };
+    struct arguments a = {0};
+    int c;
+
+    while ((c = getopt_long(argc, argv, "h", has_bos ? options : without_bos, NULL)) != -1) {
+        switch (c) {
+        case 'b':
+            a.no_bos = true;
+            break;
+        case 's':
+            a.no_special = true;
+            break;
+        case 'h':
+            puts(help);
+            *ret = (struct arguments){0};
+            return 0;
+        case 'v':
+            puts("llm-eval " LLMD_VERSION);
+            *ret = (struct arguments){0};
+            return 0;
+        default:
+            return usage_error(argv[0], NULL);
+        }
+    }
+    if (optind == argc)
+        return usage_error(argv[0], "no FILE given");
+    if (optind + 1 < argc)
+        return usage_error(argv[0], "one FILE only, '%s' is too much", argv[optind + 1]);
+    a.file = argv[optind];
+    *ret = a;
+    return 0;
+}
+
+/* Opens the tokenizer and reads stdin. 0, or an exit status with the message printed. */
+static int prepare(struct any_tokenizer *a, char **ret_text, size_t *ret_n, const char *name,
+                   const char *file)
+{
+    struct error err;
+    int r;
+
+    r = any_tokenizer_open(a, file, &err);
+    if (r < 0)
+        return run_error(name, "%s", err.text);
+    r = read_all(stdin, ret_text, ret_n);
+    if (r < 0)
+        return run_error(name, "cannot read stdin: %s", strerror(-r));
+    return 0;
+}
+
+int tokenize_run(int argc, char **argv)
+{
+    CLEANUP(any_tokenizer_done) struct any_tokenizer a = {0};
+    CLEANUP(freep) char *text = NULL;
+    CLEANUP(freep) uint32_t *data = NULL;
+    struct token_array ids = {0};
+    struct arguments args;
+    size_t n;
+    int r;
+
+    r = parse(&args, argc, argv, true, tokenize_help);
+    if (r != 0 || !args.file)
+        return r != 0 ? r : finish_output(argv[0]);
+    r = prepare(&a, &text, &n, argv[0], args.file);
+    if (r != 0)
+        return r;
+    r = tokenizer_encode(a.t, text, n,
+                         &(struct encode_options){.bos = !args.no_bos, .special = !args.no_special},
+                         &ids);
+    data = ids.data;
+    if (r < 0)
+        return run_error(argv[0], "%s",
+                         r == -EOVERFLOW ? "the text is longer than 2 GiB" : strerror(-r));
+    for (size_t i = 0; i < ids.n; i++)
+        printf("%s%u", i > 0 ? " " : "", ids.data[i]);
+    putchar('\n');
+    return finish_output(argv[0]);
+}
+
+int detokenize_run(int argc, char **argv)
+{
+    CLEANUP(any_tokenizer_done) struct any_tokenizer a = {0};
+    CLEANUP(freep) char *text = NULL, *out = NULL;
+    struct decoder d = {.n_pending = 0};
+    struct arguments args;
+    size_t n;
+    int r;
+
+    r = parse(&args, argc, argv, false, detokenize_help);
+    if (r != 0 || !args.file)
+        return r != 0 ? r : finish_output(argv[0]);
+    r = prepare(&a, &text, &n, argv[0], args.file);
+    if (r != 0)
+        return r;
+    out = malloc(decoder_room(a.t));
+    if (!out)
+        return run_error(argv[0], "%s", strerror(ENOMEM));
+    for (size_t i = 0; i < n;) {
+        size_t from = i;
+        uint64_t id = 0;
+
+        if (isspace((unsigned char)text[i])) {
+            i++;
+            continue;
+        }
+        for (; i < n && isdigit((unsigned char)text[i]) && id <= UINT32_MAX; i++)
+            id = id * 10 + (uint64_t)(text[i] - '0');
+        if (i == from || (i < n && !isspace((unsigned char)text[i]) && id <= UINT32_MAX))
+            return run_error(argv[0], "stdin: byte %zu: not an id", i);
+        if (id >= tokenizer_table(a.t)->n_pieces)
+            return run_error(argv[0],
+                             "stdin: byte %zu: the id is beyond the vocabulary, whose last "
+                             "is %u",
+                             from, tokenizer_table(a.t)->n_pieces - 1);
+        fwrite(out, 1, decoder_push(&d, a.t, (uint32_t)id, !args.no_special, out), stdout);
+    }
+    fwrite(out, 1, decoder_finish(&d, out), stdout);
+    return finish_output(argv[0]);
+}
