@@ -15,7 +15,9 @@
  *     }
  *
  * Engine thread. It changes the session only through the steps its driver takes, except
- * generation_cancel(), which rolls the session back to before the prompt.
+ * generation_cancel(), which rolls the session back to before the prompt. The last token (an end
+ * token, the one that completed a stop string, the max_tokens-th) is sampled but never evaluated:
+ * when a request has finished, the session ends before it.
  */
 
 #include <stdbool.h>
@@ -36,15 +38,16 @@ enum finish_reason {
     FINISH_ERROR,
 };
 
-const char *finish_reason_name(enum finish_reason r); /* "stop", "length", "cancelled", "error" */
+/* "none", "stop", "length", "cancelled", "error" */
+const char *finish_reason_name(enum finish_reason r);
 
 struct generation_options {
     struct sampler_options sampler;
     uint32_t max_tokens;             /* 0: until the context is full */
-    const char *const *stop;         /* [n_stop] strings, not empty, copied */
+    const char *const *stop;         /* [n_stop] strings, not empty, valid UTF-8, copied */
     size_t n_stop;
     bool ignore_end;                 /* goes on past end tokens: benchmarks */
-    bool special;                    /* special pieces appear in the text */
+    bool special;                    /* special pieces appear in the text, the end token too */
     bool logprobs;                   /* fill delta.sample's logprob fields */
 };
 
@@ -55,7 +58,11 @@ struct generation_delta {
     enum finish_reason finish;
 };
 
-/* prompt [n_prompt >= 1] is copied. 0, -EINVAL, -EMSGSIZE: prompt alone passes n_ctx, -ENOMEM */
+/*
+ * prompt [n_prompt >= 1] is copied; s must outlive the generation. Penalties look back over the
+ * session's earlier tokens as well.
+ * 0, -EINVAL, -EMSGSIZE: prompt alone passes n_ctx, -ENOMEM
+ */
 int generation_new(struct generation **ret, struct session *s, const uint32_t *prompt,
                    size_t n_prompt, const struct generation_options *options, struct error *err);
 struct generation *generation_free(struct generation *g);
@@ -71,9 +78,7 @@ void generation_advance(struct generation *g, size_t n);
  */
 int generation_accept(struct generation *g, const float *logits, struct generation_delta *ret);
 
-/*
- * Ends it now. The session is rewound to where it was before the prompt.
- */
+/* Ends it now, and rewinds the session to before the prompt. Nothing if it has finished. */
 void generation_cancel(struct generation *g);
 
 enum finish_reason generation_finish(const struct generation *g);

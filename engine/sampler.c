@@ -28,6 +28,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "engine/exp-negative.h"
 
 #define BLOCK 64 /* logits per entry of block_max */
 #define LANES 16
@@ -84,40 +85,6 @@ static uint64_t next_random(uint64_t s[4])
     s[2] ^= t;
     s[3] = rotl(s[3], 45);
     return r;
-}
-
-/* exp(d) for d <= 0, relative error below 2^-51: 2^k times the Taylor series on [-ln2/2, ln2/2].
- * Only operations that IEEE 754 rounds in one way. */
-static double exp_negative(double d)
-{
-    const double magic = 0x1.8p52; /* adding and subtracting it rounds to an integer */
-    double k, r, p, scale;
-    uint64_t bits;
-
-    if (!(d > -700))
-        return 0;
-
-    k = (d * 0x1.71547652b82fep0 + magic) - magic;
-    r = (d - k * 0x1.62e42feep-1) - k * 0x1.a39ef35793c76p-33; /* ln 2, high and low part */
-
-    p = 1.0 / 6227020800;
-    p = p * r + 1.0 / 479001600;
-    p = p * r + 1.0 / 39916800;
-    p = p * r + 1.0 / 3628800;
-    p = p * r + 1.0 / 362880;
-    p = p * r + 1.0 / 40320;
-    p = p * r + 1.0 / 5040;
-    p = p * r + 1.0 / 720;
-    p = p * r + 1.0 / 120;
-    p = p * r + 1.0 / 24;
-    p = p * r + 1.0 / 6;
-    p = p * r + 0.5;
-    p = p * r + 1;
-    p = p * r + 1;
-
-    bits = (uint64_t)((int64_t)k + 1023) << 52; /* 2^k: k is in -1010 .. 0 */
-    memcpy(&scale, &bits, sizeof(scale));
-    return p * scale;
 }
 
 /* NaN is -infinity, +infinity the largest finite number, -0 is 0. */

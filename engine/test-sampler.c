@@ -14,6 +14,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "engine/exp-negative.h"
 #include "engine/sampler.h"
 
 /* Every allocation of the sampler comes through here (see meson.build). */
@@ -432,6 +433,34 @@ static void test_exact_borders(void)
     }
 }
 
+static void test_exp(void)
+{
+    assert(exp_negative(0) == 1 && exp_negative(-0.0) == 1);
+    assert(exp_negative((double)-INFINITY) == 0 && exp_negative((double)NAN) == 0);
+    for (size_t i = 0; i < 200000; i++) {
+        double d = -(double)uniform(0, 1) * pow(10, (double)uniform(-9, 2.84f)), e = exp(d);
+
+        assert(d < -700 || fabs(exp_negative(d) - e) <= 0x1p-50 * e);
+    }
+}
+
+/* A p too small to be a share of anything still keeps the first. */
+static void test_tiny_top_p(void)
+{
+    static const float x[3] = {1, 2, 2}, p[] = {FLT_MIN, 1e-45f, 1e-15f};
+
+    for (size_t i = 0; i < ARRAY_SIZE(p); i++) {
+        CLEANUP(sampler_freep) struct sampler *s = NULL;
+        struct sampler_options o = {.temperature = 1, .top_p = p[i]};
+        struct error err;
+        struct sample got;
+
+        assert(sampler_new(&s, 3, &o, &err) == 0);
+        for (size_t k = 0; k < 20; k++)
+            assert(sampler_draw(s, x, false, &got) == 0 && got.id == 1);
+    }
+}
+
 static void test_greedy(void)
 {
     CLEANUP(sampler_freep) struct sampler *s = NULL;
@@ -446,6 +475,8 @@ static void test_greedy(void)
     assert(sampler_draw(s, x, true, &got) == -EDOM);
     x[3] = NAN;
     assert(sampler_draw(s, x, false, &got) == -EDOM);
+    x[12] = -FLT_MAX;
+    assert(sampler_draw(s, x, false, &got) == 0 && got.id == 12);
     x[199] = -1e30f;
     assert(sampler_draw(s, x, false, &got) == 0 && got.id == 199);
     x[150] = x[77] = 2;
@@ -690,11 +721,13 @@ static void test_allocation(void)
 
 int main(void)
 {
+    test_exp();
     test_greedy();
     test_validation();
     test_allocation();
     test_against_reference();
     test_exact_borders();
+    test_tiny_top_p();
     test_distributions();
     test_frozen_draws();
     return 0;
