@@ -28,7 +28,7 @@ static void make_printable(char *text)
     }
 }
 
-int error_set(struct error *err, int code, const char *format, ...)
+int(error_set)(struct error *err, int code, const char *format, ...)
 {
     va_list ap;
 

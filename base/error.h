@@ -18,6 +18,13 @@ struct error {
  */
 int error_set(struct error *err, int code, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+/* Lets the compiler see that `return error_set(err, EINVAL, ...)` fails: it warns less in vain. */
+#define error_set(err, code, ...)                                                                  \
+    ({                                                                                             \
+        int code_ = (code);                                                                        \
+        (error_set)((err), code_, __VA_ARGS__);                                                    \
+        -code_;                                                                                    \
+    })
 
 /* Puts "prefix: " before the text that is there; returns -code like error_set(). */
 int error_prefix(struct error *err, int code, const char *format, ...)
