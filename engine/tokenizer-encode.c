@@ -314,6 +314,7 @@ static int encode(struct encoder *e, const char *text, size_t n,
 {
     const struct tokenizer *t = e->t;
     uint32_t run = 0, at = 0; /* the run's start, the place looked at */
+    uint32_t code, previous = 0;
     int r;
 
     if (n > INT32_MAX)
@@ -331,9 +332,16 @@ static int encode(struct encoder *e, const char *text, size_t n,
         uint32_t id = tokenizer_match(t, e->buffer + at, e->size - at, options->special, &size);
 
         if (id == TOKENIZER_NONE) {
-            uint32_t code;
+            uint32_t next = at + (uint32_t)utf8_next(e->buffer + at, e->size - at, &code);
 
-            at += (uint32_t)utf8_next(e->buffer + at, e->size - at, &code);
+            if (at > run && !tokenizer_neighbours(t, previous, code)) {
+                r = encode_run(e, run, at);
+                if (r < 0)
+                    return r;
+                run = at;
+            }
+            previous = code;
+            at = next;
             continue;
         }
         r = encode_run(e, run, at);

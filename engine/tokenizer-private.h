@@ -28,6 +28,9 @@ struct trie_node {
     uint8_t byte;
 };
 
+/* Bits of the table of neighbours: some 7 % are set for Gemma's vocabulary. */
+#define NEIGHBOURS_BITS (1u << 21)
+
 struct tokenizer {
     struct tokenizer_table table; /* arrays borrowed */
 
@@ -40,6 +43,8 @@ struct tokenizer {
     uint32_t edges_mask;
     uint32_t root[256]; /* the root's children, 0: none */
 
+    uint64_t *neighbours; /* [NEIGHBOURS_BITS / 64], see tokenizer_neighbours() */
+
     uint32_t byte_ids[256]; /* valid if has_bytes */
     bool has_bytes;
     uint32_t normal_size_max; /* of the longest NORMAL piece, in bytes */
@@ -50,6 +55,23 @@ static inline const char *piece_text(const struct tokenizer *t, uint32_t id, uin
 {
     *ret_size = t->table.offsets[id + 1] - t->table.offsets[id];
     return t->table.text + t->table.offsets[id];
+}
+
+static inline uint32_t neighbours_bit(uint32_t left, uint32_t right)
+{
+    return (uint32_t)((((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u) >> 32) %
+           NEIGHBOURS_BITS;
+}
+
+/*
+ * False if the characters stand side by side in no ordinary piece: then no merge ever joins them,
+ * and a text can be cut between them without a change to its ids.
+ */
+static inline bool tokenizer_neighbours(const struct tokenizer *t, uint32_t left, uint32_t right)
+{
+    uint32_t bit = neighbours_bit(left, right);
+
+    return t->neighbours[bit / 64] >> (bit % 64) & 1;
 }
 
 /*

@@ -2,10 +2,11 @@
  * SPDX-License-Identifier: Apache-2.0 */
 
 /*
- * Checks a table of pieces and makes two things of it: a hash index over all pieces, which the
- * merges and tokenizer_find() ask, and a trie over those pieces that are taken literally from the
- * text (user-defined and, on request, control pieces), for the longest match. The table itself is
- * not copied. Encoding is in tokenizer-encode.c, decoding in tokenizer-decode.c.
+ * Checks a table of pieces and makes three things of it: a hash index over all pieces, which the
+ * merges and tokenizer_find() ask; a trie over those pieces that are taken literally from the text
+ * (user-defined and, on request, control pieces), for the longest match; and a bit table of the
+ * characters that meet within some piece. The table itself is not copied. Encoding is in
+ * tokenizer-encode.c, decoding in tokenizer-decode.c.
  */
 
 #include "engine/tokenizer.h"
@@ -272,6 +273,29 @@ static int build_index(struct tokenizer *t, struct error *err)
     return 0;
 }
 
+static int build_neighbours(struct tokenizer *t, struct error *err)
+{
+    t->neighbours = calloc(NEIGHBOURS_BITS / 64, sizeof(*t->neighbours));
+    if (!t->neighbours)
+        return error_set(err, ENOMEM, "tokenizer: out of memory");
+    for (uint32_t i = 0; i < t->table.n_pieces; i++) {
+        uint32_t n, left, right;
+        const char *text = piece_text(t, i, &n);
+        size_t at;
+
+        if (t->table.types[i] != PIECE_NORMAL)
+            continue;
+        for (at = utf8_next(text, n, &left); at < n; left = right) {
+            uint32_t bit;
+
+            at += utf8_next(text + at, n - at, &right);
+            bit = neighbours_bit(left, right);
+            t->neighbours[bit / 64] |= (uint64_t)1 << (bit % 64);
+        }
+    }
+    return 0;
+}
+
 /* Whether the piece may be taken literally from a text at all. */
 static bool is_literal(const struct tokenizer *t, uint32_t id)
 {
@@ -357,6 +381,9 @@ int tokenizer_new(struct tokenizer **ret, const struct tokenizer_table *table, s
     r = build_trie(t, err);
     if (r < 0)
         return r;
+    r = build_neighbours(t, err);
+    if (r < 0)
+        return r;
     *ret = TAKE_PTR(t);
     return 0;
 }
@@ -368,6 +395,7 @@ struct tokenizer *tokenizer_free(struct tokenizer *t)
     free(t->index);
     free(t->nodes);
     free(t->edges);
+    free(t->neighbours);
     free(t);
     return NULL;
 }
