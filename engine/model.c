@@ -264,17 +264,6 @@ static int read_metadata(struct model *m, struct error *err)
     return 0;
 }
 
-/* Gives way to the real one, which belongs to the tokenizer. */
-__attribute__((weak)) int tokenizer_from_model_file(struct tokenizer **ret,
-                                                    const struct model_file *f, struct error *err)
-{
-    (void)ret;
-    if (!model_file_metadata(f, "llmd.tokenizer"))
-        return -ENODATA;
-    return error_set(err, ENOSYS, "%s: llmd.tokenizer: this build cannot read it",
-                     model_file_path(f));
-}
-
 static int read_tokenizer(struct model *m, struct error *err)
 {
     uint32_t n_pieces;
