@@ -217,8 +217,14 @@ struct backend_ops {
 
     void (*kv_store)(struct backend *b, const struct kv_store_args *a); /* rounds to nearest even */
 
-    /* Softmax over q . k, scale 1; query head h uses KV head h * n_heads_kv / n_heads.
-     * Bound: 2^-16 max |v| for scores below 100 in magnitude, f16 pages read exactly. */
+    /*
+     * Softmax over q . k, scale 1; query head h uses KV head h * n_heads_kv / n_heads. f16 pages
+     * are read exactly. What a page holds beyond the positions seen does not matter, NaN included.
+     * Bound, for head_dim up to 256, with S = the largest sum of |q_k k_k| over the positions seen:
+     * (2^-17 (S + 1) + 2^-22 pages) max |v|. A score summed in runs of 16 is off by 32 eps S, its
+     * distance to the maximum by 2 eps S more, exp by 2^-22, and weights off by a factor 1 + delta
+     * move the result by 2 delta max |v|; a page's sums of 64 bring 2^-18, adding pages 2 eps each.
+     */
     void (*attention)(struct backend *b, const struct attention_args *a);
 
     /* y = gelu_tanh(gate) * up. Bound: 2^-18 (|exact| + |up| 2^-10), with z 2^-16. A gate that is

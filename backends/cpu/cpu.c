@@ -19,7 +19,11 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if HAVE_CPU_AVX2
+#include <cpuid.h>
+#endif
 
+#include "backends/cpu/matmul.h"
 #include "base/checked.h"
 #include "base/cleanup.h"
 
@@ -44,10 +48,30 @@ static bool always(void)
     return true;
 }
 
+#if HAVE_CPU_AVX2
+/* Not among the names that __builtin_cpu_supports() of gcc 12 and clang 14 know: leaf 1, ecx. */
+static bool have_f16c(void)
+{
+    unsigned a, b, c, d;
+
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+/* __builtin_cpu_supports() asks the system as well whether it keeps the registers (xgetbv). */
+static bool have_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && have_f16c();
+}
+#endif
+
 /* In rising order; each builds upon those before it. */
 static const struct level levels[] = {
     {"reference", always, cpu_use_reference},
+#if HAVE_CPU_AVX2
+    {"avx2", have_avx2, cpu_use_avx2},
+#else
     {"avx2", NULL, NULL},
+#endif
     {"avx512", NULL, NULL},
     {"amx", NULL, NULL},
 };
@@ -76,9 +100,9 @@ void cpu_parallel(struct cpu_backend *c, uint32_t n, size_t cost, cpu_body body,
 size_t cpu_scratch_each(const struct backend_limits *limits)
 {
     size_t width = ALIGN_UP((size_t)limits->max_width, (size_t)64);
+    size_t row = width * 4 + width + width / WEIGHT_BLOCK * 4; /* decoded, integers, scales */
 
-    /* a decoded row with its integers and scales */
-    return ALIGN_UP(width * 4 + width + width / WEIGHT_BLOCK * 4, (size_t)4096);
+    return ALIGN_UP(MAX(row, packed_bytes(width)), (size_t)4096);
 }
 
 size_t cpu_scratch_shared(const struct backend_limits *limits)

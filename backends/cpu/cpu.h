@@ -52,3 +52,4 @@ size_t cpu_scratch_each(const struct backend_limits *limits);
 size_t cpu_scratch_shared(const struct backend_limits *limits);
 
 void cpu_use_reference(struct backend_ops *ops);
+void cpu_use_avx2(struct backend_ops *ops); /* AVX2, FMA, F16C */

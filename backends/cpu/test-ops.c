@@ -367,7 +367,9 @@ static void check_matmul(enum weight_type type, enum weight_layout layout, uint3
     check_batches(what, run_matmul, &c, &y);
     for (uint32_t o = 0; o < n_out; o++) {
         weight_get_row(&p.w, o, w);
-        for (uint32_t i = 0; i < N_MAX; i++) {
+        /* all kinds of rows, and later ones that share no tile with them: the rest was compared
+         * with itself in other places */
+        for (uint32_t i = 0; i < N_MAX; i += i < 12 ? 1 : 5) {
             double sum = 0, magnitude = 0;
 
             for (uint32_t k = 0; k < n_in; k++) {
@@ -410,7 +412,9 @@ static void test_matmul(void)
         for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
             if (weight_supported(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1]))
                 for (int rounded = 0; rounded < 2; rounded++)
-                    check_matmul(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1], rounded);
+                    if (!rounded || s % 8 == 3 || weight_type_is_quantized(kinds[i].type))
+                        check_matmul(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1],
+                                     rounded);
 }
 
 /* Weights whose every bit is hostile: nothing is promised but to come back. */
@@ -727,19 +731,24 @@ static void check_attention(uint32_t heads, uint32_t heads_kv, uint32_t dim, uin
         for (uint32_t h = 0; h < heads; h++) {
             uint32_t pos = positions[i], begin = window && pos + 1 > window ? pos + 1 - window : 0;
             uint32_t head_kv = h / (heads / heads_kv);
-            double score[1024], max = -INFINITY, sum = 0;
+            double score[1024], max = -INFINITY, sum = 0, largest = 0, bound;
 
             for (uint32_t p = begin; p <= pos; p++) {
-                double s = 0;
+                double s = 0, magnitude = 0;
 
-                for (uint32_t k = 0; k < dim; k++)
-                    s += (double)q.p[i * q.ld + (size_t)h * dim + k] *
-                         kv_value(&shape, pages[i][p / KV_PAGE],
-                                  ((size_t)head_kv * dim + k) * KV_PAGE + p % KV_PAGE);
+                for (uint32_t k = 0; k < dim; k++) {
+                    double product = (double)q.p[i * q.ld + (size_t)h * dim + k] *
+                                     kv_value(&shape, pages[i][p / KV_PAGE],
+                                              ((size_t)head_kv * dim + k) * KV_PAGE + p % KV_PAGE);
+
+                    s += product;
+                    magnitude += fabs(product);
+                }
+                largest = fmax(largest, magnitude);
                 score[p] = s;
                 max = fmax(max, s);
-                assert(fabs(s) < 100);
             }
+            bound = 0x1p-17 * (largest + 1) + 0x1p-22 * (pos / KV_PAGE - begin / KV_PAGE + 1);
             for (uint32_t p = begin; p <= pos; p++) {
                 score[p] = exp(score[p] - max);
                 sum += score[p];
@@ -752,7 +761,7 @@ static void check_attention(uint32_t heads, uint32_t heads_kv, uint32_t dim, uin
                          kv_value(&shape, pages[i][p / KV_PAGE],
                                   v_from + ((size_t)head_kv * KV_PAGE + p % KV_PAGE) * dim + k);
                 check_near(what, i, (size_t)h * dim + k,
-                           (double)y.p[i * y.ld + (size_t)h * dim + k], v, 0x1p-16);
+                           (double)y.p[i * y.ld + (size_t)h * dim + k], v, bound);
             }
         }
     for (uint32_t i = 0; i < n; i++)
@@ -771,7 +780,8 @@ static void test_attention(void)
     for (size_t s = 0; s < ARRAY_SIZE(shapes); s++)
         for (size_t w = 0; w < ARRAY_SIZE(windows); w++)
             for (int f16 = 0; f16 < 2; f16++)
-                check_attention(shapes[s][0], shapes[s][1], shapes[s][2], windows[w], f16, 3);
+                check_attention(shapes[s][0], shapes[s][1], shapes[s][2], windows[w], f16,
+                                w == 0 ? 3 : 0.25f); /* small: each position counts */
     check_attention(8, 2, 256, 512, true, 0.05f);
     check_attention(8, 2, 256, 0, false, 1.5f);
 }
@@ -798,7 +808,8 @@ static void test_attention_peaks(void)
             two->ops->kv_store(two, &store);
         }
         two->ops->attention(two, &a);
-        assert(fabsf(y[0] - (float)peak) <= (float)peak * 0x1p-16f && fabsf(y[1] - 1) <= 0x1p-16f);
+        /* scores are 180 apart: exact softmax weights of all others are 0 in float */
+        assert(fabsf(y[0] - (float)peak) <= 200 * 0x1p-16f && fabsf(y[1] - 1) <= 0x1p-16f);
         for (uint32_t i = 0; i < 4; i++)
             free(pages[i]);
     }
@@ -1317,6 +1328,7 @@ int main(void)
         assert(backend_cpu_new(&two, level_names[i], 2, &limits, &err) == 0);
         assert(strcmp(two->ops->name, level_names[i]) == 0);
         printf("%s\n", two->ops->name);
+        fflush(stdout);
         test_quantize();
         test_matmul();
         test_hostile_weights();

@@ -1,0 +1,713 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * Matrix products with AVX2. Sums run over blocks of 32 values of k in rising order, one addition
+ * to the output's accumulator per block:
+ *
+ *   rounded   acc = fma((float)integer sum, d_w * d_x, acc)
+ *   f32       acc = fma(d_w, block sum, acc), or acc + block sum for weights without scales
+ *
+ * An output is one lane of an accumulator whichever kernel computes it, so one row and many give
+ * the same bits. LAYOUT_ROWS is the exception in form: eight lanes share an output, each with every
+ * eighth k, and are added at the end, again in one order. Error: a block sum has at most 32
+ * roundings and the chain of blocks two for each, together less than n_in for n_in >= 64; for less,
+ * the chain has two links at most.
+ */
+
+#include <assert.h>
+#include <string.h>
+
+#include "backends/cpu/avx2.h"
+#include "backends/cpu/matmul.h"
+
+#define HALF 8 /* rows of a stripe in one register */
+
+/* Rows of f32 activations worked on together: more would share a cache set (see packed_rows). */
+#define F32_ROWS 8
+
+static inline __m256 load_scales(const uint16_t *d)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)d));
+}
+
+static inline __m256i broadcast_word(const int8_t *q)
+{
+    int32_t v;
+
+    memcpy(&v, q, 4);
+    return _mm256_set1_epi32(v);
+}
+
+/* Stores lanes 0..n - 1. */
+static inline void store_lanes(float *y, uint32_t n, __m256 v)
+{
+    if (n >= 8)
+        _mm256_storeu_ps(y, v);
+    else if (n > 0)
+        _mm256_maskstore_ps(y, lanes_below(n), v);
+}
+
+/*
+ * Integer sums of one block, eight rows of weights in the lanes. q4: products of a nibble, at most
+ * 15, and 127, two by two and eight pairs deep: 30480, which 16 bits hold.
+ */
+static inline __m256i dot_q4(const __m256i *nibbles, const int8_t *q, int32_t bias)
+{
+    __m256i sum = _mm256_maddubs_epi16(nibbles[0], broadcast_word(q));
+
+    for (int i = 1; i < 8; i++)
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(nibbles[i], broadcast_word(q + 4 * i)));
+    return _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(bias));
+}
+
+static inline void load_q4(const uint8_t *line, __m256i *nibbles)
+{
+    const __m256i mask = _mm256_set1_epi8(0xf);
+
+    for (int i = 0; i < 4; i++) {
+        __m256i v = _mm256_load_si256((const __m256i *)(line + 64 * i));
+
+        nibbles[2 * i] = _mm256_and_si256(v, mask);
+        nibbles[2 * i + 1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+    }
+}
+
+/* q8: the sign goes over to the activation; 2 * 128 * 127 fits 16 bits, so nothing saturates. */
+static inline __m256i dot_q8(const uint8_t *line, const int8_t *q)
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sum = _mm256_setzero_si256();
+
+    for (int i = 0; i < 8; i++) {
+        __m256i w = _mm256_load_si256((const __m256i *)(line + 64 * i));
+        __m256i x = _mm256_sign_epi8(broadcast_word(q + 4 * i), w);
+
+        sum = _mm256_add_epi32(
+            sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), x), ones));
+    }
+    return sum;
+}
+
+static inline __m256 add_block(__m256i dot, __m256 d_w, float d_x, __m256 acc)
+{
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(d_w, _mm256_set1_ps(d_x)), acc);
+}
+
+/* One row of activations against one stripe. */
+static inline void stripe_rounded_one(enum weight_type type, const uint8_t *line,
+                                      const uint16_t *scales, const struct activations *x,
+                                      uint32_t row, float *y, uint32_t n_out)
+{
+    const int8_t *q = x->q + row * x->ld_q;
+    const float *d = x->d + row * (x->ld_q / WEIGHT_BLOCK);
+    const int32_t *sum = x->sum + row * (x->ld_q / WEIGHT_BLOCK);
+    uint32_t n_blocks = x->k / WEIGHT_BLOCK;
+    __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+
+    for (uint32_t b = 0; b < n_blocks; b++) {
+        for (int half = 0; half < 2; half++) {
+            __m256i dot;
+
+            if (type == WEIGHT_Q4) {
+                __m256i nibbles[8];
+
+                load_q4(line + 32 * half, nibbles);
+                dot = dot_q4(nibbles, q, -8 * sum[b]);
+            } else {
+                dot = dot_q8(line + 32 * half, q);
+            }
+            acc[half] = add_block(dot, load_scales(scales + HALF * half), d[b], acc[half]);
+        }
+        line += type == WEIGHT_Q4 ? 4 * 64 : 8 * 64;
+        scales += WEIGHT_STRIPE;
+        q += WEIGHT_BLOCK;
+    }
+    store_lanes(y, n_out, acc[0]);
+    store_lanes(y + HALF, n_out > HALF ? n_out - HALF : 0, acc[1]);
+}
+
+/* n packed rows against one stripe. */
+static inline void stripe_rounded_many(enum weight_type type, const uint8_t *line,
+                                       const uint16_t *scales, const struct packed_rows *p,
+                                       uint32_t n_blocks, uint32_t n, float *y, size_t ld_y,
+                                       uint32_t n_out)
+{
+    float acc[PACK_ROWS][WEIGHT_STRIPE] __attribute__((aligned(64)));
+
+    memset(acc, 0, n * sizeof(acc[0]));
+    for (uint32_t b = 0; b < n_blocks; b++) {
+        const int8_t *q = p->q + (size_t)b * PACK_ROWS * WEIGHT_BLOCK;
+        const float *d = p->d + (size_t)b * PACK_ROWS;
+        const int32_t *bias = p->bias + (size_t)b * PACK_ROWS;
+
+        for (int half = 0; half < 2; half++) {
+            __m256 d_w = load_scales(scales + HALF * half);
+            __m256i nibbles[8];
+
+            if (type == WEIGHT_Q4)
+                load_q4(line + 32 * half, nibbles);
+            for (uint32_t i = 0; i < n; i++) {
+                float *to = acc[i] + HALF * half;
+                __m256i dot = type == WEIGHT_Q4 ? dot_q4(nibbles, q + i * WEIGHT_BLOCK, bias[i])
+                                                : dot_q8(line + 32 * half, q + i * WEIGHT_BLOCK);
+
+                _mm256_store_ps(to, add_block(dot, d_w, d[i], _mm256_load_ps(to)));
+            }
+        }
+        line += type == WEIGHT_Q4 ? 4 * 64 : 8 * 64;
+        scales += WEIGHT_STRIPE;
+    }
+    for (uint32_t i = 0; i < n; i++)
+        memcpy(y + i * ld_y, acc[i], n_out * sizeof(float));
+}
+
+static inline void tile16_rounded(enum weight_type type, const struct matmul_task *t,
+                                  uint32_t first, uint32_t last, void *scratch)
+{
+    const struct weight *w = t->w;
+    const struct activations *x = t->x;
+    size_t stripe_bytes = weight_stripe_bytes(type, w->n_in);
+    const uint8_t *data = w->data;
+
+    for (uint32_t i = 0, n; i < x->n; i += n) {
+        struct packed_rows p;
+
+        n = MIN(x->n - i, (uint32_t)PACK_ROWS);
+        if (n > 1)
+            p = pack_rows(x, i, n, type == WEIGHT_Q4 ? 8 : 0, scratch);
+        for (uint32_t s = first; s < last; s++) {
+            const uint8_t *stripe = data + s * stripe_bytes;
+            const uint16_t *scales = stripe_scales(w, stripe);
+            uint32_t o = s * WEIGHT_STRIPE, n_out = MIN(w->n_out - o, (uint32_t)WEIGHT_STRIPE);
+            float *y = t->y + i * t->ld_y + o;
+
+            if (n > 1)
+                stripe_rounded_many(type, stripe, scales, &p, w->n_in / WEIGHT_BLOCK, n, y, t->ld_y,
+                                    n_out);
+            else
+                stripe_rounded_one(type, stripe, scales, x, i, y, n_out);
+        }
+    }
+}
+
+static void tile16_q4_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    tile16_rounded(WEIGHT_Q4, args, first, last, scratch);
+}
+
+static void tile16_q8_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    tile16_rounded(WEIGHT_Q8, args, first, last, scratch);
+}
+
+/*
+ * Block b of a stripe as floats [n][16], without the scale: values of k = 32 b and following,
+ * n <= 32. Exact.
+ */
+static inline void unpack_stripe(enum weight_type type, const uint8_t *stripe, uint32_t b,
+                                 uint32_t n, float (*v)[WEIGHT_STRIPE])
+{
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *p = stripe + 32 * half;
+
+        switch (type) {
+        case WEIGHT_F32:
+            p += (size_t)b * WEIGHT_BLOCK * 64;
+            for (uint32_t k = 0; k < n; k++, p += 64)
+                _mm256_store_ps(v[k] + HALF * half, _mm256_load_ps((const float *)p));
+            break;
+        case WEIGHT_F16:
+        case WEIGHT_BF16:
+            p += (size_t)b * WEIGHT_BLOCK / 2 * 64;
+            for (uint32_t k = 0; k < n; k += 2, p += 64) { /* of an odd end, one zero more */
+                __m256i pair = _mm256_load_si256((const __m256i *)p);
+                __m256 even, odd;
+
+                if (type == WEIGHT_BF16) {
+                    even = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+                    odd = _mm256_castsi256_ps(
+                        _mm256_and_si256(pair, _mm256_set1_epi32((int)0xffff0000)));
+                } else {
+                    /* the low halves of eight words side by side, and the high ones */
+                    __m256i low = _mm256_and_si256(pair, _mm256_set1_epi32(0xffff));
+                    __m256i both = _mm256_permute4x64_epi64(
+                        _mm256_packus_epi32(low, _mm256_srli_epi32(pair, 16)), 0xd8);
+
+                    even = _mm256_cvtph_ps(_mm256_castsi256_si128(both));
+                    odd = _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1));
+                }
+                _mm256_store_ps(v[k] + HALF * half, even);
+                _mm256_store_ps(v[k + 1] + HALF * half, odd);
+            }
+            break;
+        case WEIGHT_Q8:
+            p += (size_t)b * 8 * 64;
+            for (uint32_t k = 0; k < WEIGHT_BLOCK; k += 4, p += 64) {
+                __m256i word = _mm256_load_si256((const __m256i *)p);
+
+                for (int j = 0; j < 4; j++)
+                    _mm256_store_ps(v[k + (uint32_t)j] + HALF * half,
+                                    _mm256_cvtepi32_ps(_mm256_srai_epi32(
+                                        _mm256_slli_epi32(word, 24 - 8 * j), 24)));
+            }
+            break;
+        case WEIGHT_Q4:
+            p += (size_t)b * 4 * 64;
+            for (uint32_t k = 0; k < WEIGHT_BLOCK; k += 8, p += 64) {
+                __m256i word = _mm256_load_si256((const __m256i *)p);
+
+                for (int j = 0; j < 8; j++) {
+                    int shift = j % 4 * 8 + j / 4 * 4;
+                    __m256i q =
+                        _mm256_and_si256(_mm256_srli_epi32(word, shift), _mm256_set1_epi32(0xf));
+
+                    _mm256_store_ps(v[k + (uint32_t)j] + HALF * half,
+                                    _mm256_cvtepi32_ps(_mm256_sub_epi32(q, _mm256_set1_epi32(8))));
+                }
+            }
+            break;
+        }
+    }
+}
+
+/* Sums of one block for n_rows rows of activations, even and odd k apart to have more additions
+ * under way. n_rows is a constant where this is used. */
+static inline __attribute__((always_inline)) void
+dot_unpacked(bool scaled, const float (*v)[WEIGHT_STRIPE], uint32_t n, const float *x, size_t ld,
+             uint32_t n_rows, const __m256 *d, float (*acc)[WEIGHT_STRIPE])
+{
+    __m256 sum[2][2][2];
+    uint32_t k = 0;
+
+    for (uint32_t i = 0; i < n_rows; i++)
+        for (int j = 0; j < 4; j++)
+            sum[i][j / 2][j % 2] = _mm256_setzero_ps();
+    for (; k + 2 <= n; k += 2)
+        for (int odd = 0; odd < 2; odd++)
+            for (int half = 0; half < 2; half++) {
+                __m256 w = _mm256_load_ps(v[k + (uint32_t)odd] + HALF * half);
+
+                for (uint32_t i = 0; i < n_rows; i++)
+                    sum[i][odd][half] = _mm256_fmadd_ps(
+                        w, _mm256_set1_ps(x[i * ld + k + (uint32_t)odd]), sum[i][odd][half]);
+            }
+    for (int half = 0; half < 2 && k < n; half++)
+        for (uint32_t i = 0; i < n_rows; i++)
+            sum[i][0][half] = _mm256_fmadd_ps(_mm256_load_ps(v[k] + HALF * half),
+                                              _mm256_set1_ps(x[i * ld + k]), sum[i][0][half]);
+    for (uint32_t i = 0; i < n_rows; i++)
+        for (int half = 0; half < 2; half++) {
+            __m256 both = _mm256_add_ps(sum[i][0][half], sum[i][1][half]);
+            __m256 a = _mm256_load_ps(acc[i] + HALF * half);
+
+            a = scaled ? _mm256_fmadd_ps(d[half], both, a) : _mm256_add_ps(a, both);
+            _mm256_store_ps(acc[i] + HALF * half, a);
+        }
+}
+
+static inline void tile16_f32(enum weight_type type, const struct matmul_task *t, uint32_t first,
+                              uint32_t last)
+{
+    const struct weight *w = t->w;
+    const struct activations *x = t->x;
+    bool scaled = type == WEIGHT_Q4 || type == WEIGHT_Q8;
+    size_t stripe_bytes = weight_stripe_bytes(type, w->n_in);
+    float v[WEIGHT_BLOCK][WEIGHT_STRIPE] __attribute__((aligned(64)));
+    float acc[F32_ROWS][WEIGHT_STRIPE] __attribute__((aligned(64)));
+    __m256 d[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+
+    for (uint32_t s = first; s < last; s++) {
+        const uint8_t *stripe = (const uint8_t *)w->data + s * stripe_bytes;
+        const uint16_t *scales = stripe_scales(w, stripe);
+        uint32_t o = s * WEIGHT_STRIPE, n_out = MIN(w->n_out - o, (uint32_t)WEIGHT_STRIPE);
+
+        for (uint32_t i = 0, n_rows; i < x->n; i += n_rows) {
+            const float *f = x->f32 + i * x->ld;
+
+            n_rows = MIN(x->n - i, (uint32_t)F32_ROWS);
+            memset(acc, 0, n_rows * sizeof(acc[0]));
+            for (uint32_t k = 0, b = 0, n; k < w->n_in; k += n, b++) {
+                uint32_t r = 0;
+
+                n = MIN(w->n_in - k, (uint32_t)WEIGHT_BLOCK);
+                unpack_stripe(type, stripe, b, n, v);
+                for (int half = 0; half < 2 && scaled; half++)
+                    d[half] = load_scales(scales + b * WEIGHT_STRIPE + HALF * half);
+                for (; r + 2 <= n_rows; r += 2)
+                    dot_unpacked(scaled, v, n, f + r * x->ld + k, x->ld, 2, d, acc + r);
+                if (r < n_rows)
+                    dot_unpacked(scaled, v, n, f + r * x->ld + k, x->ld, 1, d, acc + r);
+            }
+            for (uint32_t r = 0; r < n_rows; r++)
+                memcpy(t->y + (i + r) * t->ld_y + o, acc[r], n_out * sizeof(float));
+        }
+    }
+}
+
+static void tile16_f32_any(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct matmul_task *t = args;
+
+    (void)scratch;
+    switch (t->w->type) { /* one copy of the loops for each type */
+    case WEIGHT_F32:
+        tile16_f32(WEIGHT_F32, t, first, last);
+        break;
+    case WEIGHT_F16:
+        tile16_f32(WEIGHT_F16, t, first, last);
+        break;
+    case WEIGHT_BF16:
+        tile16_f32(WEIGHT_BF16, t, first, last);
+        break;
+    case WEIGHT_Q8:
+        tile16_f32(WEIGHT_Q8, t, first, last);
+        break;
+    case WEIGHT_Q4:
+        tile16_f32(WEIGHT_Q4, t, first, last);
+        break;
+    }
+}
+
+/* LAYOUT_ROWS and LAYOUT_PLAIN */
+
+static float half_value(const uint16_t *d)
+{
+    return _cvtsh_ss(*d);
+}
+
+/* Values 8 i.. of a block (quantised) or of the row (others) as floats, without scale. */
+static inline __m256 row_values(enum weight_type type, const uint8_t *p, size_t i)
+{
+    __m128i v;
+
+    switch (type) {
+    case WEIGHT_F32:
+        return _mm256_loadu_ps((const float *)p + 8 * i);
+    case WEIGHT_F16:
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)p + 8 * i)));
+    case WEIGHT_BF16:
+        v = _mm_loadu_si128((const __m128i *)((const uint16_t *)p + 8 * i));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+    case WEIGHT_Q8:
+        v = _mm_loadl_epi64((const __m128i *)(p + 8 * i));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
+    case WEIGHT_Q4:
+        v = _mm_loadl_epi64((const __m128i *)(p + i % 2 * 8));
+        v = _mm_and_si128(i < 2 ? v : _mm_srli_epi16(v, 4), _mm_set1_epi8(0xf));
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_cvtepu8_epi32(v), _mm256_set1_epi32(8)));
+    }
+    return _mm256_setzero_ps();
+}
+
+static inline float row_dot_f32(enum weight_type type, const uint8_t *row, const uint16_t *scales,
+                                const float *x, uint32_t n_in)
+{
+    size_t size = type == WEIGHT_F32 ? 4 : 2;
+    __m256 acc = _mm256_setzero_ps();
+    uint32_t k = 0;
+
+    if (type == WEIGHT_Q4 || type == WEIGHT_Q8) {
+        for (uint32_t b = 0; b < n_in / WEIGHT_BLOCK; b++) {
+            __m256 sum = _mm256_setzero_ps();
+
+            for (uint32_t i = 0; i < 4; i++, k += 8)
+                sum = _mm256_fmadd_ps(row_values(type, row, i), _mm256_loadu_ps(x + k), sum);
+            acc = _mm256_fmadd_ps(_mm256_set1_ps(half_value(scales + b)), sum, acc);
+            row += type == WEIGHT_Q4 ? 16 : 32;
+        }
+        return sum_lanes(acc);
+    }
+    for (; k + 8 <= n_in; k += 8)
+        acc = _mm256_fmadd_ps(row_values(type, row, k / 8), _mm256_loadu_ps(x + k), acc);
+    if (k < n_in) { /* the row's padding is not ours to read with LAYOUT_PLAIN, nor x's at all */
+        uint8_t end[32] = {0};
+
+        memcpy(end, row + k * size, (n_in - k) * size);
+        acc = _mm256_fmadd_ps(row_values(type, end, 0),
+                              _mm256_maskload_ps(x + k, lanes_below(n_in - k)), acc);
+    }
+    return sum_lanes(acc);
+}
+
+static inline __m256i row_block(enum weight_type type, const uint8_t *row, uint32_t b)
+{
+    __m128i v;
+
+    if (type == WEIGHT_Q8)
+        return _mm256_loadu_si256((const __m256i *)(row + b * (size_t)32));
+    v = _mm_loadu_si128((const __m128i *)(row + b * (size_t)16));
+    return _mm256_sub_epi8(
+        _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(0xf)),
+        _mm256_set1_epi8(8));
+}
+
+static inline float row_dot_rounded(enum weight_type type, const uint8_t *row,
+                                    const uint16_t *scales, const struct activations *x, uint32_t i)
+{
+    const int8_t *q = x->q + i * x->ld_q;
+    const float *d = x->d + i * (x->ld_q / WEIGHT_BLOCK);
+    __m256 acc = _mm256_setzero_ps();
+
+    for (uint32_t b = 0; b < x->k / WEIGHT_BLOCK; b++) {
+        __m256i w = row_block(type, row, b);
+        __m256i v = _mm256_loadu_si256((const __m256i *)(q + b * (size_t)WEIGHT_BLOCK));
+        __m256i dot = _mm256_madd_epi16(
+            _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(v, w)), _mm256_set1_epi16(1));
+
+        acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot),
+                              _mm256_set1_ps(half_value(scales + b) * d[b]), acc);
+    }
+    return sum_lanes(acc);
+}
+
+static inline void rows_typed(enum weight_type type, bool rounded, const struct matmul_task *t,
+                              uint32_t first, uint32_t last)
+{
+    const struct weight *w = t->w;
+    const struct activations *x = t->x;
+    size_t bytes =
+        w->layout == LAYOUT_PLAIN ? (size_t)w->n_in * 4 : weight_row_bytes(type, w->n_in);
+    size_t quants = type == WEIGHT_Q4 ? w->n_in / 2 : w->n_in;
+
+    for (uint32_t o = first; o < last; o++) {
+        const uint8_t *row = (const uint8_t *)w->data + o * bytes;
+        const uint16_t *scales = (const uint16_t *)(row + quants);
+
+        for (uint32_t i = 0; i < x->n; i++)
+            t->y[i * t->ld_y + o] =
+                rounded ? row_dot_rounded(type, row, scales, x, i)
+                        : row_dot_f32(type, row, scales, x->f32 + i * x->ld, w->n_in);
+    }
+}
+
+static void rows_any(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct matmul_task *t = args;
+
+    (void)scratch;
+    switch (t->w->type) {
+    case WEIGHT_F32:
+        rows_typed(WEIGHT_F32, false, t, first, last);
+        break;
+    case WEIGHT_F16:
+        rows_typed(WEIGHT_F16, false, t, first, last);
+        break;
+    case WEIGHT_BF16:
+        rows_typed(WEIGHT_BF16, false, t, first, last);
+        break;
+    case WEIGHT_Q8:
+        if (t->x->q)
+            rows_typed(WEIGHT_Q8, true, t, first, last);
+        else
+            rows_typed(WEIGHT_Q8, false, t, first, last);
+        break;
+    case WEIGHT_Q4:
+        if (t->x->q)
+            rows_typed(WEIGHT_Q4, true, t, first, last);
+        else
+            rows_typed(WEIGHT_Q4, false, t, first, last);
+        break;
+    }
+}
+
+/*
+ * LAYOUT_COLS. Outputs lie in the lanes, 32 at a time; a group is what one cache line of a q4
+ * column holds. Columns whose activation is zero are not read: they would add +0 to a sum that is
+ * never -0, so leaving them out changes no bit.
+ */
+#define COL_OUTPUTS 32
+#define COL_GROUP 128
+
+/* Four registers of eight outputs from o on, of one column; n of them exist. */
+static inline void column_values(enum weight_type type, const uint8_t *column, uint32_t o,
+                                 uint32_t n, __m256 *v)
+{
+    for (uint32_t i = 0; i < 4; i++) {
+        uint32_t at = o + 8 * i;
+
+        if (type == WEIGHT_Q4) /* 32 outputs share 16 bytes */
+            v[i] = row_values(type, column + o / 2, i);
+        else if (8 * i < n) /* a column's padding to 64 bytes holds whole registers */
+            v[i] = row_values(type, column, at / 8);
+        else
+            v[i] = _mm256_setzero_ps();
+    }
+}
+
+static inline void columns_f32(enum weight_type type, const struct matmul_task *t, uint32_t i,
+                               uint32_t o, uint32_t n, float *acc)
+{
+    const struct weight *w = t->w;
+    const float *x = t->x->f32 + i * t->x->ld;
+    bool scaled = type == WEIGHT_Q4 || type == WEIGHT_Q8;
+    size_t line = weight_column_bytes(type, w->n_out);
+    size_t block_bytes = weight_col_block_bytes(type, w->n_out);
+    const uint8_t *block = w->data;
+
+    for (uint32_t k = 0, n_k; k < w->n_in; k += n_k, block += block_bytes) {
+        const uint8_t *columns = block + (block_bytes - WEIGHT_BLOCK * line);
+        uint32_t used[WEIGHT_BLOCK], n_used = 0;
+
+        n_k = MIN(w->n_in - k, (uint32_t)WEIGHT_BLOCK);
+        for (uint32_t j = 0; j < n_k; j++) {
+            used[n_used] = j;
+            n_used += x[k + j] != 0;
+        }
+        for (uint32_t c = 0; c < n && n_used; c += COL_OUTPUTS) {
+            __m256 sum[4], v[4];
+
+            for (int r = 0; r < 4; r++)
+                sum[r] = _mm256_setzero_ps();
+            for (uint32_t j = 0; j < n_used; j++) {
+                __m256 f = _mm256_set1_ps(x[k + used[j]]);
+
+                column_values(type, columns + used[j] * line, o + c, n - c, v);
+                for (int r = 0; r < 4; r++)
+                    sum[r] = _mm256_fmadd_ps(v[r], f, sum[r]);
+            }
+            for (uint32_t r = 0; r < 4; r++) {
+                float *to = acc + c + 8 * r;
+                __m256 a = _mm256_load_ps(to);
+
+                a = scaled ? _mm256_fmadd_ps(load_scales((const uint16_t *)block + o + c + 8 * r),
+                                             sum[r], a)
+                           : _mm256_add_ps(a, sum[r]);
+                _mm256_store_ps(to, a);
+            }
+        }
+    }
+}
+
+/* 32 outputs of a column as bytes with sign. */
+static inline __m256i column_bytes(enum weight_type type, const uint8_t *column, uint32_t o)
+{
+    return row_block(type, column, o / WEIGHT_BLOCK);
+}
+
+static inline void columns_rounded(enum weight_type type, const struct matmul_task *t, uint32_t i,
+                                   uint32_t o, uint32_t n, float *acc)
+{
+    const struct weight *w = t->w;
+    const struct activations *x = t->x;
+    const int8_t *q = x->q + i * x->ld_q;
+    const float *d = x->d + i * (x->ld_q / WEIGHT_BLOCK);
+    size_t line = weight_column_bytes(type, w->n_out);
+    size_t block_bytes = weight_col_block_bytes(type, w->n_out);
+    const uint8_t *block = w->data;
+
+    for (uint32_t b = 0; b < w->n_in / WEIGHT_BLOCK; b++, q += WEIGHT_BLOCK, block += block_bytes) {
+        const uint8_t *columns = block + (block_bytes - WEIGHT_BLOCK * line);
+        uint32_t used[WEIGHT_BLOCK + 1], n_used = 0;
+        int32_t pairs[WEIGHT_BLOCK / 2];
+
+        for (uint32_t j = 0; j < WEIGHT_BLOCK; j++) {
+            used[n_used] = j;
+            n_used += q[j] != 0;
+        }
+        for (uint32_t j = 0; j < n_used; j += 2) { /* an odd end takes the last twice, once by 0 */
+            if (j + 1 == n_used)
+                used[j + 1] = used[j];
+            pairs[j / 2] = (uint16_t)q[used[j]] |
+                           (j + 1 == n_used ? 0 : (int32_t)((uint32_t)q[used[j + 1]] << 16));
+        }
+        for (uint32_t c = 0; c < n && n_used; c += COL_OUTPUTS) {
+            __m256i sum[4];
+
+            for (int r = 0; r < 4; r++)
+                sum[r] = _mm256_setzero_si256();
+            for (uint32_t j = 0; j < n_used; j += 2) {
+                __m256i u = column_bytes(type, columns + used[j] * line, o + c);
+                __m256i v = column_bytes(type, columns + used[j + 1] * line, o + c);
+                __m256i by = _mm256_set1_epi32(pairs[j / 2]);
+
+                for (int r = 0; r < 2; r++) { /* outputs 16 r..: in lanes 0-3, 8-11; 4-7, 12-15 */
+                    __m256i a = _mm256_cvtepi8_epi16(r ? _mm256_extracti128_si256(u, 1)
+                                                       : _mm256_castsi256_si128(u));
+                    __m256i e = _mm256_cvtepi8_epi16(r ? _mm256_extracti128_si256(v, 1)
+                                                       : _mm256_castsi256_si128(v));
+
+                    sum[2 * r] = _mm256_add_epi32(
+                        sum[2 * r], _mm256_madd_epi16(_mm256_unpacklo_epi16(a, e), by));
+                    sum[2 * r + 1] = _mm256_add_epi32(
+                        sum[2 * r + 1], _mm256_madd_epi16(_mm256_unpackhi_epi16(a, e), by));
+                }
+            }
+            for (uint32_t r = 0; r < 4; r++) {
+                float *to = acc + c + 8 * r;
+                __m256i low = sum[r / 2 * 2], high = sum[r / 2 * 2 + 1];
+                __m256i dot = r % 2 ? _mm256_permute2x128_si256(low, high, 0x31)
+                                    : _mm256_permute2x128_si256(low, high, 0x20);
+                __m256 d_w = load_scales((const uint16_t *)block + o + c + 8 * r);
+
+                _mm256_store_ps(to, add_block(dot, d_w, d[b], _mm256_load_ps(to)));
+            }
+        }
+    }
+}
+
+static void columns_any(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct matmul_task *t = args;
+    float acc[COL_GROUP] __attribute__((aligned(64)));
+
+    (void)scratch;
+    for (uint32_t group = first; group < last; group++) {
+        uint32_t o = group * COL_GROUP, n = MIN(t->w->n_out - o, (uint32_t)COL_GROUP);
+
+        for (uint32_t i = 0; i < t->x->n; i++) {
+            memset(acc, 0, sizeof(acc));
+            switch (t->w->type) {
+            case WEIGHT_F32:
+                columns_f32(WEIGHT_F32, t, i, o, n, acc);
+                break;
+            case WEIGHT_F16:
+                columns_f32(WEIGHT_F16, t, i, o, n, acc);
+                break;
+            case WEIGHT_BF16:
+                columns_f32(WEIGHT_BF16, t, i, o, n, acc);
+                break;
+            case WEIGHT_Q8:
+                if (t->x->q)
+                    columns_rounded(WEIGHT_Q8, t, i, o, n, acc);
+                else
+                    columns_f32(WEIGHT_Q8, t, i, o, n, acc);
+                break;
+            case WEIGHT_Q4:
+                if (t->x->q)
+                    columns_rounded(WEIGHT_Q4, t, i, o, n, acc);
+                else
+                    columns_f32(WEIGHT_Q4, t, i, o, n, acc);
+                break;
+            }
+            memcpy(t->y + i * t->ld_y + o, acc, n * sizeof(float));
+        }
+    }
+}
+
+void cpu_avx2_matmul(struct backend *b, const struct weight *w, const struct activations *x,
+                     float *y, size_t ld_y)
+{
+    struct cpu_backend *c = cpu_backend(b);
+    struct matmul_task t = {w, x, y, ld_y};
+    size_t cost = (size_t)w->n_in * x->n;
+    bool rounded = x->q && weight_type_is_quantized(w->type);
+    cpu_body body = NULL;
+
+    assert(x->k == w->n_in && w->n_in <= c->limits.max_width);
+    switch (w->layout) {
+    case LAYOUT_TILE16:
+        body = !rounded               ? tile16_f32_any
+               : w->type == WEIGHT_Q4 ? tile16_q4_rounded
+                                      : tile16_q8_rounded;
+        cpu_parallel(c, DIV_ROUND_UP(w->n_out, WEIGHT_STRIPE), cost * WEIGHT_STRIPE / 16, body, &t);
+        break;
+    case LAYOUT_PLAIN:
+    case LAYOUT_ROWS:
+        cpu_parallel(c, w->n_out, cost / 8, rows_any, &t);
+        break;
+    case LAYOUT_COLS:
+        cpu_parallel(c, DIV_ROUND_UP(w->n_out, COL_GROUP), cost * COL_GROUP / 16, columns_any, &t);
+        break;
+    }
+}

@@ -1,0 +1,613 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * The AVX2 level: everything that works value by value. Sums of a row (squares, means, the router)
+ * run in double: that costs a few hundred nanoseconds of a token's tens of milliseconds and makes
+ * every bound hold with room, since only the final products are rounded to float. A width that is
+ * no multiple of eight ends in a masked vector of the same instructions.
+ */
+
+#include <assert.h>
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "backends/cpu/avx2.h"
+#include "base/checked.h"
+
+/* Values k.. of x that lie below n, zeros behind. */
+static inline __m256 load_some(const float *x, uint32_t k, uint32_t n)
+{
+    return n - k >= 8 ? _mm256_loadu_ps(x + k) : _mm256_maskload_ps(x + k, lanes_below(n - k));
+}
+
+static inline void store_some(float *x, uint32_t k, uint32_t n, __m256 v)
+{
+    if (n - k >= 8)
+        _mm256_storeu_ps(x + k, v);
+    else
+        _mm256_maskstore_ps(x + k, lanes_below(n - k), v);
+}
+
+static inline __m256d low_double(__m256 v)
+{
+    return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+}
+
+static inline __m256d high_double(__m256 v)
+{
+    return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+}
+
+static inline double sum_double(__m256d a, __m256d b)
+{
+    __m256d v = _mm256_add_pd(a, b);
+    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+static inline double mean_square(const float *x, uint32_t n)
+{
+    __m256d a = _mm256_setzero_pd(), b = _mm256_setzero_pd();
+
+    for (uint32_t k = 0; k < n; k += 8) {
+        __m256 v = load_some(x, k, n);
+        __m256d low = low_double(v), high = high_double(v);
+
+        a = _mm256_fmadd_pd(low, low, a);
+        b = _mm256_fmadd_pd(high, high, b);
+    }
+    return sum_double(a, b) / n;
+}
+
+static inline __m256 rms_scale(const float *x, uint32_t n, float eps)
+{
+    return _mm256_set1_ps((float)(1 / sqrt(mean_square(x, n) + (double)eps)));
+}
+
+/* One block; d and the integers as the reference computes them. */
+static inline void quantize_block(const float *x, uint32_t n, int8_t *q, float *ret_d,
+                                  int32_t *ret_sum)
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 v[4], max = _mm256_setzero_ps();
+    __m256i i[4], sum;
+    __m128i s;
+    float d;
+
+    for (uint32_t j = 0; j < 4; j++) {
+        v[j] = 8 * j < n ? load_some(x, 8 * j, n) : _mm256_setzero_ps();
+        max = _mm256_max_ps(_mm256_andnot_ps(sign, v[j]), max);
+    }
+    d = max_lanes(max) / 127;
+    if (!(d >= FLT_MIN)) {
+        memset(q, 0, WEIGHT_BLOCK);
+        *ret_d = 0;
+        *ret_sum = 0;
+        return;
+    }
+    for (int j = 0; j < 4; j++)
+        i[j] = _mm256_cvtps_epi32(_mm256_div_ps(v[j], _mm256_set1_ps(d)));
+    sum = _mm256_add_epi32(_mm256_add_epi32(i[0], i[1]), _mm256_add_epi32(i[2], i[3]));
+    s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    *ret_sum = _mm_cvtsi128_si32(s);
+    *ret_d = d;
+    /* packing works within halves: 0-3 8-11 16-19 24-27 and 4-7 12-15 20-23 28-31 */
+    sum = _mm256_packs_epi16(_mm256_packs_epi32(i[0], i[1]), _mm256_packs_epi32(i[2], i[3]));
+    sum = _mm256_permutevar8x32_epi32(sum, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)q, sum);
+}
+
+static void quantize_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct activations *x = args;
+    size_t n_blocks = x->ld_q / WEIGHT_BLOCK;
+
+    (void)scratch;
+    for (uint32_t i = first; i < last; i++)
+        for (size_t b = 0; b < n_blocks; b++) {
+            size_t k = b * WEIGHT_BLOCK;
+            uint32_t n = k >= x->k ? 0 : (uint32_t)MIN(x->k - k, (size_t)WEIGHT_BLOCK);
+
+            quantize_block(x->f32 + i * x->ld + (n ? k : 0), n, x->q + i * x->ld_q + k,
+                           &x->d[i * n_blocks + b], &x->sum[i * n_blocks + b]);
+        }
+}
+
+static void avx2_quantize(struct backend *b, const struct activations *x)
+{
+    cpu_parallel(cpu_backend(b), x->n, x->k, quantize_rows, x);
+}
+
+static void norm_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct norm_args *a = args;
+    __m256 scale = _mm256_set1_ps(a->scale);
+
+    (void)scratch;
+    for (uint32_t i = first; i < last; i++) {
+        const float *x = a->x + i * a->ld_x;
+        __m256 r = rms_scale(x, a->k, a->eps);
+
+        for (uint32_t k = 0; k < a->k; k += 8) {
+            __m256 v = _mm256_mul_ps(load_some(x, k, a->k), r);
+
+            if (a->w)
+                v = _mm256_mul_ps(v, load_some(a->w, k, a->k));
+            if (a->add)
+                v = _mm256_add_ps(v, load_some(a->add + i * a->ld_add, k, a->k));
+            if (a->add2)
+                v = _mm256_add_ps(v, load_some(a->add2 + i * a->ld_add2, k, a->k));
+            store_some(a->y + i * a->ld_y, k, a->k, _mm256_mul_ps(v, scale));
+        }
+    }
+}
+
+static void avx2_norm(struct backend *b, const struct norm_args *a)
+{
+    cpu_parallel(cpu_backend(b), a->n, a->k / 2, norm_rows, a);
+}
+
+static void head_norm_one(const struct head_norm_args *a, float *x, const float *rope)
+{
+    uint32_t dim = a->head_dim, half = dim / 2;
+    __m256 r = rms_scale(x, dim, a->eps);
+
+    if (!rope) {
+        for (uint32_t k = 0; k < dim; k += 8) {
+            __m256 v = _mm256_mul_ps(load_some(x, k, dim), r);
+
+            if (a->w)
+                v = _mm256_mul_ps(v, load_some(a->w, k, dim));
+            store_some(x, k, dim, v);
+        }
+        return;
+    }
+    for (uint32_t k = 0; k < half; k += 8) {
+        __m256 u = _mm256_mul_ps(load_some(x, k, half), r);
+        __m256 v = _mm256_mul_ps(load_some(x + half, k, half), r);
+        __m256 c = load_some(rope, k, half), s = load_some(rope + half, k, half);
+
+        if (a->w) {
+            u = _mm256_mul_ps(u, load_some(a->w, k, half));
+            v = _mm256_mul_ps(v, load_some(a->w + half, k, half));
+        }
+        store_some(x, k, half, _mm256_fmsub_ps(u, c, _mm256_mul_ps(v, s)));
+        store_some(x + half, k, half, _mm256_fmadd_ps(v, c, _mm256_mul_ps(u, s)));
+    }
+}
+
+static void head_norm_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct head_norm_args *a = args;
+
+    (void)scratch;
+    for (uint32_t i = first; i < last; i++)
+        for (uint32_t h = 0; h < a->n_heads; h++)
+            head_norm_one(a, a->x + i * a->ld + (size_t)h * a->head_dim,
+                          a->rope ? a->rope + (size_t)i * a->head_dim : NULL);
+}
+
+static void avx2_head_norm(struct backend *b, const struct head_norm_args *a)
+{
+    assert(!a->rope || a->head_dim % 2 == 0);
+    cpu_parallel(cpu_backend(b), a->n, (size_t)a->n_heads * a->head_dim / 2, head_norm_rows, a);
+}
+
+/* Eight values, or the first n of them, to f16. */
+static inline void store_half(uint16_t *to, uint32_t n, __m256 v)
+{
+    __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+
+    if (n >= 8)
+        _mm_storeu_si128((__m128i *)to, h);
+    else
+        memcpy(to, &h, n * sizeof(*to));
+}
+
+static void kv_store_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct kv_store_args *a = args;
+    const struct kv_shape *s = &a->shape;
+    uint32_t dim = s->head_dim;
+
+    (void)scratch;
+    for (uint32_t i = first; i < last; i++) {
+        uint32_t p = a->rows[i].pos % KV_PAGE;
+        void *page = a->rows[i].pages[a->rows[i].pos / KV_PAGE];
+
+        for (uint32_t h = 0; h < s->n_heads_kv; h++) {
+            const float *k = a->k + i * a->ld + (size_t)h * dim;
+            const float *v = a->v + i * a->ld + (size_t)h * dim;
+            size_t k_at = (size_t)h * dim * KV_PAGE + p;
+            size_t v_at = ((size_t)(s->n_heads_kv + h) * KV_PAGE + p) * dim;
+
+            if (!s->f16) {
+                memcpy((float *)page + v_at, v, dim * sizeof(*v));
+                for (uint32_t j = 0; j < dim; j++)
+                    ((float *)page)[k_at + (size_t)j * KV_PAGE] = k[j];
+                continue;
+            }
+            for (uint32_t j = 0; j < dim; j += 8) {
+                uint16_t *to = (uint16_t *)page + k_at + (size_t)j * KV_PAGE, column[8];
+                uint32_t n = MIN(dim - j, 8u);
+
+                store_half((uint16_t *)page + v_at + j, n, load_some(v, j, dim));
+                store_half(column, 8, load_some(k, j, dim));
+                for (uint32_t e = 0; e < n; e++)
+                    to[(size_t)e * KV_PAGE] = column[e];
+            }
+        }
+    }
+}
+
+static void avx2_kv_store(struct backend *b, const struct kv_store_args *a)
+{
+    cpu_parallel(cpu_backend(b), a->n, (size_t)a->shape.n_heads_kv * a->shape.head_dim,
+                 kv_store_rows, a);
+}
+
+/*
+ * gelu(x) = x / (1 + exp(t)), t = -2 sqrt(2 / pi) (x + 0.044715 x^3): the tanh form without its
+ * cancellation. t has a relative error of some 4 eps and exp of 2^-22, so the result one of
+ * 2^-22 + 4 eps |t| + 2 eps: below 2^-18 up to |t| = 12, and beyond, where x is -3.3 or less, the
+ * result is below 2^-15 and its error far below 2^-28. From t = 87 on it is 0.
+ */
+static inline __m256 gelu_lanes(__m256 x)
+{
+    const __m256 c1 = _mm256_set1_ps(-1.59576912160573071176f);
+    const __m256 c3 = _mm256_set1_ps(-1.59576912160573071176f * 0.044715f);
+    __m256 t = _mm256_mul_ps(x, _mm256_fmadd_ps(_mm256_mul_ps(x, x), c3, c1));
+    __m256 y = _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1), exp_lanes(t)));
+
+    return _mm256_andnot_ps(_mm256_cmp_ps(t, _mm256_set1_ps(87), _CMP_GT_OQ), y);
+}
+
+/* x - cut, or 0: in double, since a small rest of two near values keeps all its bits there. */
+static inline __m256 above(__m256 x, __m256d cut)
+{
+    __m256d zero = _mm256_setzero_pd();
+    __m128 low = _mm256_cvtpd_ps(_mm256_max_pd(_mm256_sub_pd(low_double(x), cut), zero));
+    __m128 high = _mm256_cvtpd_ps(_mm256_max_pd(_mm256_sub_pd(high_double(x), cut), zero));
+
+    return _mm256_set_m128(high, low);
+}
+
+static double gate_cut(const float *x, uint32_t n, double z)
+{
+    __m256d a = _mm256_setzero_pd(), b = _mm256_setzero_pd(), mean;
+    double m;
+
+    for (uint32_t k = 0; k < n; k += 8) {
+        __m256 v = load_some(x, k, n);
+
+        a = _mm256_add_pd(a, low_double(v));
+        b = _mm256_add_pd(b, high_double(v));
+    }
+    m = sum_double(a, b) / n;
+    mean = _mm256_set1_pd(m);
+    a = b = _mm256_setzero_pd();
+    for (uint32_t k = 0; k < n; k += 8) {
+        /* lanes behind the end take the mean's place and add nothing */
+        __m256 v = load_some(x, k, n);
+        __m256d low = _mm256_sub_pd(low_double(v), mean),
+                high = _mm256_sub_pd(high_double(v), mean);
+
+        if (n - k < 8) {
+            __m256i in = lanes_below(n - k);
+
+            low = _mm256_and_pd(
+                low, _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(in))));
+            high = _mm256_and_pd(
+                high, _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm256_extracti128_si256(in, 1))));
+        }
+        a = _mm256_fmadd_pd(low, low, a);
+        b = _mm256_fmadd_pd(high, high, b);
+    }
+    return m + z * sqrt(sum_double(a, b) / n);
+}
+
+static void gate_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct gate_args *a = args;
+
+    (void)scratch;
+    for (uint32_t i = first; i < last; i++) {
+        const float *gate = a->gate + i * a->ld_gate, *up = a->up + i * a->ld_up;
+        __m256d cut = _mm256_setzero_pd();
+
+        if (a->z > 0)
+            cut = _mm256_set1_pd(gate_cut(gate, a->k, (double)a->z));
+        for (uint32_t k = 0; k < a->k; k += 8) {
+            __m256 g = load_some(gate, k, a->k);
+
+            if (a->z > 0)
+                g = above(g, cut);
+            store_some(a->y + i * a->ld_y, k, a->k,
+                       _mm256_mul_ps(gelu_lanes(g), load_some(up, k, a->k)));
+        }
+    }
+}
+
+static void avx2_gate(struct backend *b, const struct gate_args *a)
+{
+    cpu_parallel(cpu_backend(b), a->n, (size_t)a->k * 2, gate_rows, a);
+}
+
+static void route(const struct router_weights *w, uint32_t hidden, uint32_t n_streams,
+                  const float *x, double *ret)
+{
+    double r = 1 / sqrt(mean_square(x, hidden) + (double)w->eps);
+
+    for (uint32_t j = 0; j < n_streams; j++) {
+        const float *router = w->router + (size_t)j * hidden;
+        __m256d a = _mm256_setzero_pd(), b = _mm256_setzero_pd();
+
+        for (uint32_t k = 0; k < hidden; k += 8) {
+            __m256 v = load_some(x, k, hidden), n = load_some(w->norm, k, hidden);
+            __m256 u = load_some(router, k, hidden);
+
+            a = _mm256_fmadd_pd(_mm256_mul_pd(low_double(v), low_double(n)), low_double(u), a);
+            b = _mm256_fmadd_pd(_mm256_mul_pd(high_double(v), high_double(n)), high_double(u), b);
+        }
+        ret[j] = tanh(sum_double(a, b) * r / hidden);
+    }
+}
+
+static void predict_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct altup_predict_args *a = args;
+    uint32_t n = a->n_streams, hidden = a->hidden;
+    double m[BACKEND_MAX_STREAMS];
+    float c[BACKEND_MAX_STREAMS * BACKEND_MAX_STREAMS];
+
+    (void)scratch;
+    for (uint32_t row = first; row < last; row++) {
+        const float *h = a->h + (size_t)row * n * hidden;
+        float *pred = a->pred + (size_t)row * n * hidden;
+
+        route(&a->router, hidden, n, h, m);
+        for (uint32_t ji = 0; ji < n * n; ji++) {
+            double sum = 0;
+
+            for (uint32_t s = 0; s < n; s++)
+                sum += (double)a->coefs[ji * n + s] * m[s];
+            c[ji] = (float)sum;
+        }
+        for (uint32_t k = 0; k < hidden; k += 8) {
+            __m256 v[BACKEND_MAX_STREAMS];
+
+            for (uint32_t i = 0; i < n; i++)
+                v[i] = load_some(h + (size_t)i * hidden, k, hidden);
+            for (uint32_t j = 0; j < n; j++) {
+                __m256 sum = v[j];
+
+                for (uint32_t i = 0; i < n; i++)
+                    sum = _mm256_fmadd_ps(_mm256_set1_ps(c[j * n + i]), v[i], sum);
+                store_some(pred + (size_t)j * hidden, k, hidden, sum);
+            }
+        }
+    }
+}
+
+static void avx2_altup_predict(struct backend *b, const struct altup_predict_args *a)
+{
+    assert(a->n_streams <= BACKEND_MAX_STREAMS);
+    cpu_parallel(cpu_backend(b), a->n, (size_t)a->hidden * (a->n_streams + 1), predict_rows, a);
+}
+
+static void correct_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct altup_correct_args *a = args;
+    uint32_t n = a->n_streams, hidden = a->hidden;
+    double m[BACKEND_MAX_STREAMS];
+    __m256 c[BACKEND_MAX_STREAMS];
+
+    (void)scratch;
+    for (uint32_t row = first; row < last; row++) {
+        const float *pred = a->pred + (size_t)row * n * hidden;
+        const float *out = a->b + (size_t)row * hidden;
+        float *h = a->h + (size_t)row * n * hidden;
+
+        route(&a->router, hidden, n, out, m);
+        for (uint32_t i = 0; i < n; i++) {
+            double sum = 1;
+
+            for (uint32_t s = 0; s < n; s++)
+                sum += (double)a->coefs[i * n + s] * m[s];
+            c[i] = _mm256_set1_ps((float)sum);
+        }
+        for (uint32_t k = 0; k < hidden; k += 8) {
+            __m256 p = load_some(pred, k, hidden);
+            __m256 d = _mm256_sub_ps(load_some(out, k, hidden), p);
+            __m256 v = _mm256_fmadd_ps(c[0], d, p);
+
+            store_some(a->scaled + (size_t)row * hidden, k, hidden,
+                       _mm256_mul_ps(v, load_some(a->scale, k, hidden)));
+            store_some(h, k, hidden, v);
+            for (uint32_t i = 1; i < n; i++)
+                store_some(
+                    h + (size_t)i * hidden, k, hidden,
+                    _mm256_fmadd_ps(c[i], d, load_some(pred + (size_t)i * hidden, k, hidden)));
+        }
+    }
+}
+
+static void avx2_altup_correct(struct backend *b, const struct altup_correct_args *a)
+{
+    assert(a->n_streams <= BACKEND_MAX_STREAMS);
+    cpu_parallel(cpu_backend(b), a->n, (size_t)a->hidden * (a->n_streams + 1), correct_rows, a);
+}
+
+static void stream_norm_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct stream_norm_args *a = args;
+    uint32_t hidden = a->hidden;
+
+    (void)scratch;
+    for (uint32_t row = first; row < last; row++) {
+        const float *x = a->x + (size_t)row * hidden;
+        float *h = a->h + (size_t)row * a->n_streams * hidden;
+        __m256 r = rms_scale(x, hidden, a->eps);
+
+        for (uint32_t k = 0; k < hidden; k += 8) {
+            __m256 v = _mm256_mul_ps(_mm256_mul_ps(load_some(x, k, hidden), r),
+                                     load_some(a->w, k, hidden));
+
+            for (uint32_t i = 1; i < a->n_streams; i++) {
+                float *to = h + (size_t)i * hidden;
+
+                store_some(to, k, hidden, _mm256_add_ps(load_some(to, k, hidden), v));
+            }
+        }
+    }
+}
+
+static void avx2_stream_norm(struct backend *b, const struct stream_norm_args *a)
+{
+    cpu_parallel(cpu_backend(b), a->n, (size_t)a->hidden, stream_norm_rows, a);
+}
+
+static void rescale_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct rescale_args *a = args;
+    uint32_t hidden = a->hidden;
+
+    (void)scratch;
+    for (uint32_t row = first; row < last; row++) {
+        const float *y = a->y + (size_t)row * hidden;
+        float *h = a->h + ((size_t)row * a->n_streams + a->stream) * hidden;
+        __m256 r = _mm256_set1_ps((float)(sqrt(mean_square(a->ref + row * a->ld_ref, hidden)) /
+                                          sqrt(fmax(mean_square(y, hidden), 1e-5))));
+
+        for (uint32_t k = 0; k < hidden; k += 8)
+            store_some(h, k, hidden, _mm256_mul_ps(load_some(y, k, hidden), r));
+    }
+}
+
+static void avx2_rescale(struct backend *b, const struct rescale_args *a)
+{
+    assert(a->stream < a->n_streams);
+    cpu_parallel(cpu_backend(b), a->n, a->hidden, rescale_rows, a);
+}
+
+static void merge_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct merge_args *a = args;
+    uint32_t hidden = a->hidden;
+    __m256 part = _mm256_set1_ps(1 / (float)a->n_streams);
+
+    (void)scratch;
+    for (uint32_t row = first; row < last; row++) {
+        const float *h = a->h + (size_t)row * a->n_streams * hidden;
+        float *x = a->x + (size_t)row * hidden;
+        __m256 r;
+
+        for (uint32_t k = 0; k < hidden; k += 8) {
+            __m256 sum = load_some(h, k, hidden);
+
+            for (uint32_t i = 1; i < a->n_streams; i++)
+                sum = _mm256_add_ps(sum, load_some(h + (size_t)i * hidden, k, hidden));
+            store_some(x, k, hidden, _mm256_mul_ps(sum, part));
+        }
+        r = rms_scale(x, hidden, a->eps);
+        for (uint32_t k = 0; k < hidden; k += 8)
+            store_some(x, k, hidden,
+                       _mm256_mul_ps(_mm256_mul_ps(load_some(x, k, hidden), r),
+                                     load_some(a->w, k, hidden)));
+    }
+}
+
+static void avx2_merge(struct backend *b, const struct merge_args *a)
+{
+    cpu_parallel(cpu_backend(b), a->n, a->hidden, merge_rows, a);
+}
+
+static void ple_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct ple_args *a = args;
+    double scale = (double)a->g_scale;
+
+    (void)scratch;
+    for (size_t i = (size_t)first * a->n_layers; i < (size_t)last * a->n_layers; i++) {
+        const float *g = a->g + i * a->width, *e = a->e + i * a->width;
+        double square = mean_square(g, a->width) * scale * scale;
+        __m256 r = _mm256_set1_ps((float)(scale / sqrt(square + (double)a->eps)));
+
+        for (uint32_t k = 0; k < a->width; k += 8) {
+            __m256 v = _mm256_mul_ps(load_some(g, k, a->width), r);
+
+            v = _mm256_fmadd_ps(v, load_some(a->w, k, a->width), load_some(e, k, a->width));
+            store_some(a->ple + i * a->width, k, a->width,
+                       _mm256_mul_ps(v, _mm256_set1_ps((float)M_SQRT1_2)));
+        }
+    }
+}
+
+static void avx2_ple(struct backend *b, const struct ple_args *a)
+{
+    cpu_parallel(cpu_backend(b), a->n, (size_t)a->n_layers * a->width / 2, ple_rows, a);
+}
+
+struct softcap_task {
+    float *x;
+    size_t n;
+    float c;
+};
+
+#define SOFTCAP_PIECE 4096 /* values of one item */
+
+/* c tanh(x / c) = c (1 - 2 / (exp(2 x / c) + 1)). Near 0 the difference cancels: what is small is
+ * the error against c. */
+static void softcap_pieces(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct softcap_task *t = args;
+    const __m256 one = _mm256_set1_ps(1), two = _mm256_set1_ps(2);
+    __m256 c = _mm256_set1_ps(t->c), by = _mm256_set1_ps(2 / t->c);
+    __m256 most = _mm256_set1_ps(nextafterf(t->c, 0)),
+           least = _mm256_sub_ps(_mm256_setzero_ps(), most);
+
+    (void)scratch;
+    for (uint32_t piece = first; piece < last; piece++) {
+        float *x = t->x + (size_t)piece * SOFTCAP_PIECE;
+        uint32_t n = (uint32_t)MIN(t->n - (size_t)piece * SOFTCAP_PIECE, (size_t)SOFTCAP_PIECE);
+
+        for (uint32_t k = 0; k < n; k += 8) {
+            __m256 e = exp_lanes(_mm256_mul_ps(load_some(x, k, n), by));
+            __m256 v = _mm256_sub_ps(one, _mm256_div_ps(two, _mm256_add_ps(e, one)));
+
+            v = _mm256_mul_ps(v, c);
+            store_some(x, k, n, _mm256_max_ps(_mm256_min_ps(v, most), least));
+        }
+    }
+}
+
+static void avx2_softcap(struct backend *b, float *x, size_t n, float c)
+{
+    struct softcap_task t = {x, n, c};
+
+    cpu_parallel(cpu_backend(b), (uint32_t)DIV_ROUND_UP(n, SOFTCAP_PIECE), SOFTCAP_PIECE * 2,
+                 softcap_pieces, &t);
+}
+
+void cpu_use_avx2(struct backend_ops *ops)
+{
+    ops->quantize = avx2_quantize;
+    ops->matmul = cpu_avx2_matmul;
+    ops->norm = avx2_norm;
+    ops->head_norm = avx2_head_norm;
+    ops->kv_store = avx2_kv_store;
+    ops->attention = cpu_avx2_attention;
+    ops->gate = avx2_gate;
+    ops->altup_predict = avx2_altup_predict;
+    ops->altup_correct = avx2_altup_correct;
+    ops->stream_norm = avx2_stream_norm;
+    ops->rescale = avx2_rescale;
+    ops->merge = avx2_merge;
+    ops->ple = avx2_ple;
+    ops->softcap = avx2_softcap;
+}

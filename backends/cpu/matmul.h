@@ -1,0 +1,73 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * What the matrix kernels of all instruction sets share: the task that threads work on, and rounded
+ * activations rearranged for the case of many rows.
+ */
+
+#include <string.h>
+
+#include "backends/cpu/cpu.h"
+#include "base/checked.h"
+
+struct matmul_task {
+    const struct weight *w;
+    const struct activations *x;
+    float *y;
+    size_t ld_y;
+};
+
+/* Rows of activations that are worked on together, so that a line of weights is unpacked once for
+ * all of them. Their rounded values for the longest matrix should fit a second-level cache. */
+#define PACK_ROWS 32
+
+/*
+ * Up to PACK_ROWS rows of rounded activations, block by block: rows of a matrix lie a power of two
+ * apart and would share a few sets of the first-level cache.
+ */
+struct packed_rows {
+    int8_t *q;     /* [n_blocks][PACK_ROWS][32] */
+    float *d;      /* [n_blocks][PACK_ROWS] */
+    int32_t *bias; /* [n_blocks][PACK_ROWS]: -(offset) * sum of q */
+};
+
+static inline size_t packed_bytes(size_t width)
+{
+    return DIV_ROUND_UP(width, (size_t)WEIGHT_BLOCK) * PACK_ROWS * (WEIGHT_BLOCK + 8);
+}
+
+/* offset: what a weight is stored with more than its value. scratch aligned to 64 */
+static inline struct packed_rows pack_rows(const struct activations *x, uint32_t first, uint32_t n,
+                                           int32_t offset, void *scratch)
+{
+    uint32_t n_blocks = x->k / WEIGHT_BLOCK;
+    size_t ld_d = x->ld_q / WEIGHT_BLOCK;
+    struct packed_rows p;
+
+    p.q = scratch;
+    p.d = (float *)(p.q + (size_t)n_blocks * PACK_ROWS * WEIGHT_BLOCK);
+    p.bias = (int32_t *)(p.d + (size_t)n_blocks * PACK_ROWS);
+    for (uint32_t i = 0; i < n; i++) {
+        const int8_t *q = x->q + (first + i) * x->ld_q;
+        const float *d = x->d + (first + i) * ld_d;
+        const int32_t *sum = x->sum + (first + i) * ld_d;
+
+        for (uint32_t b = 0; b < n_blocks; b++) {
+            size_t at = (size_t)b * PACK_ROWS + i;
+
+            memcpy(p.q + at * WEIGHT_BLOCK, q + (size_t)b * WEIGHT_BLOCK, WEIGHT_BLOCK);
+            p.d[at] = d[b];
+            p.bias[at] = -offset * sum[b];
+        }
+    }
+    return p;
+}
+
+/* Where the scales of a stripe begin: [n_in / 32][16] f16. */
+static inline const uint16_t *stripe_scales(const struct weight *w, const uint8_t *stripe)
+{
+    return (const uint16_t *)(stripe +
+                              (size_t)w->n_in * (w->type == WEIGHT_Q4 ? 8 : WEIGHT_STRIPE));
+}
