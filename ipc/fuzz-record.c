@@ -119,9 +119,13 @@ static void write_again(const struct record *record)
     assert(record_write(&out, record) == 0);
     assert(out.n > 0 && memchr(out.data, '\n', out.n) == out.data + out.n - 1);
     assert(record_parse(out.data, out.n - 1, &again) == 0);
-    assert(again.type == record->type && again.n_text == record->n_text);
-    assert(again.n_text == 0 || memcmp(again.text, record->text, record->n_text) == 0);
-    assert(again.n_top == (record->has_token ? record->n_top : 0));
+    assert(again.type == record->type);
+    if (record->type == RECORD_DELTA) { /* elsewhere a stray "text" is skipped */
+        assert(again.n_text == record->n_text);
+        assert(again.n_text == 0 || memcmp(again.text, record->text, record->n_text) == 0);
+        assert(again.has_token == record->has_token);
+        assert(again.n_top == (record->has_token ? record->n_top : 0));
+    }
     buffer_done(&out);
 }
 
