@@ -291,8 +291,10 @@ int main(int argc, char **argv)
     int r, status;
 
     if (parse_arguments(argc, argv, &arguments, &status) != 0) {
-        if (fflush(stdout) == EOF)
+        if (fflush(stdout) == EOF) {
+            fprintf(stderr, "llmd: cannot write: %s\n", strerror(errno));
             status = EXIT_FAILURE;
+        }
         return status;
     }
     exclude_dumps();
