@@ -1,0 +1,315 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * Finding the daemon, or starting one. Who looks for a daemon and finds none takes SOCKET.start
+ * (see daemon/server.h), looks again, and starts one while holding it. The daemon tells through an
+ * inherited pipe that it serves; that it failed is told by the pipe's end and the last line of its
+ * log.
+ */
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "base/cleanup.h"
+#include "client/llmctl.h"
+
+#define MODEL_SUFFIX ".safetensors"
+
+/* ---- which model ---- */
+
+static bool has_suffix(const char *name)
+{
+    size_t n = strlen(name), suffix = strlen(MODEL_SUFFIX);
+
+    return n > suffix && strcmp(name + n - suffix, MODEL_SUFFIX) == 0;
+}
+
+/*
+ * The model of a folder: default.safetensors, else the only one. 1: *ret; 0: there is none;
+ * -ENOTUNIQ: several; -ENOMEM
+ */
+static int model_in(const char *folder, char **ret)
+{
+    CLEANUP(closedirp) DIR *dir = opendir(folder);
+    CLEANUP(freep) char *found = NULL;
+    struct dirent *e;
+    size_t n = 0;
+
+    if (!dir)
+        return 0;
+    while ((e = readdir(dir))) {
+        bool is_default = strcmp(e->d_name, "default" MODEL_SUFFIX) == 0;
+
+        if (!has_suffix(e->d_name) || e->d_name[0] == '.')
+            continue;
+        n++;
+        if (n > 1 && !is_default)
+            continue;
+        free(found);
+        found = NULL;
+        if (asprintf(&found, "%s/%s", folder, e->d_name) < 0) {
+            found = NULL;
+            return -ENOMEM;
+        }
+        if (is_default) {
+            n = 1;
+            break;
+        }
+    }
+    if (n > 1)
+        return -ENOTUNIQ;
+    *ret = TAKE_PTR(found);
+    return n == 1;
+}
+
+static int default_model(char **ret)
+{
+    CLEANUP(freep) char *own = NULL;
+    const char *data = getenv("XDG_DATA_HOME"), *home = getenv("HOME");
+    const char *folders[2];
+    size_t n = 0;
+    int r;
+
+    if (data && data[0] == '/')
+        r = asprintf(&own, "%s/llmd/models", data);
+    else
+        r = asprintf(&own, "%s/.local/share/llmd/models", home ? home : "");
+    if (r < 0) {
+        own = NULL;
+        return complain(STATUS_FAILED, "out of memory");
+    }
+    folders[n++] = own;
+    folders[n++] = "/usr/share/llmd/models";
+    for (size_t i = 0; i < n; i++) {
+        r = model_in(folders[i], ret);
+        if (r == -ENOTUNIQ)
+            return complain(STATUS_FAILED,
+                            "%s holds several models: name one with --model, or link one as "
+                            "default" MODEL_SUFFIX " there",
+                            folders[i]);
+        if (r < 0)
+            return complain(STATUS_FAILED, "%s: %s", folders[i], strerror(-r));
+        if (r > 0)
+            return STATUS_OK;
+    }
+    return complain(STATUS_FAILED,
+                    "there is no model in %s or %s: make one with llm-import, or name one with "
+                    "--model",
+                    folders[0], folders[1]);
+}
+
+/* ---- which program ---- */
+
+static bool try_path(char *out, size_t n, const char *folder, size_t n_folder, const char *name)
+{
+    int length = snprintf(out, n, "%.*s/%s", (int)n_folder, folder, name);
+
+    return length > 0 && (size_t)length < n && access(out, X_OK) == 0;
+}
+
+/* $LLMD_BINARY, beside llmctl, where the build puts it, where it is installed. */
+static int find_daemon(char out[PATH_MAX])
+{
+    const char *named = getenv("LLMD_BINARY"), *slash;
+    char self[PATH_MAX];
+    ssize_t n;
+
+    if (named && named[0]) {
+        if (strlen(named) >= PATH_MAX || access(named, X_OK) < 0)
+            return complain(STATUS_FAILED, "$LLMD_BINARY: %s: %s", named, strerror(errno));
+        strcpy(out, named);
+        return STATUS_OK;
+    }
+    n = readlink("/proc/self/exe", self, sizeof(self) - 1);
+    if (n > 0) {
+        self[n] = 0;
+        slash = strrchr(self, '/');
+        if (try_path(out, PATH_MAX, self, (size_t)(slash - self), "llmd") ||
+            try_path(out, PATH_MAX, self, (size_t)(slash - self), "../daemon/llmd"))
+            return STATUS_OK;
+    }
+    if (try_path(out, PATH_MAX, LLMD_LIBEXECDIR, strlen(LLMD_LIBEXECDIR), "llmd") ||
+        try_path(out, PATH_MAX, LLMD_BINDIR, strlen(LLMD_BINDIR), "llmd"))
+        return STATUS_OK;
+    return complain(STATUS_NOT_RUNNING,
+                    "llmd does not run and the program is not found; $LLMD_BINARY may name it");
+}
+
+/* ---- starting ---- */
+
+/* The last line of the log without its priority, or "". */
+static void last_line(const char *log_path, char *out, size_t n)
+{
+    CLEANUP(fclosep) FILE *f = fopen(log_path, "re");
+    char line[1024];
+
+    out[0] = 0;
+    while (f && fgets(line, sizeof(line), f)) {
+        const char *text = line;
+
+        if (text[0] == '<' && text[1] && text[2] == '>')
+            text += 3;
+        snprintf(out, n, "%.*s", (int)strcspn(text, "\n"), text);
+    }
+}
+
+static void become_daemon(const char *program, const char *model, const char *socket, int log_fd,
+                          int ready_fd)
+{
+    sigset_t none;
+    char number[16];
+    int null_fd;
+
+    /* Its own session: a Ctrl-C here is not for it. */
+    setsid();
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    null_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (null_fd < 0 || dup2(null_fd, STDIN_FILENO) < 0 || dup2(log_fd, STDOUT_FILENO) < 0 ||
+        dup2(log_fd, STDERR_FILENO) < 0 || chdir("/") < 0)
+        _exit(127);
+    ready_fd = fcntl(ready_fd, F_DUPFD, 3); /* without CLOEXEC */
+    if (ready_fd < 0)
+        _exit(127);
+    snprintf(number, sizeof(number), "%d", ready_fd);
+    execl(program, program, "--private", "--model", model, "--socket", socket, "--ready-fd", number,
+          (char *)NULL);
+    dprintf(STDERR_FILENO, "%s: %s\n", program, strerror(errno));
+    _exit(127);
+}
+
+static int start_daemon(const char *model, const char *socket)
+{
+    CLEANUP(freep) char *log_path = NULL;
+    CLEANUP(closep) int log_fd = -EBADF, ready_read = -EBADF, ready_write = -EBADF;
+    char program[PATH_MAX], line[1024], answer[16];
+    int ends[2], status;
+    size_t used = 0;
+    ssize_t n;
+    pid_t pid;
+
+    status = find_daemon(program);
+    if (status != STATUS_OK)
+        return status;
+    if (asprintf(&log_path, "%s.log", socket) < 0) {
+        log_path = NULL;
+        return complain(STATUS_FAILED, "out of memory");
+    }
+    log_fd = open(log_path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (log_fd < 0)
+        return complain(STATUS_FAILED, "%s: %s", log_path, strerror(errno));
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        return complain(STATUS_FAILED, "pipe: %s", strerror(errno));
+    ready_read = ends[0];
+    ready_write = ends[1];
+
+    pid = fork();
+    if (pid < 0)
+        return complain(STATUS_FAILED, "fork: %s", strerror(errno));
+    if (pid == 0)
+        become_daemon(program, model, socket, log_fd, ready_write);
+    close(TAKE_FD(ready_write));
+
+    do {
+        n = read(ready_read, answer + used, sizeof(answer) - 1 - used);
+        if (n > 0)
+            used += (size_t)n;
+    } while ((n > 0 && used < sizeof(answer) - 1) || (n < 0 && errno == EINTR));
+    answer[used] = 0;
+    if (strcmp(answer, "READY=1\n") == 0)
+        return STATUS_OK;
+
+    waitpid(pid, &status, 0);
+    last_line(log_path, line, sizeof(line));
+    if (line[0])
+        return complain(STATUS_FAILED, "llmd did not start: %s", line);
+    if (WIFSIGNALED(status))
+        return complain(STATUS_FAILED, "llmd did not start: killed by signal %d", WTERMSIG(status));
+    return complain(STATUS_FAILED, "llmd did not start: status %d", WEXITSTATUS(status));
+}
+
+static bool is_absent(int r)
+{
+    return r == -ENOENT || r == -ECONNREFUSED || r == -ECONNRESET;
+}
+
+/* With SOCKET.start locked. */
+static int connect_or_start_locked(const char *socket, const char *model,
+                                   struct llm_connection **ret)
+{
+    CLEANUP(freep) char *found = NULL;
+    struct llm_error err;
+    int r, status;
+
+    r = llm_connect(ret, socket, &err);
+    if (r == 0)
+        return STATUS_OK;
+    if (!is_absent(r))
+        return complain(STATUS_FAILED, "%s", err.message);
+    if (!model) {
+        status = default_model(&found);
+        if (status != STATUS_OK)
+            return status;
+        model = found;
+    }
+    status = start_daemon(model, socket);
+    if (status != STATUS_OK)
+        return status;
+    r = llm_connect(ret, socket, &err);
+    return r == 0 ? STATUS_OK : complain(STATUS_NOT_RUNNING, "%s", err.message);
+}
+
+int connect_or_start(const struct start_options *o, struct llm_connection **ret, char **ret_model)
+{
+    CLEANUP(freep) char *default_socket = NULL, *model = NULL, *lock_path = NULL;
+    CLEANUP(closep) int lock_fd = -EBADF;
+    const char *asked = o->model ? o->model : getenv("LLMD_MODEL");
+    const char *socket = o->socket;
+    struct llm_error err;
+    int r, status;
+
+    if (!socket) {
+        r = llm_default_socket(&default_socket, &err);
+        if (r < 0)
+            return complain(STATUS_FAILED, "%s", err.message);
+        socket = default_socket;
+    }
+    if (asked && asked[0]) {
+        model = realpath(asked, NULL);
+        if (!model)
+            return complain(STATUS_FAILED, "%s: %s", asked, strerror(errno));
+    }
+
+    r = llm_connect(ret, socket, &err);
+    if (r < 0 && !is_absent(r))
+        return complain(STATUS_FAILED, "%s", err.message);
+    if (r < 0 && o->no_start)
+        return complain(STATUS_NOT_RUNNING, "llmd does not run (%s)", err.message);
+    if (r < 0) {
+        if (asprintf(&lock_path, "%s.start", socket) < 0) {
+            lock_path = NULL;
+            return complain(STATUS_FAILED, "out of memory");
+        }
+        lock_fd = open(lock_path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+        if (lock_fd < 0)
+            return complain(STATUS_FAILED, "%s: %s", lock_path, strerror(errno));
+        while (flock(lock_fd, LOCK_EX) < 0)
+            if (errno != EINTR)
+                return complain(STATUS_FAILED, "%s: %s", lock_path, strerror(errno));
+        status = connect_or_start_locked(socket, model, ret);
+        if (status != STATUS_OK)
+            return status;
+    }
+    *ret_model = TAKE_PTR(model);
+    return STATUS_OK;
+}
