@@ -400,7 +400,7 @@ int model_file_open_fd(struct model_file **ret, int fd, const char *path, struct
     CLEANUP(json_object_putp) json_object *root = NULL;
     CLEANUP(json_object_putp) json_object *tensors = NULL;
     struct stat st;
-    size_t n;
+    size_t n = 0;
     int r;
 
     f = calloc(1, sizeof(*f));
