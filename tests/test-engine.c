@@ -22,7 +22,7 @@
 #include "tests/model-builder.h"
 
 #define WINDOW 70 /* not a multiple of a page */
-#define LONGEST 400
+#define LONGEST 300
 
 static const char *path; /* where models are written */
 static uint32_t tokens[8192];
@@ -99,9 +99,8 @@ static double distance(const float *a, const float *b)
 /* 1, 2: any chunking gives the bits of one shot, at lengths around the window and pages. */
 static void check_chunks(struct engine *e)
 {
-    static const uint32_t lengths[] = {1,   2,   63,  64,  65,  WINDOW - 1, WINDOW, WINDOW + 1,
-                                       128, 141, 257, LONGEST};
-    static const uint32_t chunks[] = {1, 7, 64, 100};
+    static const uint32_t lengths[] = {1, 2, 64, 65, WINDOW, WINDOW + 1, 141, LONGEST};
+    static const uint32_t chunks[] = {1, 7, 100};
 
     for (size_t i = 0; i < ARRAY_SIZE(lengths); i++) {
         CLEANUP(freep) float *whole = run_fresh(e, tokens, lengths[i], LONGEST);
@@ -204,11 +203,11 @@ static void check_ring(struct engine *e)
 /* Copies must not feel each other, before and after the page they share. */
 static void check_fork(struct engine *e)
 {
-    static const uint32_t at[] = {1, 64, 100, 300};
+    static const uint32_t at[] = {1, 64, 100, LONGEST};
 
     for (size_t i = 0; i < ARRAY_SIZE(at); i++) {
         CLEANUP(session_freep) struct session *a = session_on(e), *b = NULL;
-        CLEANUP(freep) uint32_t *other = calloc(at[i] + 90, sizeof(*other));
+        CLEANUP(freep) uint32_t *other = calloc(at[i] + 50, sizeof(*other));
         CLEANUP(freep) float *first = run(a, tokens, at[i], LONGEST);
         CLEANUP(freep) float *la = NULL, *lb = NULL, *wa = NULL, *wb = NULL;
         struct engine_memory before, after;
@@ -218,11 +217,12 @@ static void check_fork(struct engine *e)
         engine_memory(e, &after);
         assert(before.kv_bytes_used == after.kv_bytes_used);
         memcpy(other, tokens, at[i] * sizeof(*other));
-        memcpy(other + at[i], tokens + 2000, 90 * sizeof(*other));
-        lb = run(b, tokens + 2000, 90, 13);
-        la = run(a, tokens + at[i], 90, 90);
-        wa = run_fresh(e, tokens, at[i] + 90, LONGEST + 90);
-        wb = run_fresh(e, other, at[i] + 90, LONGEST + 90);
+        memcpy(other + at[i], tokens + 2000, 50 * sizeof(*other));
+        free(run(b, tokens + 2000, 40, 13));
+        la = run(a, tokens + at[i], 50, 50); /* writes where b has written */
+        lb = run(b, tokens + 2040, 10, 10);
+        wa = run_fresh(e, tokens, at[i] + 50, LONGEST + 50);
+        wb = run_fresh(e, other, at[i] + 50, LONGEST + 50);
         assert(same(la, wa) && same(lb, wb) && !same(la, lb));
     }
 }
@@ -471,8 +471,8 @@ int main(int argc, char **argv)
                 struct backend_limits limits = {1, 64, 1};
                 struct backend *probe;
 
-                /* The reference is slow and the same in every type: not all of it. */
-                if (i == 0 && t != WEIGHT_F32 && t != WEIGHT_Q4)
+                /* The reference is slow and much the same for every type. */
+                if (i == 0 && t != (mode ? WEIGHT_F32 : WEIGHT_Q4))
                     continue;
                 if (mode == 0 && !weight_type_is_quantized(b.type))
                     continue;
