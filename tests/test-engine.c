@@ -203,7 +203,7 @@ static void check_ring(struct engine *e)
 /* Copies must not feel each other, before and after the page they share. */
 static void check_fork(struct engine *e)
 {
-    static const uint32_t at[] = {1, 64, 100, LONGEST};
+    static const uint32_t at[] = {1, 63, 64, 100, LONGEST};
 
     for (size_t i = 0; i < ARRAY_SIZE(at); i++) {
         CLEANUP(session_freep) struct session *a = session_on(e), *b = NULL;
@@ -213,7 +213,7 @@ static void check_fork(struct engine *e)
         struct engine_memory before, after;
 
         engine_memory(e, &before);
-        assert(session_fork(&b, a) == 0 && session_n_tokens(b) == at[i]);
+        assert(session_fork(&b, a) == 0 && session_n_tokens(b) == at[i] && b->n_cached == at[i]);
         engine_memory(e, &after);
         assert(before.kv_bytes_used == after.kv_bytes_used);
         memcpy(other, tokens, at[i] * sizeof(*other));
