@@ -17,6 +17,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <json-c/json.h>
 #include <openssl/evp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -288,6 +289,74 @@ ssize_t __wrap_pwrite64(int fd, const void *data, size_t n, off_t offset)
         return -1;
     }
     return __real_pwrite64(fd, data, n, offset);
+}
+
+/* The n-th allocation from now on fails; 0: none does. */
+static int fail_allocation;
+
+static bool allocation_fails(void)
+{
+    return fail_allocation > 0 && --fail_allocation == 0;
+}
+
+#define WRAP(type, function, parameters, arguments)                     \
+    type __real_##function parameters;                                  \
+    type __wrap_##function parameters;                                  \
+    type __wrap_##function parameters                                   \
+    {                                                                   \
+        return allocation_fails() ? NULL : __real_##function arguments; \
+    }
+
+WRAP(void *, malloc, (size_t n), (n))
+WRAP(void *, calloc, (size_t n, size_t size), (n, size))
+WRAP(void *, reallocarray, (void *p, size_t n, size_t size), (p, n, size))
+WRAP(char *, strdup, (const char *s), (s))
+WRAP(char *, strndup, (const char *s, size_t n), (s, n))
+WRAP(json_object *, json_object_new_object, (void), ())
+WRAP(json_object *, json_object_new_array, (void), ())
+WRAP(json_object *, json_object_new_string, (const char *s), (s))
+WRAP(json_object *, json_object_new_int64, (int64_t i), (i))
+WRAP(json_tokener *, json_tokener_new_ex, (int depth), (depth))
+
+static int write_and_read(const char *path)
+{
+    CLEANUP(model_writer_freep) struct model_writer *w = NULL;
+    CLEANUP(model_file_freep) struct model_file *f = NULL;
+    uint8_t zeros[64] = {0};
+    int r;
+
+    if ((r = model_writer_new(&w, path, NULL)) < 0 ||
+        (r = model_writer_set(w, "llmd.source", "x", NULL)) < 0 ||
+        (r = model_writer_add_blob(w, "b", 10, NULL)) < 0 ||
+        (r = model_writer_add_tensor(w, "t", WEIGHT_F32, LAYOUT_PLAIN, 1, 16, NULL)) < 0 ||
+        (r = model_writer_add_tensor(w, "u", WEIGHT_F32, LAYOUT_PLAIN, 1, 16, NULL)) < 0 ||
+        (r = model_writer_begin(w, NULL)) < 0 ||
+        (r = model_writer_append(w, zeros, 10, NULL)) < 0 ||
+        (r = model_writer_append(w, zeros, 64, NULL)) < 0 ||
+        (r = model_writer_append(w, zeros, 64, NULL)) < 0 ||
+        (r = model_writer_commit(w, NULL)) < 0 || (r = model_file_open(&f, path, NULL)) < 0)
+        return r;
+    return model_file_verify(f, NULL);
+}
+
+/* Each allocation of the writer and the reader fails once; ASan watches that nothing leaks. */
+static void test_out_of_memory(const char *dir)
+{
+    CLEANUP(freep) char *path = NULL;
+    int n = 0, r;
+
+    assert(asprintf(&path, "%s/memory.llm", dir) > 0);
+    do {
+        unlink(path);
+        fail_allocation = ++n;
+        r = write_and_read(path);
+        assert(r == 0 || r == -ENOMEM);
+        assert(fail_allocation == 0 || r == 0);
+        fail_allocation = 0;
+        assert(files_in(dir) == (access(path, F_OK) == 0));
+    } while (r < 0);
+    assert(n > 50); /* or none was counted */
+    unlink(path);
 }
 
 /* What the writer refuses, and that nothing stays behind of what was not committed. */
@@ -712,6 +781,7 @@ int main(int argc, char **argv)
     test_round_trip(dir);
     test_writer_failures(dir);
     test_not_files(dir);
+    test_out_of_memory(dir);
 
     assert(asprintf(&path, "%s/tiny.llm", dir) > 0);
     write_model(path, tiny, ARRAY_SIZE(tiny), 100);

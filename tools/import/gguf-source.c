@@ -384,16 +384,6 @@ static int copy_text(const struct gguf *g, const char *key, char **ret, struct e
     return *ret ? 0 : error_set(err, ENOMEM, "%s: out of memory", gguf_path(g));
 }
 
-/* The family's defaults (gemma3n.md §7.2): GGUF files do not carry any. */
-static void set_generation(struct source *s)
-{
-    s->generation = (struct model_generation){
-        .temperature = 1,
-        .top_p = 0.95f,
-        .top_k = 64,
-    };
-}
-
 int gguf_source_open(struct source **ret, const char *path, struct error *err)
 {
     CLEANUP(source_freep) struct source *s = calloc(1, sizeof(*s));
@@ -431,7 +421,10 @@ int gguf_source_open(struct source **ret, const char *path, struct error *err)
         if (r < 0)
             return r;
     }
-    set_generation(s);
+    s->generation = SOURCE_GENERATION_DEFAULTS; /* GGUF files do not carry any */
+    e = gguf_find(s->gguf, "tokenizer.ggml.eos_token_id");
+    if (e && gguf_get_u32(e, 0, &s->generation.stop_ids[0]) == 0)
+        s->generation.n_stop_ids = 1;
     if ((r = copy_text(s->gguf, "general.name", &s->model_name, err)) < 0 ||
         (r = copy_text(s->gguf, "general.license", &s->license, err)) < 0 ||
         (r = copy_text(s->gguf, "tokenizer.chat_template", &s->chat_template, err)) < 0)

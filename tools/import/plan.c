@@ -372,6 +372,50 @@ static int add_layer(struct planner *p, uint32_t layer, struct error *err)
     return 0;
 }
 
+static bool role_has_name(const struct role *role, const char *name)
+{
+    const char *percent = strchr(role->name, '%');
+
+    if (!percent)
+        return strcmp(role->name, name) == 0;
+    /* one digit: there are less than ten streams */
+    return strncmp(role->name, name, (size_t)(percent - role->name)) == 0 &&
+           name[percent - role->name] != 0 &&
+           strcmp(percent + 2, name + (percent - role->name) + 1) == 0;
+}
+
+/* A tensor nobody here knows would be missing in the model, which would run, and run wrong. */
+static int check_names(const struct source *s, struct error *err)
+{
+    static const struct {
+        const struct role *roles;
+        size_t n;
+    } tables[] = {
+        {first_roles, ARRAY_SIZE(first_roles)},
+        {last_roles, ARRAY_SIZE(last_roles)},
+        {layer_roles, ARRAY_SIZE(layer_roles)},
+    };
+
+    for (size_t i = 0; i < s->n_tensors; i++) {
+        const struct source_tensor *t = &s->tensors[i];
+        const char *name = t->name;
+        bool known = false, of_layer = strncmp(name, "layers.", 7) == 0;
+        size_t first = of_layer ? 2 : 0, end = of_layer ? 3 : 2;
+
+        if (of_layer) {
+            name = strchr(name + 7, '.');
+            name = name ? name + 1 : "";
+        }
+        for (size_t table = first; table < end && !known; table++)
+            for (size_t k = 0; k < tables[table].n; k++)
+                known = known || role_has_name(&tables[table].roles[k], name);
+        if (!known)
+            return error_set(err, EINVAL, "%s: tensor %s is not one of a Gemma 3n model",
+                             s->files[t->file].path, t->name);
+    }
+    return 0;
+}
+
 /* A number at *at, which moves behind it; false when there is none or it exceeds most. */
 static bool take_number(const char **at, uint32_t most, uint32_t *ret)
 {
@@ -535,6 +579,9 @@ int plan_new(struct plan **ret, const struct source *s, const struct plan_option
     r = model_config_check(&s->config, err);
     if (r < 0)
         return error_prefix(err, -r, "%s", s->path);
+    r = check_names(s, err);
+    if (r < 0)
+        return r;
     plan->config = s->config;
     r = slice(&p, err);
     if (r < 0)

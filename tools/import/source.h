@@ -21,6 +21,13 @@
 #include "engine/tokenizer.h"
 #include "tools/import/gguf.h"
 
+/* Of the model family (gemma3n.md §7.2), where the source carries none. */
+#define SOURCE_GENERATION_DEFAULTS                    \
+    (struct model_generation)                         \
+    {                                                 \
+        .temperature = 1, .top_p = 0.95f, .top_k = 64 \
+    }
+
 struct source_file {
     char *path;
     int fd;

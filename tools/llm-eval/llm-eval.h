@@ -13,6 +13,7 @@
 
 #define EXIT_USAGE 2
 
+int logits_run(int argc, char **argv);
 int tokenize_run(int argc, char **argv);
 int detokenize_run(int argc, char **argv);
 

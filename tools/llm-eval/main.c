@@ -16,6 +16,7 @@ static const struct command {
     const char *summary;
     int (*run)(int argc, char **argv);
 } commands[] = {
+    {"logits", "what the model says after every token", logits_run},
     {"tokenize", "text to ids", tokenize_run},
     {"detokenize", "ids to text", detokenize_run},
     {NULL, NULL, NULL},

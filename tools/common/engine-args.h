@@ -1,0 +1,53 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * engine-args: the command-line options that choose how the engine computes, the same in every
+ * program, and what every program does with them: open a model, make an engine.
+ */
+
+#include <stdint.h>
+
+#include "base/error.h"
+#include "engine/engine.h"
+#include "engine/model.h"
+
+/* For the getopt_long() table, and the values it then returns. */
+enum engine_arg {
+    ENGINE_ARG_ACTIVATIONS = 0x4000, /* beyond any letter */
+    ENGINE_ARG_CPU_LEVEL,
+    ENGINE_ARG_KV,
+    ENGINE_ARG_THREADS,
+};
+
+/* clang-format off */
+#define ENGINE_ARGS                                                                                \
+    {"activations", required_argument, NULL, ENGINE_ARG_ACTIVATIONS},                              \
+    {"cpu-level", required_argument, NULL, ENGINE_ARG_CPU_LEVEL},                                  \
+    {"kv", required_argument, NULL, ENGINE_ARG_KV},                                                \
+    {"threads", required_argument, NULL, ENGINE_ARG_THREADS}
+
+#define ENGINE_ARGS_HELP                                                                           \
+    "  --activations f32|int8   how activations meet q4 and q8 weights (int8)\n"                  \
+    "  --cpu-level LEVEL        at most reference, avx2, avx512 or amx (the best there is)\n"     \
+    "  --kv f16|f32             what K and V are kept as (f16)\n"                                 \
+    "  --threads N              cores to compute on (all this process may use)\n"
+/* clang-format on */
+
+/*
+ * If option, as getopt_long() returned it, is one of the above, puts its value (which must stay)
+ * into o and returns 1; 0: it is not; -EINVAL: err names option and value
+ */
+int engine_args_take(struct engine_options *o, int option, const char *value, struct error *err);
+
+/* A whole decimal number in low..high for option `name`. 0, -EINVAL: err names option and bounds */
+int parse_number(const char *name, const char *text, uint32_t low, uint32_t high, uint32_t *ret,
+                 struct error *err);
+
+/*
+ * Opens the model and makes an engine for it; the caller frees the engine first. err always says
+ * what went wrong. 0, -errno
+ */
+int open_engine(struct model **ret_model, struct engine **ret_engine, const char *path,
+                const struct engine_options *options, struct error *err);
