@@ -14,6 +14,8 @@
 #include <errno.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,6 +26,7 @@
 #include "tools/import/quantize.h"
 
 #define PIECE_BYTES ((size_t)8 << 20)
+#define MAX_THREADS 31 /* besides the first; beyond that the disk is the limit */
 
 /* Hands buffers to the thread that appends them; at most one is in its hands. */
 struct appender {
@@ -129,8 +132,10 @@ static void appender_done(struct appender *a)
     pthread_mutex_destroy(&a->lock);
 }
 
-/* What one thread needs for a group of PACK_ROWS rows. */
+/* What one thread needs for a group of PACK_ROWS rows, carved from one block that only grows. */
 struct scratch {
+    void *block;
+    size_t allocated;
     uint8_t *raw;  /* [PACK_ROWS] rows as in the source */
     float *row;    /* one whole source row, decoded */
     float *floats; /* [PACK_ROWS][n_in], the columns that stay */
@@ -139,41 +144,46 @@ struct scratch {
     uint16_t *d, *row_d;
 };
 
-static void scratch_done(struct scratch *s)
+/* Takes n bytes at *at of the block; before there is one, only counts. */
+static void *carve(const struct scratch *s, size_t *at, size_t n)
 {
-    free(s->raw);
-    free(s->row);
-    free(s->floats);
-    free(s->words);
-    free(s->q);
-    free(s->row_q);
-    free(s->d);
-    free(s->row_d);
-    *s = (struct scratch){0};
+    void *p = s->block ? (char *)s->block + *at : NULL;
+
+    *at += ALIGN_UP(n, (size_t)WEIGHT_ALIGN);
+    return p;
 }
 
-static bool scratch_init(struct scratch *s, const struct plan_item *item)
+/* Both widths are below 2^32 and rows of the source exist in a file: the sum fits 64 bits. */
+static size_t carve_all(struct scratch *s, const struct plan_item *item)
 {
-    size_t values = (size_t)PACK_ROWS * item->n_in; /* n_in < 2^32 */
-    bool floats = item->conversion == CONVERT_FLOATS || item->conversion == CONVERT_QUANTIZE;
-    bool words = item->conversion == CONVERT_WORDS ||
-                 (item->conversion == CONVERT_FLOATS && item->type != WEIGHT_F32);
+    size_t values = (size_t)PACK_ROWS * item->n_in, source_values = item->source->n_in, at = 0;
 
-    s->raw = malloc(PACK_ROWS * item->source->row_bytes);
-    if (floats) {
-        s->row = calloc(item->source->n_in, sizeof(*s->row));
-        s->floats = calloc(values, sizeof(*s->floats));
+    s->raw = carve(s, &at, PACK_ROWS * item->source->row_bytes);
+    s->row = carve(s, &at, source_values * sizeof(*s->row));
+    s->floats = carve(s, &at, values * sizeof(*s->floats));
+    s->words = carve(s, &at, values * sizeof(*s->words));
+    s->q = carve(s, &at, values);
+    s->d = carve(s, &at, values / WEIGHT_BLOCK * sizeof(*s->d));
+    s->row_q = carve(s, &at, source_values);
+    s->row_d = carve(s, &at, (source_values / WEIGHT_BLOCK + 1) * sizeof(*s->row_d));
+    return at;
+}
+
+static bool scratch_prepare(struct scratch *s, const struct plan_item *item)
+{
+    struct scratch empty = {0};
+    size_t n = carve_all(&empty, item);
+
+    if (n > s->allocated) {
+        free(s->block);
+        s->allocated = 0;
+        s->block = aligned_alloc(WEIGHT_ALIGN, n);
+        if (!s->block)
+            return false;
+        s->allocated = n;
     }
-    if (words)
-        s->words = calloc(values, sizeof(*s->words));
-    if (weight_type_is_quantized(item->type)) {
-        s->q = calloc(values, sizeof(*s->q));
-        s->d = calloc(values / WEIGHT_BLOCK, sizeof(*s->d));
-        s->row_q = calloc(item->source->n_in, sizeof(*s->row_q));
-        s->row_d = calloc(item->source->n_in / WEIGHT_BLOCK + 1, sizeof(*s->row_d));
-    }
-    return s->raw && (!floats || (s->row && s->floats)) && (!words || s->words) &&
-           (!weight_type_is_quantized(item->type) || (s->q && s->d && s->row_q && s->row_d));
+    carve_all(s, item);
+    return true;
 }
 
 static int not_finite(const struct source *s, const struct plan_item *item, uint32_t row,
@@ -325,43 +335,145 @@ static int convert_group(const struct source *s, const struct plan_item *item,
     return 0;
 }
 
-/* Rows [first, first + n) of the item, into data. */
-static int convert_piece(const struct source *s, const struct plan_item *item, uint32_t first,
-                         uint32_t n, void *data, struct error *err)
+/* A piece being converted; threads take its groups one by one. */
+struct piece {
+    const struct source *source;
+    const struct plan_item *item;
+    uint32_t first, n, n_groups;
+    void *data;
+    atomic_uint next;    /* group */
+    atomic_int result;   /* of the first failure; its text is in error */
+    struct error *error; /* with the team's lock */
+};
+
+/*
+ * The threads that convert. They sleep between pieces (a team of OpenMP would spin, at the cost of
+ * whoever else wants the cores). Every piece is announced by a new round; the calling thread works
+ * along and waits until all others have left the piece.
+ */
+struct team {
+    unsigned n_threads; /* besides the caller */
+    pthread_t threads[MAX_THREADS];
+    struct scratch scratch; /* of the caller */
+    pthread_mutex_t lock;   /* all below */
+    pthread_cond_t changed;
+    struct piece *piece;
+    unsigned round, n_busy;
+    bool closing;
+};
+
+static void work(struct team *team, struct piece *p, struct scratch *scratch)
 {
-    uint32_t n_groups = DIV_ROUND_UP(n, PACK_ROWS);
-    int result = 0;
+    bool ready = scratch_prepare(scratch, p->item);
 
-#pragma omp parallel if (n_groups > 1)
-    {
-        struct scratch scratch = {0};
+    for (;;) {
+        unsigned group = atomic_fetch_add(&p->next, 1);
         struct error error;
-        bool ready = scratch_init(&scratch, item), failed;
+        int r, none = 0;
+        uint32_t row;
 
-#pragma omp for schedule(dynamic, 4)
-        for (uint32_t g = 0; g < n_groups; g++) {
-            uint32_t row = first + g * PACK_ROWS;
-            int r;
-
-#pragma omp atomic read
-            failed = result;
-            if (failed)
-                continue;
-            r = ready ? convert_group(s, item, &scratch, first, row,
-                                      MIN(first + n - row, (uint32_t)PACK_ROWS), data, &error)
-                      : error_set(&error, ENOMEM, "%s: out of memory", s->path);
-            if (r < 0) {
-#pragma omp critical
-                if (result == 0) {
-                    result = r;
-                    if (err)
-                        *err = error;
-                }
-            }
+        if (group >= p->n_groups || atomic_load(&p->result) != 0)
+            return;
+        row = p->first + group * PACK_ROWS;
+        r = ready ? convert_group(p->source, p->item, scratch, p->first, row,
+                                  MIN(p->first + p->n - row, (uint32_t)PACK_ROWS), p->data, &error)
+                  : error_set(&error, ENOMEM, "%s: out of memory", p->source->path);
+        if (r < 0 && atomic_compare_exchange_strong(&p->result, &none, r)) {
+            pthread_mutex_lock(&team->lock);
+            if (p->error)
+                *p->error = error;
+            pthread_mutex_unlock(&team->lock);
         }
-        scratch_done(&scratch);
     }
-    return result;
+}
+
+static void *work_always(void *userdata)
+{
+    struct team *team = userdata;
+    struct scratch scratch = {0};
+    unsigned round = 0;
+
+    pthread_mutex_lock(&team->lock);
+    for (;;) {
+        struct piece *p;
+
+        while (team->round == round && !team->closing)
+            pthread_cond_wait(&team->changed, &team->lock);
+        if (team->closing)
+            break;
+        round = team->round;
+        p = team->piece;
+        pthread_mutex_unlock(&team->lock);
+        work(team, p, &scratch);
+        pthread_mutex_lock(&team->lock);
+        if (--team->n_busy == 0)
+            pthread_cond_broadcast(&team->changed);
+    }
+    pthread_mutex_unlock(&team->lock);
+    free(scratch.block);
+    return NULL;
+}
+
+/* As many threads as there are cores for this process; fewer do as well. */
+static void team_init(struct team *team)
+{
+    cpu_set_t cpus;
+    unsigned n = 1;
+
+    *team = (struct team){0};
+    pthread_mutex_init(&team->lock, NULL);
+    pthread_cond_init(&team->changed, NULL);
+    if (sched_getaffinity(0, sizeof(cpus), &cpus) == 0)
+        n = (unsigned)CPU_COUNT(&cpus);
+    for (n = MIN(n - 1, (unsigned)MAX_THREADS); team->n_threads < n; team->n_threads++)
+        if (pthread_create(&team->threads[team->n_threads], NULL, work_always, team) != 0)
+            return;
+}
+
+static void team_done(struct team *team)
+{
+    pthread_mutex_lock(&team->lock);
+    team->closing = true;
+    pthread_cond_broadcast(&team->changed);
+    pthread_mutex_unlock(&team->lock);
+    for (unsigned i = 0; i < team->n_threads; i++)
+        pthread_join(team->threads[i], NULL);
+    pthread_cond_destroy(&team->changed);
+    pthread_mutex_destroy(&team->lock);
+    free(team->scratch.block);
+}
+
+/* Rows [first, first + n) of the item, into data. */
+static int convert_piece(struct team *team, const struct source *s, const struct plan_item *item,
+                         uint32_t first, uint32_t n, void *data, struct error *err)
+{
+    struct piece p = {
+        .source = s,
+        .item = item,
+        .first = first,
+        .n = n,
+        .n_groups = DIV_ROUND_UP(n, PACK_ROWS),
+        .data = data,
+        .error = err,
+    };
+    bool alone = p.n_groups < 4 || team->n_threads == 0; /* less work than waking somebody */
+
+    if (!alone) {
+        pthread_mutex_lock(&team->lock);
+        team->piece = &p;
+        team->round++;
+        team->n_busy = team->n_threads;
+        pthread_cond_broadcast(&team->changed);
+        pthread_mutex_unlock(&team->lock);
+    }
+    work(team, &p, &team->scratch);
+    if (!alone) {
+        pthread_mutex_lock(&team->lock);
+        while (team->n_busy > 0)
+            pthread_cond_wait(&team->changed, &team->lock);
+        pthread_mutex_unlock(&team->lock);
+    }
+    return atomic_load(&p.result);
 }
 
 int convert_announce(const struct plan *p, struct model_writer *w, struct error *err)
@@ -401,9 +513,9 @@ static void *next_buffer(struct buffers *b, size_t n)
     return memset(b->data[i], 0, n);
 }
 
-static int write_item(const struct source *s, const struct plan_item *item, struct appender *a,
-                      struct buffers *buffers, uint64_t *done, convert_progress progress,
-                      void *userdata, struct error *err)
+static int write_item(const struct source *s, const struct plan_item *item, struct team *team,
+                      struct appender *a, struct buffers *buffers, uint64_t *done,
+                      convert_progress progress, void *userdata, struct error *err)
 {
     uint32_t piece = item->n_out;
 
@@ -428,7 +540,7 @@ static int write_item(const struct source *s, const struct plan_item *item, stru
         data = next_buffer(buffers, ALIGN_UP(bytes, (size_t)WEIGHT_ALIGN));
         if (!data)
             return error_set(err, ENOMEM, "%s: out of memory", s->path);
-        r = convert_piece(s, item, row, n, data, err);
+        r = convert_piece(team, s, item, row, n, data, err);
         if (r < 0)
             return r;
         r = appender_put(a, data, bytes, err);
@@ -444,16 +556,19 @@ int convert_write(const struct source *s, const struct plan *p, struct model_wri
 {
     struct buffers buffers = {0};
     struct appender a;
+    struct team team;
     uint64_t done = 0;
     int r;
 
     r = appender_init(&a, w, err);
     if (r < 0)
         return r;
+    team_init(&team);
     for (size_t i = 0; i < p->n_items && r == 0; i++)
-        r = write_item(s, &p->items[i], &a, &buffers, &done, progress, userdata, err);
+        r = write_item(s, &p->items[i], &team, &a, &buffers, &done, progress, userdata, err);
     if (r == 0)
         r = appender_wait(&a, err);
+    team_done(&team);
     appender_done(&a);
     free(buffers.data[0]);
     free(buffers.data[1]);
