@@ -18,8 +18,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/checked.h"
 #include "base/cleanup.h"
 #include "engine/model-file.h"
+#include "engine/tokenizer.h"
 #include "tools/import/convert.h"
 #include "tools/import/foreign-tokenizer.h"
 #include "tools/import/metadata.h"
@@ -179,7 +181,7 @@ static void print_note(FILE *f, const struct plan_item *item)
         fprintf(f, "  (%s)", gguf_tensor_type_name(item->source->type));
 }
 
-static void print_plan(const struct plan *p, const struct foreign_tokenizer *tokenizer,
+static void print_plan(const struct plan *p, const struct tokenizer_table *table,
                        uint64_t file_bytes)
 {
     size_t n_requantized = 0, n_fallback = 0;
@@ -200,8 +202,8 @@ static void print_plan(const struct plan *p, const struct foreign_tokenizer *tok
         n_requantized += item->requantized;
         n_fallback += item->fallback;
     }
-    if (tokenizer)
-        printf("tokenizer of %u pieces\n", tokenizer->table.n_pieces);
+    if (table)
+        printf("tokenizer of %u pieces\n", table->n_pieces);
     else
         puts("no tokenizer");
     printf("%zu tensors, %llu bytes; the file: %llu bytes (%s)\n", p->n_items,
@@ -272,6 +274,27 @@ static int load_tokenizer(struct foreign_tokenizer **ret, const struct source *s
     return r == -ENODATA ? 0 : r; /* a model that takes and gives ids only */
 }
 
+/* A model file has no pieces that cannot be sampled: cuts off those beyond the vocabulary. */
+static int cut_table(struct tokenizer_table *t, const struct source *s, struct error *err)
+{
+    uint32_t *ids[] = {&t->bos, &t->eos, &t->unk, &t->pad, &t->start_of_turn, &t->end_of_turn};
+    struct tokenizer *tokenizer = NULL;
+    uint32_t n = t->n_pieces;
+    int r;
+
+    if (n <= s->config.vocab_size)
+        return 0;
+    t->n_pieces = s->config.vocab_size;
+    for (size_t i = 0; i < ARRAY_SIZE(ids); i++)
+        if (*ids[i] >= t->n_pieces)
+            *ids[i] = TOKENIZER_NONE;
+    r = tokenizer_new(&tokenizer, t, err);
+    tokenizer_free(tokenizer);
+    return r < 0 ? error_prefix(err, -r, "%s: of %u pieces only %u have a row in embed_tokens",
+                                s->path, n, t->n_pieces)
+                 : 0;
+}
+
 static int import(const struct arguments *a, struct error *err)
 {
     CLEANUP(source_freep) struct source *source = NULL;
@@ -279,6 +302,7 @@ static int import(const struct arguments *a, struct error *err)
     CLEANUP(plan_freep) struct plan *plan = NULL;
     CLEANUP(model_writer_freep) struct model_writer *writer = NULL;
     struct progress progress = {0};
+    struct tokenizer_table *table;
     uint64_t file_bytes;
     double begin = now();
     int r;
@@ -294,8 +318,9 @@ static int import(const struct arguments *a, struct error *err)
     r = load_tokenizer(&tokenizer, source, err);
     if (r < 0)
         return r;
-    r = source_set_vocabulary(source, tokenizer ? &tokenizer->table : NULL, err);
-    if (r < 0)
+    table = tokenizer ? &tokenizer->table : NULL;
+    r = source_set_vocabulary(source, table, err);
+    if (r < 0 || (table && (r = cut_table(table, source, err)) < 0))
         return r;
     if (a->license && !source->license) {
         source->license = strdup(a->license);
@@ -308,10 +333,10 @@ static int import(const struct arguments *a, struct error *err)
     r = model_writer_new(&writer, a->output ? a->output : "model", err);
     if (r < 0)
         return r;
-    r = metadata_set(writer, source, plan, &a->plan, tokenizer, err);
+    r = metadata_set(writer, source, plan, &a->plan, table, err);
     if (r < 0)
         return r;
-    if (tokenizer && (r = metadata_announce_tokenizer(writer, tokenizer, err)) < 0)
+    if (table && (r = metadata_announce_tokenizer(writer, table, err)) < 0)
         return r;
     r = convert_announce(plan, writer, err);
     if (r < 0)
@@ -320,7 +345,7 @@ static int import(const struct arguments *a, struct error *err)
     if (r < 0)
         return r;
     if (a->dry_run) {
-        print_plan(plan, tokenizer, file_bytes);
+        print_plan(plan, table, file_bytes);
         return 0;
     }
 
@@ -328,7 +353,7 @@ static int import(const struct arguments *a, struct error *err)
     if (r < 0)
         return r;
     temporary = model_writer_temporary(writer);
-    if (tokenizer && (r = metadata_append_tokenizer(writer, tokenizer, err)) < 0)
+    if (table && (r = metadata_append_tokenizer(writer, table, err)) < 0)
         goto done;
     progress = (struct progress){
         .shown = !a->quiet && isatty(STDERR_FILENO),

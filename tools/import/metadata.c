@@ -61,16 +61,16 @@ static void add_stop(struct model_generation *g, uint32_t id, uint32_t vocab_siz
 }
 
 static int set_generation(struct model_writer *w, const struct source *s, const struct plan *p,
-                          const struct foreign_tokenizer *tokenizer, struct error *err)
+                          const struct tokenizer_table *table, struct error *err)
 {
     struct model_generation g = s->generation;
     CLEANUP(freep) char *text = NULL;
 
     /* End of turn ends an answer even where the source names <eos> alone (gemma3n.md §7.2). */
     g.n_stop_ids = 0;
-    if (tokenizer) {
-        add_stop(&g, tokenizer->table.eos, p->config.vocab_size);
-        add_stop(&g, tokenizer->table.end_of_turn, p->config.vocab_size);
+    if (table) {
+        add_stop(&g, table->eos, p->config.vocab_size);
+        add_stop(&g, table->end_of_turn, p->config.vocab_size);
     }
     for (uint32_t i = 0; i < s->generation.n_stop_ids; i++)
         add_stop(&g, s->generation.stop_ids[i], p->config.vocab_size);
@@ -125,13 +125,13 @@ static int set_import(struct model_writer *w, const struct plan *p,
 }
 
 int metadata_set(struct model_writer *w, const struct source *s, const struct plan *p,
-                 const struct plan_options *options, const struct foreign_tokenizer *tokenizer,
+                 const struct plan_options *options, const struct tokenizer_table *table,
                  struct error *err)
 {
     CLEANUP(freep) char *text = NULL;
     int r;
 
-    if ((r = set_config(w, p, err)) < 0 || (r = set_generation(w, s, p, tokenizer, err)) < 0 ||
+    if ((r = set_config(w, p, err)) < 0 || (r = set_generation(w, s, p, table, err)) < 0 ||
         (r = set_source(w, s, err)) < 0 || (r = set_import(w, p, options, err)) < 0)
         return r;
     if ((s->model_name && (r = model_writer_set(w, "llmd.name", s->model_name, err)) < 0) ||
@@ -139,9 +139,9 @@ int metadata_set(struct model_writer *w, const struct source *s, const struct pl
         (s->chat_template &&
          (r = model_writer_set(w, "llmd.chat_template", s->chat_template, err)) < 0))
         return r;
-    if (!tokenizer)
+    if (!table)
         return 0;
-    r = foreign_tokenizer_metadata(&tokenizer->table, &text);
+    r = foreign_tokenizer_metadata(table, &text);
     if (r < 0)
         return no_memory(err);
     return model_writer_set(w, "llmd.tokenizer", text, err);
@@ -162,12 +162,12 @@ static void get_blobs(const struct tokenizer_table *t, struct blob ret[4])
     ret[3] = (struct blob){"tokenizer.types", t->types, t->n_pieces * sizeof(*t->types)};
 }
 
-int metadata_announce_tokenizer(struct model_writer *w, const struct foreign_tokenizer *tokenizer,
+int metadata_announce_tokenizer(struct model_writer *w, const struct tokenizer_table *table,
                                 struct error *err)
 {
     struct blob blobs[4];
 
-    get_blobs(&tokenizer->table, blobs);
+    get_blobs(table, blobs);
     for (int i = 0; i < 4; i++) {
         int r = model_writer_add_blob(w, blobs[i].name, blobs[i].bytes, err);
 
@@ -177,12 +177,12 @@ int metadata_announce_tokenizer(struct model_writer *w, const struct foreign_tok
     return 0;
 }
 
-int metadata_append_tokenizer(struct model_writer *w, const struct foreign_tokenizer *tokenizer,
+int metadata_append_tokenizer(struct model_writer *w, const struct tokenizer_table *table,
                               struct error *err)
 {
     struct blob blobs[4];
 
-    get_blobs(&tokenizer->table, blobs);
+    get_blobs(table, blobs);
     for (int i = 0; i < 4; i++) {
         int r = model_writer_append(w, blobs[i].data, blobs[i].bytes, err);
 

@@ -14,13 +14,13 @@
 #include "tools/import/plan.h"
 #include "tools/import/source.h"
 
-/* Sets all strings. tokenizer may be NULL. 0 or as model_writer_set() */
+/* Sets all strings. table may be NULL: no tokenizer. 0 or as model_writer_set() */
 int metadata_set(struct model_writer *w, const struct source *s, const struct plan *p,
-                 const struct plan_options *options, const struct foreign_tokenizer *tokenizer,
+                 const struct plan_options *options, const struct tokenizer_table *table,
                  struct error *err);
 
 /* The tokenizer's blobs, which come first in the file: announced, then appended. */
-int metadata_announce_tokenizer(struct model_writer *w, const struct foreign_tokenizer *tokenizer,
+int metadata_announce_tokenizer(struct model_writer *w, const struct tokenizer_table *table,
                                 struct error *err);
-int metadata_append_tokenizer(struct model_writer *w, const struct foreign_tokenizer *tokenizer,
+int metadata_append_tokenizer(struct model_writer *w, const struct tokenizer_table *table,
                               struct error *err);

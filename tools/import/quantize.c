@@ -177,7 +177,7 @@ INLINE bool q4_block(const vf *x, float m, int8_t *ret_q, uint16_t *ret_d)
     }
     bits = half_from_float(best_d);
     if ((bits & 0x7fff) >= 0x7c00)
-        return false;
+        bits = plain_bits; /* less than -8 steps of it, and the scale gets too large */
     round_block(x, finite_inverse(half_to_float(bits)), -8, 7, q);
     plain_block(x, finite_inverse(d), plain);
     if (error_of(x, plain, half_to_float(plain_bits)) < error_of(x, q, half_to_float(bits))) {
