@@ -14,6 +14,8 @@
 #define EXIT_USAGE 2
 
 int logits_run(int argc, char **argv);
+int perplexity_run(int argc, char **argv);
+int kld_run(int argc, char **argv);
 int tokenize_run(int argc, char **argv);
 int detokenize_run(int argc, char **argv);
 

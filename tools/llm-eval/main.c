@@ -17,6 +17,8 @@ static const struct command {
     int (*run)(int argc, char **argv);
 } commands[] = {
     {"logits", "what the model says after every token", logits_run},
+    {"perplexity", "how well a text is predicted", perplexity_run},
+    {"kld", "how far a model is from a reference", kld_run},
     {"tokenize", "text to ids", tokenize_run},
     {"detokenize", "ids to text", detokenize_run},
     {NULL, NULL, NULL},
