@@ -589,6 +589,10 @@ static void test_broken_fields(const struct bytes *good)
     accept(good, "\"llmd.source\"", "\"llmd.other\"");
     accept(good, "\"llmd.source\":\"", "\"llmd.more\":\"\",\"llmd.source\":\"");
 
+    /* the magic */
+    refuse(good, "{\"__metadata__\":{\"llmd.header_sha256\":\"",
+           "{\"__metadata__\":{\"llmd.header-sha256\":\"", "not a model file");
+
     /* the JSON itself */
     refuse(good, "\"llmd.source\"", "\"llmd.tensors\"", "a key occurs twice");
     refuse(good, "\"n\":", "\"s\":", "a key occurs twice");
@@ -665,6 +669,8 @@ static void test_broken_fields(const struct bytes *good)
     refuse(good, "\"shape\":[5]", "\"shape\":[4]", "s: dtype or shape");
     refuse(good, "\"shape\":[5]", "\"shape\":[5,1]", "s: dtype or shape");
     refuse(good, "\"shape\":[2,16]", "\"shape\":[16,2]", "m: dtype or shape");
+    refuse(good, "\"shape\":[16]", "\"shape\":[1,16]", "v: dtype or shape");
+    refuse(good, "\"shape\":[16]", "\"shape\":[17]", "v: dtype or shape");
     refuse(good, "\"shape\":[2,16]", "\"shape\":[32]", "m: dtype or shape");
     refuse(good, "\"shape\":[5],", "", "s: not an object of");
     refuse(good, "\"shape\":[5],", "\"shape\":[5],\"x\":0,", "s: not an object of");
@@ -715,6 +721,14 @@ static void test_broken_files(const struct bytes *good)
         memcpy(b, &lengths[i], 8);
         refuse_bytes(b, good->n, "header");
     }
+
+    /* 64 bytes less of padding, the hash correct: the data no longer begins on a page. */
+    memcpy(b, good->data, end - 64);
+    memcpy(b + end - 64, good->data + end, good->n - end);
+    for (int i = 0; i < 8; i++)
+        b[i] = (uint8_t)((uint64_t)(end - 64 - 8) >> 8 * i);
+    fix_hash(b + 8, end - 64 - 8);
+    refuse_bytes(b, good->n - 64, "would not begin on a page");
 
     /* One flipped bit anywhere in the header: the hash tells. */
     for (size_t bit = 0; bit < end * 8; bit++) {

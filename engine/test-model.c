@@ -21,6 +21,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "engine/model-file.h"
+#include "engine/tokenizer.h"
 #include "tests/model-builder.h"
 #include "tools/import/model-writer.h"
 
@@ -45,6 +46,7 @@ struct change {
     uint32_t n_out, n_in;      /* n_out 0: as it is */
     float poison;              /* the tensor's last element; 0: as it is */
     const char *key, *value;   /* of the metadata; value NULL: not there */
+    uint32_t n_pieces;         /* of a tokenizer to put in; 0: none */
 };
 
 static void check(int r, const struct error *err)
@@ -100,6 +102,51 @@ static void append(struct model_writer *w, const struct change *change,
     check(model_writer_append(w, data, bytes, &err), &err);
 }
 
+/* n pieces of two letters each. */
+#define MAX_PIECES 400
+static struct {
+    char text[2 * MAX_PIECES];
+    uint32_t offsets[MAX_PIECES + 1];
+    float scores[MAX_PIECES];
+    uint8_t types[MAX_PIECES];
+} table;
+
+static void make_table(void)
+{
+    for (uint32_t i = 0; i < MAX_PIECES; i++) {
+        table.text[2 * i] = (char)('a' + i / 20);
+        table.text[2 * i + 1] = (char)('a' + i % 20);
+        table.offsets[i + 1] = 2 * (i + 1);
+        table.scores[i] = -(float)i;
+        table.types[i] = i == 0 ? PIECE_UNKNOWN : PIECE_NORMAL;
+    }
+}
+
+static void put_tokenizer(struct model_writer *w, uint32_t n, bool announce)
+{
+    const struct {
+        const char *name;
+        const void *data;
+        size_t bytes;
+    } blobs[] = {{"tokenizer.pieces", table.text, 2 * n},
+                 {"tokenizer.offsets", table.offsets, (n + 1) * sizeof(*table.offsets)},
+                 {"tokenizer.scores", table.scores, n * sizeof(*table.scores)},
+                 {"tokenizer.types", table.types, n}};
+    struct error err;
+
+    if (announce)
+        check(model_writer_set(w, "llmd.tokenizer",
+                               "{\"kind\":\"spm-bpe\",\"bos\":null,\"eos\":null,\"unk\":0,"
+                               "\"pad\":null,\"start_of_turn\":null,\"end_of_turn\":null,"
+                               "\"add_bos\":false,\"add_space_prefix\":false}",
+                               &err),
+              &err);
+    for (size_t i = 0; i < ARRAY_SIZE(blobs); i++)
+        check(announce ? model_writer_add_blob(w, blobs[i].name, blobs[i].bytes, &err)
+                       : model_writer_append(w, blobs[i].data, blobs[i].bytes, &err),
+              &err);
+}
+
 static void copy_model(const char *path, const struct change *change)
 {
     static const char *const keys[] = {"llmd.config", "llmd.generation", "llmd.tokenizer"};
@@ -114,9 +161,13 @@ static void copy_model(const char *path, const struct change *change)
         if (value)
             check(model_writer_set(w, keys[i], value, &err), &err);
     }
+    if (change->n_pieces > 0)
+        put_tokenizer(w, change->n_pieces, /* announce= */ true);
     for (size_t i = 0; i < model_file_n_tensors(good); i++)
         add(w, change, model_file_tensor(good, i));
     check(model_writer_begin(w, &err), &err);
+    if (change->n_pieces > 0)
+        put_tokenizer(w, change->n_pieces, /* announce= */ false);
     for (size_t i = 0; i < model_file_n_tensors(good); i++)
         append(w, change, model_file_tensor(good, i));
     check(model_writer_commit(w, &err), &err);
@@ -310,6 +361,20 @@ static void test_metadata(void)
                        "does not know");
 }
 
+static void test_tokenizer(void)
+{
+    CLEANUP(model_freep) struct model *m = NULL;
+    struct error err;
+
+    make_table();
+    check(open_copy(&m, &(struct change){.n_pieces = 272}, &err), &err);
+    assert(tokenizer_table(model_tokenizer(m))->n_pieces == 272);
+    assert(tokenizer_find(model_tokenizer(m), "bc", 2) == 22);
+    REFUSED(": llmd.tokenizer: 273 pieces, but vocab_size is 272", .n_pieces = 273);
+    table.scores[5] = NAN;
+    REFUSED(": ", .n_pieces = 272);
+}
+
 int main(void)
 {
     static struct model_builder builder = {.type = WEIGHT_Q4};
@@ -328,6 +393,7 @@ int main(void)
     test_each_is_needed();
     test_each_is_checked();
     test_metadata();
+    test_tokenizer();
     assert(model_open(&m, "/nowhere", &err) == -ENOENT);
 
     model_file_free(good);
