@@ -594,20 +594,20 @@ static void avx2_softcap(struct backend *b, float *x, size_t n, float c)
                  softcap_pieces, &t);
 }
 
-void cpu_use_avx2(struct backend_ops *ops)
+void cpu_use_avx2(struct cpu_backend *c)
 {
-    ops->quantize = avx2_quantize;
-    ops->matmul = cpu_avx2_matmul;
-    ops->norm = avx2_norm;
-    ops->head_norm = avx2_head_norm;
-    ops->kv_store = avx2_kv_store;
-    ops->attention = cpu_avx2_attention;
-    ops->gate = avx2_gate;
-    ops->altup_predict = avx2_altup_predict;
-    ops->altup_correct = avx2_altup_correct;
-    ops->stream_norm = avx2_stream_norm;
-    ops->rescale = avx2_rescale;
-    ops->merge = avx2_merge;
-    ops->ple = avx2_ple;
-    ops->softcap = avx2_softcap;
+    c->ops.quantize = avx2_quantize;
+    c->ops.matmul = cpu_avx2_matmul;
+    c->ops.norm = avx2_norm;
+    c->ops.head_norm = avx2_head_norm;
+    c->ops.kv_store = avx2_kv_store;
+    c->ops.attention = cpu_avx2_attention;
+    c->ops.gate = avx2_gate;
+    c->ops.altup_predict = avx2_altup_predict;
+    c->ops.altup_correct = avx2_altup_correct;
+    c->ops.stream_norm = avx2_stream_norm;
+    c->ops.rescale = avx2_rescale;
+    c->ops.merge = avx2_merge;
+    c->ops.ple = avx2_ple;
+    c->ops.softcap = avx2_softcap;
 }

@@ -40,7 +40,7 @@
 struct level {
     const char *name;
     bool (*supported)(void);
-    void (*use)(struct backend_ops *ops); /* NULL: not in this build */
+    void (*use)(struct cpu_backend *c); /* NULL: not in this build */
 };
 
 static bool always(void)
@@ -64,6 +64,15 @@ static bool have_avx2(void)
 }
 #endif
 
+#if HAVE_CPU_AVX512
+static bool have_avx512(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
 /* In rising order; each builds upon those before it. */
 static const struct level levels[] = {
     {"reference", always, cpu_use_reference},
@@ -72,7 +81,11 @@ static const struct level levels[] = {
 #else
     {"avx2", NULL, NULL},
 #endif
+#if HAVE_CPU_AVX512
+    {"avx512", have_avx512, cpu_use_avx512},
+#else
     {"avx512", NULL, NULL},
+#endif
     {"amx", NULL, NULL},
 };
 
@@ -334,7 +347,7 @@ int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
     c->n_threads = n_threads;
     for (size_t i = 0; i <= chosen; i++)
         if (levels[i].use && levels[i].supported()) {
-            levels[i].use(&c->ops);
+            levels[i].use(c);
             c->ops.name = levels[i].name;
         }
 

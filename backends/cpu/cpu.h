@@ -17,6 +17,9 @@
 struct cpu_backend {
     struct backend base;
     struct backend_ops ops; /* what base.ops points to */
+    /* matmul of the level below, for a level that has kernels for some layouts only */
+    void (*lower_matmul)(struct backend *b, const struct weight *w, const struct activations *x,
+                         float *y, size_t ld_y);
     struct backend_limits limits;
     uint32_t n_threads;
     char *scratch; /* scratch_each bytes for each thread, aligned to 64, then the shared part */
@@ -51,5 +54,6 @@ void cpu_parallel(struct cpu_backend *c, uint32_t n, size_t cost, cpu_body body,
 size_t cpu_scratch_each(const struct backend_limits *limits);
 size_t cpu_scratch_shared(const struct backend_limits *limits);
 
-void cpu_use_reference(struct backend_ops *ops);
-void cpu_use_avx2(struct backend_ops *ops); /* AVX2, FMA, F16C */
+void cpu_use_reference(struct cpu_backend *c);
+void cpu_use_avx2(struct cpu_backend *c);   /* AVX2, FMA, F16C */
+void cpu_use_avx512(struct cpu_backend *c); /* AVX-512 F, BW, DQ, VL, VNNI */

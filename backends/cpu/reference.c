@@ -669,9 +669,9 @@ static void ref_softcap(struct backend *b, float *x, size_t n, float c)
                  softcap_pieces, &t);
 }
 
-void cpu_use_reference(struct backend_ops *ops)
+void cpu_use_reference(struct cpu_backend *c)
 {
-    *ops = (struct backend_ops){
+    c->ops = (struct backend_ops){
         .quantize = ref_quantize,
         .matmul = ref_matmul,
         .get_rows = ref_get_rows,

@@ -1,0 +1,204 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * Speed of the matrix product at the shapes of Gemma 3n E4B, level by level: bytes of weights per
+ * second for one row (what decoding is bound by, next to what the memory delivers) and operations
+ * per second for many rows (prefill). A figure is the best of several runs, since other programs
+ * only ever make a run slower. Not a test.
+ */
+
+#include <getopt.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "backends/backend.h"
+#include "base/checked.h"
+#include "base/cleanup.h"
+
+#define SPACE ((size_t)512 << 20)
+#define MAX_ROWS 512
+
+/* A single thread is measured by its own time, which a busy machine disturbs less. */
+static clockid_t clock_used = CLOCK_MONOTONIC;
+
+static double seconds(void)
+{
+    struct timespec t;
+
+    clock_gettime(clock_used, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static const struct {
+    uint32_t n_out, n_in;
+} shapes[] = {{2048, 2048}, {16384, 2048}, {2048, 16384}};
+
+static const struct {
+    enum weight_type type;
+    enum weight_layout layout;
+    bool rounded;
+} kinds[] = {
+    {WEIGHT_Q4, LAYOUT_TILE16, true},  {WEIGHT_Q8, LAYOUT_TILE16, true},
+    {WEIGHT_Q4, LAYOUT_TILE16, false}, {WEIGHT_BF16, LAYOUT_TILE16, false},
+    {WEIGHT_Q4, LAYOUT_ROWS, true},    {WEIGHT_Q4, LAYOUT_COLS, true},
+};
+
+/* Reads much memory with as many threads: the ceiling for one row. */
+static double read_bandwidth(uint32_t n_threads, const void *memory, size_t bytes)
+{
+    double best = 0;
+
+    for (int run = 0; run < 5; run++) {
+        double start = seconds();
+        uint64_t sum = 0;
+
+#pragma omp parallel for num_threads(n_threads) reduction(+ : sum)
+        for (size_t piece = 0; piece < bytes >> 16; piece++) {
+            const uint64_t *p = (const uint64_t *)memory + (piece << 13);
+            uint64_t s[8] = {0};
+
+            for (size_t i = 0; i < 1 << 13; i += 8)
+                for (size_t j = 0; j < 8; j++)
+                    s[j] += p[i + j];
+            for (size_t j = 0; j < 8; j++)
+                sum += s[j];
+        }
+        best = MAX(best, (double)bytes / (seconds() - start) * 1e-9);
+        if (sum == 1) /* keeps the loop */
+            puts("");
+    }
+    (void)n_threads;
+    return best;
+}
+
+static double bench(struct backend *b, const struct weight *w, size_t bytes, size_t n_copies,
+                    struct activations *x, float *y, double min_seconds)
+{
+    double best = 1e9, end = seconds() + min_seconds;
+    struct weight copy = *w;
+
+    for (size_t i = 0; i < 3 || seconds() < end; i++) {
+        double start;
+
+        copy.data = (const char *)w->data + i % n_copies * bytes;
+        start = seconds();
+        b->ops->matmul(b, &copy, x, y, w->n_out);
+        best = MIN(best, seconds() - start);
+    }
+    return best;
+}
+
+/* cold_bytes: copies of a matrix take this much, so that none stays in a cache */
+static int run_level(const char *name, uint32_t n_threads, double min_seconds, size_t cold_bytes)
+{
+    static const uint32_t batches[] = {1, 2, 4, 16, 128, 512};
+    const struct backend_limits limits = {MAX_ROWS, 16384, 8};
+    CLEANUP(backend_freep) struct backend *b = NULL;
+    struct error err = {{0}};
+    float *x, *y;
+    char *data, *q;
+
+    if (backend_cpu_new(&b, name, n_threads, &limits, &err) < 0) {
+        fprintf(stderr, "%s\n", err.text);
+        return -1;
+    }
+    if (b->vtable->n_threads(b) == 1)
+        clock_used = CLOCK_THREAD_CPUTIME_ID;
+    data = backend_alloc(b, SPACE);
+    x = backend_alloc(b, (size_t)MAX_ROWS * 16384 * 4);
+    y = backend_alloc(b, (size_t)MAX_ROWS * 16384 * 4);
+    q = backend_alloc(b, (size_t)MAX_ROWS * 16384 * 2);
+    if (!data || !x || !y || !q) {
+        fprintf(stderr, "bench-matmul: out of memory\n");
+        return -1;
+    }
+    for (size_t i = 0; i < SPACE; i++) /* ordinary numbers in every type */
+        data[i] = (char)(0x20 | (i * 2654435761u >> 9 & 0xf));
+    for (size_t i = 0; i < (size_t)MAX_ROWS * 16384; i++)
+        x[i] = (float)(i * 2654435761u >> 8 & 0xfff) / 2048 - 1;
+    printf("%s, %u threads; memory reads at %.1f GB/s\n", b->ops->name, b->vtable->n_threads(b),
+           read_bandwidth(b->vtable->n_threads(b), data, SPACE));
+    printf("%-18s %-12s   GB/s at 1 row   Gop/s at", "weight", "shape");
+    for (size_t i = 0; i < ARRAY_SIZE(batches); i++)
+        printf(" %6u", batches[i]);
+    printf(" rows\n");
+    for (size_t k = 0; k < ARRAY_SIZE(kinds); k++)
+        for (size_t s = 0; s < ARRAY_SIZE(shapes); s++) {
+            struct weight w = {kinds[k].type, kinds[k].layout, shapes[s].n_out, shapes[s].n_in,
+                               data};
+            size_t bytes, n_blocks = w.n_in / WEIGHT_BLOCK;
+            struct activations a = {.k = w.n_in, .f32 = x, .ld = w.n_in, .ld_q = w.n_in};
+            char text[32];
+
+            if (weight_size(w.type, w.layout, w.n_out, w.n_in, &bytes) < 0)
+                continue;
+            if (kinds[k].rounded) {
+                a.q = (int8_t *)q;
+                a.d = (float *)(q + (size_t)MAX_ROWS * w.n_in);
+                a.sum = (int32_t *)(a.d + MAX_ROWS * n_blocks);
+                a.n = MAX_ROWS;
+                b->ops->quantize(b, &a);
+            }
+            snprintf(text, sizeof(text), "%s %s %s", weight_type_name(w.type),
+                     weight_layout_name(w.layout), kinds[k].rounded ? "rounded" : "f32");
+            printf("%-18s %5ux%-6u", text, w.n_out, w.n_in);
+            for (size_t i = 0; i < ARRAY_SIZE(batches); i++) {
+                double t;
+
+                a.n = batches[i];
+                t = bench(b, &w, bytes, cold_bytes / bytes + 1, &a, y, min_seconds);
+                if (i == 0)
+                    printf("   %13.1f           ", (double)bytes / t * 1e-9);
+                printf(" %6.0f", 2e-9 * w.n_out * w.n_in * batches[i] / t);
+                fflush(stdout);
+            }
+            printf("\n");
+        }
+    backend_release(b, data, SPACE);
+    backend_release(b, x, (size_t)MAX_ROWS * 16384 * 4);
+    backend_release(b, y, (size_t)MAX_ROWS * 16384 * 4);
+    backend_release(b, q, (size_t)MAX_ROWS * 16384 * 2);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option options[] = {
+        {"level", required_argument, NULL, 'l'},   {"threads", required_argument, NULL, 't'},
+        {"seconds", required_argument, NULL, 's'}, {"hot", no_argument, NULL, 'c'},
+        {"help", no_argument, NULL, 'h'},          {0}};
+    const char *level = NULL;
+    double min_seconds = 0.3;
+    uint32_t n_threads = 0;
+    bool hot = false;
+    int o;
+
+    while ((o = getopt_long(argc, argv, "l:t:s:ch", options, NULL)) != -1)
+        switch (o) {
+        case 'l':
+            level = optarg;
+            break;
+        case 't':
+            n_threads = (uint32_t)strtoul(optarg, NULL, 10);
+            break;
+        case 's':
+            min_seconds = strtod(optarg, NULL);
+            break;
+        case 'c':
+            hot = true;
+            break;
+        case 'h':
+            printf(
+                "usage: bench-matmul [--level NAME] [--threads N] [--seconds PER-FIGURE] [--hot]\n"
+                "  --hot  the same matrix each time, so that small ones stay in the cache\n");
+            return 0;
+        default:
+            fprintf(stderr, "Try 'bench-matmul --help'.\n");
+            return 2;
+        }
+    return run_level(level, n_threads, min_seconds, hot ? 0 : SPACE / 2) < 0;
+}
