@@ -124,11 +124,12 @@ static void print(struct divergences *d)
         squares += (d->kld[i] - mean) * (d->kld[i] - mean);
     qsort(d->kld, d->n, sizeof(*d->kld), by_size);
 
-    printf("positions  %zu\n", d->n);
-    printf("mean KLD   %.6e +- %.1e\n", mean, d->n > 1 ? sqrt(squares / (n - 1) / n) : (double)NAN);
-    printf("99 %% KLD   %.6e\n", d->kld[(d->n * 99 + 99) / 100 - 1]); /* 99 % are at most this */
-    printf("max KLD    %.6e\n", d->kld[d->n - 1]);
-    printf("top-1      %.4f %%\n", 100 * (double)d->n_agree / n);
+    printf("positions   %zu\n", d->n);
+    printf("mean KLD    %.6e +- %.1e\n", mean,
+           d->n > 1 ? sqrt(squares / (n - 1) / n) : (double)NAN);
+    printf("99 %% KLD    %.6e\n", d->kld[(d->n * 99 + 99) / 100 - 1]); /* 99 % are at most this */
+    printf("max KLD     %.6e\n", d->kld[d->n - 1]);
+    printf("top-1       %.4f %%\n", 100 * (double)d->n_agree / n);
 }
 
 int kld_run(int argc, char **argv)
