@@ -23,7 +23,7 @@
 #include "base/cleanup.h"
 #include "client/llmctl.h"
 
-#define MODEL_SUFFIX ".safetensors"
+#define MODEL_SUFFIX ".llmd"
 
 /* ---- which model ---- */
 
@@ -35,7 +35,7 @@ static bool has_suffix(const char *name)
 }
 
 /*
- * The model of a folder: default.safetensors, else the only one. 1: *ret; 0: there is none;
+ * The model of a folder: default.llmd, else the only one. 1: *ret; 0: there is none;
  * -ENOTUNIQ: several; -ENOMEM
  */
 static int model_in(const char *folder, char **ret)
