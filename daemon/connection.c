@@ -18,6 +18,24 @@ static int on_disconnected(sd_bus_message *m, void *userdata, sd_bus_error *erro
     return 0;
 }
 
+/*
+ * libdbus sends its first call together with the end of the authentication. sd-bus then has read
+ * it already and would look at it only when more bytes come; so it is asked once to look.
+ */
+static int on_post(sd_event_source *source, void *userdata)
+{
+    struct connection *c = userdata;
+    sd_bus *bus = sd_bus_ref(c->bus); /* c may be gone after a call */
+
+    if (sd_bus_is_ready(bus) > 0) {
+        sd_event_source_set_enabled(source, SD_EVENT_OFF);
+        while (sd_bus_process(bus, NULL) > 0)
+            ;
+    }
+    sd_bus_unref(bus);
+    return 0;
+}
+
 static int start(struct connection *c, sd_event *event, int *fd)
 {
     sd_id128_t id;
@@ -31,7 +49,8 @@ static int start(struct connection *c, sd_event *event, int *fd)
         (r = sd_bus_match_signal(c->bus, &c->disconnected_slot, "org.freedesktop.DBus.Local",
                                  "/org/freedesktop/DBus/Local", "org.freedesktop.DBus.Local",
                                  "Disconnected", on_disconnected, c)) < 0 ||
-        (r = sd_bus_start(c->bus)) < 0)
+        (r = sd_bus_start(c->bus)) < 0 ||
+        (r = sd_event_add_post(event, &c->post_source, on_post, c)) < 0)
         return r;
     return sd_bus_attach_event(c->bus, event, SD_EVENT_PRIORITY_NORMAL);
 }
@@ -63,6 +82,7 @@ struct connection *connection_free(struct connection *c)
         return NULL;
     while (c->objects)
         session_bus_remove(c->objects);
+    sd_event_source_disable_unref(c->post_source);
     sd_bus_slot_unref(c->manager_slot);
     sd_bus_slot_unref(c->disconnected_slot);
     if (c->bus) {

@@ -40,6 +40,7 @@ struct connection {
     struct session_object *objects;
     uint32_t n_objects;
     sd_bus_slot *manager_slot, *disconnected_slot;
+    sd_event_source *post_source;
     connection_gone gone;
     void *userdata;
 };

@@ -247,24 +247,42 @@ static int encode_prompt(struct engine_thread *t, struct job *j, struct token_ar
     return r == -EINVAL ? -EBADF : r; /* what can be wrong is the order of the roles */
 }
 
+/* For one more active job, and its part of a step. */
+static int make_room(struct engine_thread *t)
+{
+    size_t n = t->active_allocated ? 2 * t->active_allocated : 16;
+    struct step_item *items;
+    struct job **jobs;
+
+    if (t->n_active < t->active_allocated)
+        return 0;
+    jobs = reallocarray(t->active, n, sizeof(*jobs));
+    if (!jobs)
+        return -ENOMEM;
+    t->active = jobs;
+    jobs = reallocarray(t->item_jobs, n, sizeof(*jobs));
+    if (!jobs)
+        return -ENOMEM;
+    t->item_jobs = jobs;
+    items = reallocarray(t->items, n, sizeof(*items));
+    if (!items)
+        return -ENOMEM;
+    t->items = items;
+    t->active_allocated = n;
+    return 0;
+}
+
 static int begin(struct engine_thread *t, struct job *j, struct error *err)
 {
     struct timeline *tl = j->timeline;
     struct token_array ids = {0};
-    struct job **grown;
     int r;
 
     if (t->lost)
         return error_set(err, ENODEV, "what computes has failed; restart the daemon");
-    if (t->n_active == t->active_allocated) {
-        size_t n = t->active_allocated ? 2 * t->active_allocated : 16;
-
-        grown = reallocarray(t->active, n, sizeof(*grown));
-        if (!grown)
-            return -ENOMEM;
-        t->active = grown;
-        t->active_allocated = n;
-    }
+    r = make_room(t);
+    if (r < 0)
+        return r;
     if (!tl->session) {
         r = session_new(&tl->session, t->engine, tl->n_ctx);
         if (r < 0)
@@ -460,21 +478,9 @@ static void note_kv(struct engine_thread *t)
 /* False when there was nothing to do. */
 static bool step(struct engine_thread *t)
 {
-    struct step_item *items;
-    struct job **jobs;
     size_t n;
     int r;
 
-    items = reallocarray(t->items, t->active_allocated, sizeof(*items));
-    if (items)
-        t->items = items;
-    jobs = reallocarray(t->item_jobs, t->active_allocated, sizeof(*jobs));
-    if (jobs)
-        t->item_jobs = jobs;
-    if (!items || !jobs) {
-        fail_all(t, -ENOMEM);
-        return false;
-    }
     n = choose(t);
     if (n == 0)
         return false;
