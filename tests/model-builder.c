@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "base/cleanup.h"
+#include "tools/import/metadata.h"
 #include "tools/import/model-writer.h"
 
 struct build {
@@ -229,8 +230,17 @@ void model_builder_write(const struct model_builder *options, const char *path)
 
     check(model_writer_new(&b.writer, path, &err), &err);
     check(model_writer_set(b.writer, "llmd.config", config, &err), &err);
+    if (options->tokenizer) {
+        CLEANUP(freep) char *text = NULL;
+
+        check(foreign_tokenizer_metadata(options->tokenizer, &text), &err);
+        check(model_writer_set(b.writer, "llmd.tokenizer", text, &err), &err);
+        check(metadata_announce_tokenizer(b.writer, options->tokenizer, &err), &err);
+    }
     tensors(&b);
     check(model_writer_begin(b.writer, &err), &err);
+    if (options->tokenizer)
+        check(metadata_append_tokenizer(b.writer, options->tokenizer, &err), &err);
     b.filling = true;
     tensors(&b);
     check(model_writer_commit(b.writer, &err), &err);

@@ -13,6 +13,8 @@
 #include "backends/weight.h"
 #include "engine/model-config.h"
 
+struct tokenizer_table;
+
 struct model_builder {
     struct model_config config;
     enum weight_type type; /* of the matrices; f32 where the shape does not allow it */
@@ -20,6 +22,7 @@ struct model_builder {
     bool golden; /* gemma3n.md §12: its amplitudes; else a model whose activations stay near one */
     const char *scaled;  /* tensors whose name contains this are multiplied by `scale`; or NULL */
     float scale;
+    const struct tokenizer_table *tokenizer; /* NULL: none; the model then takes only ids */
 };
 
 /*

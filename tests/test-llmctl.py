@@ -1,0 +1,342 @@
+#!/usr/bin/python3
+# SPDX-FileCopyrightText: the llmd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The real llmctl with the real daemon, as a shell uses them.
+
+  test-llmctl.py LLMCTL LLMD MAKE_CHAT_MODEL [TEST...]
+
+Each test has a runtime directory of its own. Nothing here is decided by time.
+"""
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+try:
+    import dbus
+    from daemon_client import Client
+except ImportError as e:
+    print(f"skipped: {e} (python3-dbus)")
+    sys.exit(77)
+
+LLMCTL, LLMD, MAKE_MODEL = map(os.path.abspath, sys.argv[1:4])
+PATIENCE = 120
+ENDLESS = ("--json", "--ignore-end", "--top-logprobs", "64", "--seed", "1")  # more than all buffers hold
+
+tests = []
+folder = tempfile.mkdtemp(prefix="llmctl-test-")
+model = os.path.join(folder, "chat.llmd")
+
+
+def test(f):
+    tests.append(f)
+    return f
+
+
+class Home:
+    """A user's directories. The daemon is started through a script that notes its process id."""
+
+    def __init__(self):
+        self.path = tempfile.mkdtemp(dir=folder)
+        self.runtime = os.path.join(self.path, "run")
+        self.data = os.path.join(self.path, "share")
+        os.makedirs(self.runtime, 0o700)
+        self.socket = os.path.join(self.runtime, "llmd", "private.sock")
+        self.starts_path = os.path.join(self.path, "starts")
+        wrapper = os.path.join(self.path, "llmd")
+        with open(wrapper, "w") as f:
+            f.write(f'#!/bin/sh\necho $$ >> {self.starts_path}\nexec {LLMD} "$@"\n')
+        os.chmod(wrapper, 0o755)
+        self.env = dict(os.environ, XDG_RUNTIME_DIR=self.runtime, XDG_DATA_HOME=self.data, LLMD_BINARY=wrapper,
+                        LLMD_MODEL=model)
+
+    def popen(self, *args, **kw):
+        kw.setdefault("stdin", subprocess.DEVNULL)
+        return subprocess.Popen([LLMCTL, *args], stdout=kw.pop("stdout", subprocess.PIPE), stderr=subprocess.PIPE,
+                                env=kw.pop("env", self.env), **kw)
+
+    def call(self, *args, data=None, **kw):
+        p = self.popen(*args, stdin=subprocess.PIPE if data is not None else subprocess.DEVNULL, **kw)
+        out, err = p.communicate(data, timeout=PATIENCE)
+        return p.returncode, out.decode(), err.decode()
+
+    def starts(self):
+        if not os.path.exists(self.starts_path):
+            return []
+        with open(self.starts_path) as f:
+            return list(map(int, f))
+
+    def client(self):
+        return Client(self.socket)
+
+    def wait_sessions(self, n):
+        with self.client() as c:
+            while c.manager("Sessions") != n:
+                pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        log = self.socket + ".log"
+        for pid in self.starts():
+            try:
+                fd = os.pidfd_open(pid)
+                signal.pidfd_send_signal(fd, signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+            import select
+            select.select([fd], [], [], PATIENCE)
+            os.close(fd)
+        text = open(log, errors="replace").read() if os.path.exists(log) else ""
+        assert "Sanitizer" not in text and "runtime error" not in text, text
+
+
+def complaint(result, status, *texts):
+    """One line on stderr that holds the texts; nothing on stdout."""
+    assert result[0] == status, result
+    assert result[1] == "", result
+    assert len(result[2].splitlines()) == 1 and result[2].startswith("llmctl: "), result
+    for t in texts:
+        assert t in result[2], (t, result)
+
+
+@test
+def answers():
+    with Home() as h:
+        options = ("--max-tokens", "30", "--ignore-end")
+        first = h.call("run", *options, "--seed", "5", "hello")
+        assert first[0] == 0 and len(first[1]) > 10 and first[2] == "", first
+        assert h.call("run", *options, "--seed", "5", "hello") == first
+        assert h.call("run", *options, "--seed", "6", "hello") != first
+        assert h.call("run", *options, "--seed", "5", "--instructions", "be brief", "hello")[1] != first[1]
+        status, out, _ = h.call("run", *options, "--seed", "5", "--json", "hello")
+        records = list(map(json.loads, out.splitlines()))
+        assert status == 0 and "".join(r["text"] for r in records if r["type"] == "delta") == first[1]
+        assert records[-2]["completion_tokens"] == 30 and records[-1] == {"type": "end", "reason": "length"}
+        assert len(h.starts()) == 1, "one daemon for all of them"
+        status, out, _ = h.call("status")
+        assert status == 0 and "ready" in out and "chat" in out, out
+
+
+@test
+def standard_input():
+    with Home() as h:
+        def tokens(*args, data=None):
+            status, out, err = h.call("run", "--raw", "--json", "--max-tokens", "1", *args, data=data)
+            assert status == 0, err
+            return next(r for r in map(json.loads, out.splitlines()) if r["type"] == "usage")["prompt_tokens"] - 1
+
+        assert tokens("one", "two") == 9  # the space is three bytes in this vocabulary
+        assert tokens("one", data=b"") == 3
+        assert tokens("one", data=b"two") == 7
+        assert tokens(data=b"two\0\xff\n") == 5 + 3  # what is not UTF-8 becomes U+FFFD, three bytes
+        assert tokens("-n", "one", data=b"two") == 3
+        assert tokens("one", data=b"x" * 5000) == 5004
+        complaint(h.call("run", data=b"x" * (8 << 20) + b"x"), 1, "more than 8388608 bytes")
+        complaint(h.call("run", "--raw", data=b"x" * 9000), 1, "9001", "8192")
+        complaint(h.call("run", "--context", "64", "x" * 100), 1, "room for 64")
+        complaint(h.call("run"), 2, "no prompt", "--help")
+        complaint(h.call("run", "--no-stdin", data=b"x"), 2, "no prompt")
+
+
+@test
+def complaints():
+    with Home() as h:
+        complaint(h.call("run", "--no-start", "x"), 3, "does not run")
+        complaint(h.call("status"), 3, "does not run")
+        complaint(h.call("run", "--model", "/nonexistent/x.llmd", "x"), 1, "/nonexistent/x.llmd")
+        bad = os.path.join(h.path, "bad.llmd")
+        with open(bad, "w") as f:
+            f.write("nothing like a model")
+        complaint(h.call("run", "--model", bad, "x"), 1, "did not start", bad)
+        complaint(h.call("run", "x", env=dict(h.env, LLMD_BINARY="/nonexistent/llmd")), 1, "/nonexistent/llmd")
+        complaint(h.call("run", "x", env=dict(h.env, LLMD_BINARY="/bin/false")), 1, "did not start")
+        complaint(h.call("run", "--socket", "/tmp/" + "x" * 200, "x"), 1, "path of a socket")
+        os.chmod(os.path.dirname(h.socket), 0o755)
+        complaint(h.call("run", "x"), 1, "open to other users")
+        os.chmod(os.path.dirname(h.socket), 0o700)
+        for args in (["--temperature", "hot"], ["--max-tokens", "-1"], ["--seed", ""], ["--timeout", "0"],
+                     ["--context", "0"], ["--raw", "--instructions", "x"]):
+            complaint(h.call("run", *args, "x"), 2, "--help")
+        assert h.call("run", "--top-logprobs", "65", "x")[0] == 1
+        complaint(h.call("run", "--temperature", "1000", "x"), 1, "temperature")
+        # The daemon that runs now serves another model than this one.
+        other = shutil.copy(model, os.path.join(h.path, "other.llmd"))
+        complaint(h.call("run", "--model", other, "x"), 1, other, "'chat'")
+
+
+@test
+def default_models():
+    with Home() as h:
+        env = {k: v for k, v in h.env.items() if k != "LLMD_MODEL"}
+        complaint(h.call("run", "x", env=env), 1, "llm-import", h.data)
+        models = os.path.join(h.data, "llmd", "models")
+        os.makedirs(models)
+        shutil.copy(model, os.path.join(models, "a.llmd"))
+        shutil.copy(model, os.path.join(models, "b.llmd"))
+        complaint(h.call("run", "x", env=env), 1, "several", "--model")
+        os.symlink("b.llmd", os.path.join(models, "default.llmd"))
+        assert h.call("run", "--max-tokens", "1", "x", env=env)[0] == 0
+        assert "default" in h.call("status")[1]
+
+
+@test
+def interrupted():
+    with Home() as h:
+        p = h.popen("run", *ENDLESS, "x")
+        assert json.loads(p.stdout.readline())["type"] == "delta"
+        p.send_signal(signal.SIGINT)
+        p.stdout.close()  # else it may still be writing to us
+        assert p.wait(PATIENCE) in (130, -signal.SIGPIPE)
+        h.wait_sessions(0)
+        # Interrupted while it waits for the daemon: only text that fits, so that nothing but Ctrl-C can end it.
+        with h.client() as c:
+            p = h.popen("run", "--ignore-end", "--stop", "\n\n\n", "x")
+            p.stdout.read(1)
+            p.send_signal(signal.SIGINT)
+            out, err = p.communicate(timeout=PATIENCE)
+            assert (p.returncode, err) == (130, b""), (p.returncode, err)
+            while c.manager("Sessions"):
+                pass
+
+
+@test
+def killed():
+    with Home() as h:
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            p = h.popen("run", *ENDLESS, "x")
+            p.stdout.readline()
+            h.wait_sessions(1)
+            p.send_signal(number)
+            assert p.wait(PATIENCE) == -number
+            h.wait_sessions(0)
+            p.communicate()
+
+
+@test
+def quiet_sigpipe():
+    with Home() as h:
+        p = h.popen("run", *ENDLESS, "x", restore_signals=True)
+        p.stdout.readline()
+        p.stdout.close()
+        assert p.wait(PATIENCE) == -signal.SIGPIPE and p.stderr.read() == b""
+        h.wait_sessions(0)
+
+
+@test
+def out_of_time():
+    with Home() as h:
+        h.call("run", "--max-tokens", "1", "x")  # the daemon is up
+        with open(os.path.join(h.path, "fifo"), "wb"):
+            read, write = os.pipe()
+            p = h.popen("run", *ENDLESS, "--timeout", "0.5", "x", stdout=write)
+            os.close(write)
+            while os.read(read, 1 << 16):
+                pass
+            os.close(read)
+        # Either it ran into the time limit, or, on a machine fast enough, into the end of the context.
+        assert p.wait(PATIENCE) in (124, 0)
+        p.stderr.close()
+        # Certain: it waits for input that does not come.
+        p = h.popen("run", "--timeout", "0.2", "x", stdin=subprocess.PIPE)
+        assert p.wait(PATIENCE) == 124
+        p.communicate()
+        h.wait_sessions(0)
+
+
+@test
+def busy():
+    with Home() as h:
+        h.call("run", "--max-tokens", "1", "x")
+        clients = [h.client() for _ in range(4)]
+        for c in clients:
+            for _ in range(16):
+                c.create()
+        complaint(h.call("run", "x"), 75, "in use")
+        for c in clients:
+            c.close()
+        h.wait_sessions(0)
+        assert h.call("run", "--max-tokens", "1", "x")[0] == 0
+
+
+@test
+def together_one_daemon():
+    with Home() as h:
+        running = [h.popen("run", "--max-tokens", "5", "--seed", "1", "--ignore-end", "x") for _ in range(8)]
+        answers = [(p.communicate(timeout=PATIENCE), p.returncode) for p in running]
+        assert all(a == answers[0] for a in answers) and answers[0][1] == 0, answers
+        assert len(h.starts()) == 1, h.starts()
+        # And after it was killed, leaving its socket.
+        fd = os.pidfd_open(h.starts()[0])
+        os.kill(h.starts()[0], signal.SIGKILL)
+        import select
+        select.select([fd], [], [])
+        os.close(fd)
+        running = [h.popen("run", "--max-tokens", "5", "--seed", "1", "--ignore-end", "x") for _ in range(8)]
+        assert [(p.communicate(timeout=PATIENCE), p.returncode) for p in running] == answers
+        assert len(h.starts()) == 2, h.starts()
+
+
+@test
+def daemon_dies():
+    with Home() as h:
+        p = h.popen("run", *ENDLESS, "x")
+        p.stdout.readline()
+        os.kill(h.starts()[0], signal.SIGKILL)
+        out, err = p.communicate(timeout=PATIENCE)
+        assert p.returncode == 1 and b"went away" in err, (p.returncode, err)
+        p = h.popen("run", *ENDLESS, "x")
+        p.stdout.readline()
+        os.kill(h.starts()[1], signal.SIGTERM)
+        out, err = p.communicate(timeout=PATIENCE)
+        assert p.returncode == 1 and b"daemon ended" in err or out.endswith(b'"shutdown"}\n'), (p.returncode, err)
+
+
+@test
+def terminal():
+    with Home() as h:
+        # All 32 control characters come up among 500 random bytes.
+        options = ("--raw", "--max-tokens", "500", "--seed", "1", "--ignore-end", "--temperature", "2", "x")
+        plain = h.call("run", *options)[1]
+        assert any(ord(c) < 0x20 and c not in "\n\t" for c in plain)
+        master, slave = pty.openpty()
+        import termios
+        mode = termios.tcgetattr(slave)
+        mode[1] &= ~termios.OPOST
+        termios.tcsetattr(slave, termios.TCSANOW, mode)
+        p = h.popen("run", *options, stdout=slave)
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                data = os.read(master, 65536)
+            except OSError:
+                break  # the other end is closed
+            shown += data
+        os.close(master)
+        assert p.wait(PATIENCE) == 0
+        p.stderr.close()
+        want = "".join("\ufffd" if (ord(c) < 0x20 and c not in "\n\t") or 0x7f <= ord(c) < 0xa0 else c for c in plain)
+        if not want.endswith("\n"):
+            want += "\n"
+        assert shown.decode() == want, (shown.decode(), want)
+
+
+def main():
+    subprocess.run([MAKE_MODEL, model], check=True)
+    wanted = sys.argv[4:]
+    for t in tests:
+        if not wanted or t.__name__ in wanted:
+            print(t.__name__, end=" ", flush=True)
+            print(t() or "ok", flush=True)
+    shutil.rmtree(folder)
+
+
+main()
