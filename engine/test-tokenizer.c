@@ -23,6 +23,36 @@
 
 #define M "\xe2\x96\x81"
 
+/* Lets the allocation after so many others fail; negative: none does. */
+static int fail_after = -1;
+
+static bool fails(void)
+{
+    return fail_after >= 0 && fail_after-- == 0;
+}
+
+void *__real_malloc(size_t n);
+void *__real_calloc(size_t n, size_t size);
+void *__real_realloc(void *p, size_t n);
+void *__wrap_malloc(size_t n);
+void *__wrap_calloc(size_t n, size_t size);
+void *__wrap_realloc(void *p, size_t n);
+
+void *__wrap_malloc(size_t n)
+{
+    return fails() ? NULL : __real_malloc(n);
+}
+
+void *__wrap_calloc(size_t n, size_t size)
+{
+    return fails() ? NULL : __real_calloc(n, size);
+}
+
+void *__wrap_realloc(void *p, size_t n)
+{
+    return fails() ? NULL : __real_realloc(p, n);
+}
+
 static uint32_t seed = 1;
 
 static uint32_t next_random(uint32_t below)
@@ -659,6 +689,45 @@ static void test_failure(void)
     free(ids.data);
 }
 
+static void test_no_memory(void)
+{
+    static struct vocabulary v;
+    static const char text[] = "hello <table> aaaaaaaaaaaaaaaabc \xf0\x9f\x98\x80 <bos> hello";
+    CLEANUP(tokenizer_freep) struct tokenizer *t = NULL;
+    struct token_array ids = {0};
+    int r = -1, n = 0;
+
+    fill(&v);
+    for (; r < 0; n++) {
+        struct error err = {{0}};
+
+        fail_after = n;
+        r = tokenizer_new(&t, &v.table, &err);
+        assert(r == 0 || (r == -ENOMEM && !t && strstr(err.text, "out of memory")));
+    }
+    fail_after = -1;
+    assert(n > 4);
+
+    assert(token_array_append(&ids, (uint32_t[]){1, 2, 3}, 3) == 0);
+    for (n = 0, r = -1; r < 0; n++) {
+        /* No room is left, so that the ids' own array must grow as well. */
+        struct token_array full = {.data = malloc(3 * sizeof(uint32_t)), .n = 3, .allocated = 3};
+
+        assert(full.data);
+        memcpy(full.data, ids.data, 3 * sizeof(uint32_t));
+        fail_after = n;
+        r = tokenizer_encode(t, text, sizeof(text) - 1, &(struct encode_options){.bos = true},
+                             &full);
+        fail_after = -1;
+        assert(r == 0 || r == -ENOMEM);
+        assert(r == 0 ? full.n > 3 : full.n == 3);
+        assert(memcmp(full.data, ids.data, 3 * sizeof(uint32_t)) == 0);
+        free(full.data);
+    }
+    assert(n > 4);
+    free(ids.data);
+}
+
 /* Long lines end at all; how fast is printed for people and decides nothing. */
 static void test_long(void)
 {
@@ -701,6 +770,7 @@ int main(void)
     test_streaming();
     test_broken_tables();
     test_failure();
+    test_no_memory();
     test_long();
     return 0;
 }

@@ -15,10 +15,10 @@
  * Encodes text[0..n) both ways and decodes it: the ids are pieces, what comes back is UTF-8. A trap
  * where that does not hold; an error must be there and be one line.
  */
-static inline void fuzz_vocabulary(int result, struct foreign_tokenizer *f, const struct error *err,
-                                   const void *text, size_t n)
+static inline void fuzz_vocabulary(int result, struct foreign_tokenizer *loaded,
+                                   const struct error *err, const void *text, size_t n)
 {
-    CLEANUP(foreign_tokenizer_freep) struct foreign_tokenizer *owned = f;
+    CLEANUP(foreign_tokenizer_freep) struct foreign_tokenizer *f = loaded;
     CLEANUP(tokenizer_freep) struct tokenizer *t = NULL;
     CLEANUP(freep) char *out = NULL;
 

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/checked.h"
 #include "base/cleanup.h"
 #include "tools/llm-eval/any-tokenizer.h"
 #include "tools/llm-eval/llm-eval.h"
@@ -136,11 +137,41 @@ int tokenize_run(int argc, char **argv)
     return finish_output(argv[0]);
 }
 
+/* The ids of a text; all of them are in the vocabulary. 0, or an exit status. */
+static int parse_ids(struct token_array *ids, const char *text, size_t n, uint32_t n_pieces,
+                     const char *name)
+{
+    for (size_t i = 0; i < n;) {
+        size_t from = i;
+        uint64_t value = 0;
+        uint32_t id;
+
+        if (isspace((unsigned char)text[i])) {
+            i++;
+            continue;
+        }
+        for (; i < n && isdigit((unsigned char)text[i]); i++)
+            value = MIN(value * 10 + (uint64_t)(text[i] - '0'), (uint64_t)UINT32_MAX);
+        if (i == from || (i < n && !isspace((unsigned char)text[i])))
+            return run_error(name, "stdin: byte %zu: not an id", i);
+        if (value >= n_pieces)
+            return run_error(name,
+                             "stdin: byte %zu: the id is beyond the vocabulary, whose last is %u",
+                             from, n_pieces - 1);
+        id = (uint32_t)value;
+        if (token_array_append(ids, &id, 1) < 0)
+            return run_error(name, "%s", strerror(ENOMEM));
+    }
+    return 0;
+}
+
 int detokenize_run(int argc, char **argv)
 {
     CLEANUP(any_tokenizer_done) struct any_tokenizer a = {0};
     CLEANUP(freep) char *text = NULL, *out = NULL;
+    CLEANUP(freep) uint32_t *data = NULL;
     struct decoder d = {.n_pending = 0};
+    struct token_array ids = {0};
     struct arguments args;
     size_t n;
     int r;
@@ -151,28 +182,16 @@ int detokenize_run(int argc, char **argv)
     r = prepare(&a, &text, &n, argv[0], args.file);
     if (r != 0)
         return r;
+    /* All before the first is written: a wrong id leaves no half an answer. */
+    r = parse_ids(&ids, text, n, tokenizer_table(a.t)->n_pieces, argv[0]);
+    data = ids.data;
+    if (r != 0)
+        return r;
     out = malloc(decoder_room(a.t));
     if (!out)
         return run_error(argv[0], "%s", strerror(ENOMEM));
-    for (size_t i = 0; i < n;) {
-        size_t from = i;
-        uint64_t id = 0;
-
-        if (isspace((unsigned char)text[i])) {
-            i++;
-            continue;
-        }
-        for (; i < n && isdigit((unsigned char)text[i]) && id <= UINT32_MAX; i++)
-            id = id * 10 + (uint64_t)(text[i] - '0');
-        if (i == from || (i < n && !isspace((unsigned char)text[i]) && id <= UINT32_MAX))
-            return run_error(argv[0], "stdin: byte %zu: not an id", i);
-        if (id >= tokenizer_table(a.t)->n_pieces)
-            return run_error(argv[0],
-                             "stdin: byte %zu: the id is beyond the vocabulary, whose last "
-                             "is %u",
-                             from, tokenizer_table(a.t)->n_pieces - 1);
-        fwrite(out, 1, decoder_push(&d, a.t, (uint32_t)id, !args.no_special, out), stdout);
-    }
+    for (size_t i = 0; i < ids.n; i++)
+        fwrite(out, 1, decoder_push(&d, a.t, ids.data[i], !args.no_special, out), stdout);
     fwrite(out, 1, decoder_finish(&d, out), stdout);
     return finish_output(argv[0]);
 }
