@@ -51,7 +51,7 @@ static void help(void)
          "      --idle-timeout SEC    leave so long after the last client (default 30; 0: never)\n"
          "      --context N           most tokens of a session (default: the model's)\n"
          "      --activations TYPE    int8 (default) or f32\n"
-         "      --kv TYPE             f16 (default) or f32\n"
+         "      --kv TYPE             f16 or f32 (default: f32 with f32 activations)\n"
          "      --threads N           default: as many as there are cores\n"
          "      --cpu-level LEVEL     at most: reference, avx2, avx512, amx\n"
          "      --ready-fd N          write READY=1 to this descriptor when serving\n"

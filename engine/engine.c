@@ -42,12 +42,25 @@ static uint32_t widest_input(const struct model_config *c)
     return ALIGN_UP(n, 64u);
 }
 
+static bool keeps_f16(const struct engine_options *o)
+{
+    switch (o->kv_type) {
+    case KV_F16:
+        return true;
+    case KV_F32:
+        return false;
+    case KV_AUTO:
+        break;
+    }
+    return o->activations == ACTIVATIONS_INT8;
+}
+
 int engine_new(struct engine **ret, const struct model *m, const struct engine_options *options,
                struct error *err)
 {
     CLEANUP(engine_freep) struct engine *e = NULL;
     const struct model_config *c = model_config(m);
-    struct kv_shape shape = {c->n_heads_kv, c->head_dim, options->kv_type == KV_F16};
+    struct kv_shape shape = {c->n_heads_kv, c->head_dim, keeps_f16(options)};
     struct backend_limits limits;
     uint64_t kv_bytes = options->kv_bytes ? options->kv_bytes : default_kv_bytes();
     int r;

@@ -27,6 +27,7 @@ enum activation_type {
 };
 
 enum kv_type {
+    KV_AUTO, /* as exact as the activations: f32 with f32, f16 with int8 */
     KV_F16,
     KV_F32,
 };

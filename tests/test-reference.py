@@ -6,7 +6,7 @@
   test-reference.py --llm-import PATH --llm-eval PATH [--small]
 
 Each model is random, made as GGUF by tests/models.py, imported with llm-import and evaluated with `llm-eval logits` at
-every CPU level this machine has. The limits are those the project set itself; no other number decides.
+the CPU levels this machine has. The limits are those the project set itself; no other number decides.
 
 --small leaves out what takes long in an instrumented build.
 """
@@ -161,15 +161,18 @@ def main():
                         t.against_float64(name, t.random_sequences(name, (1, 7, 33, 90)), levels)
                 if args.small:
                     continue
-                t.against_float64(f"tiny-{kind}-1", frozen, levels)
+                # The reference level sums in plain loops: it gets a prefix of what the others do.
+                if len(levels) > 1:
+                    t.against_float64(f"tiny-{kind}-1", frozen[:4], levels[:1])
+                t.against_float64(f"tiny-{kind}-1", frozen, levels[-1:])
                 for seed in (2, 3):
                     name = f"tiny-{kind}-{seed}"
-                    t.against_float64(name, t.random_sequences(name, (1, 65, 140)), levels)
+                    t.against_float64(name, t.random_sequences(name, (1, 65, 140)), levels[-1:])
             if args.small:
                 t.against_float64("tiny-q4_0-1", frozen[:4], levels[-1:])
             else:
-                t.against_llamacpp("f32", levels, LLAMACPP_KLD)
-                t.against_llamacpp("q4_0", levels, LLAMACPP_Q4_KLD)
+                t.against_llamacpp("f32", levels[-1:], LLAMACPP_KLD)
+                t.against_llamacpp("q4_0", levels[-1:], LLAMACPP_Q4_KLD)
     except models.Unavailable as e:
         print(f"skipped: {e}")
         return models.SKIPPED

@@ -31,7 +31,7 @@ enum engine_arg {
 #define ENGINE_ARGS_HELP                                                                           \
     "  --activations f32|int8   how activations meet q4 and q8 weights (int8)\n"                  \
     "  --cpu-level LEVEL        at most reference, avx2, avx512 or amx (the best there is)\n"     \
-    "  --kv f16|f32             what K and V are kept as (f16)\n"                                 \
+    "  --kv f16|f32             what K and V are kept as (f32 with f32 activations, else f16)\n" \
     "  --threads N              cores to compute on (all this process may use)\n"
 /* clang-format on */
 
