@@ -16,8 +16,10 @@
 #include "tools/import/foreign-tokenizer-private.h"
 
 #define META "\xe2\x96\x81"
-#define PIECES_MAX (1u << 24) /* as tokenizer_new() has it: scores stay whole numbers in a float \
-                               */
+#define FIRST_TEXT 4096
+#define PIECES_MAX                                                                \
+    (1u << 24) /* as tokenizer_new() has it: scores stay whole numbers in a float \
+                */
 
 struct foreign_tokenizer *foreign_tokenizer_free(struct foreign_tokenizer *f)
 {
@@ -41,14 +43,20 @@ int foreign_begin(struct foreign_builder *ret, size_t n_pieces, const char *name
     f = calloc(1, sizeof(*f));
     if (!f)
         return error_set(err, ENOMEM, "%s: out of memory", name);
+    f->text = malloc(FIRST_TEXT); /* there even if all pieces are empty */
     f->offsets = calloc(n_pieces + 1, sizeof(*f->offsets));
     f->scores = calloc(n_pieces, sizeof(*f->scores));
     f->types = calloc(n_pieces, sizeof(*f->types));
-    if (!f->offsets || !f->scores || !f->types)
+    if (!f->text || !f->offsets || !f->scores || !f->types)
         return error_set(err, ENOMEM, "%s: out of memory", name);
     f->table.bos = f->table.eos = f->table.unk = f->table.pad = TOKENIZER_NONE;
     f->table.start_of_turn = f->table.end_of_turn = TOKENIZER_NONE;
-    *ret = (struct foreign_builder){.f = TAKE_PTR(f), .n_pieces = n_pieces, .name = name};
+    *ret = (struct foreign_builder){
+        .f = TAKE_PTR(f),
+        .n_pieces = n_pieces,
+        .text_allocated = FIRST_TEXT,
+        .name = name,
+    };
     return 0;
 }
 
@@ -224,7 +232,7 @@ int foreign_settle(struct foreign_builder *b,
     if (f->table.n_pieces != b->n_pieces)
         return error_set(err, EINVAL, "%s: %u of %zu pieces", b->name, f->table.n_pieces,
                          b->n_pieces);
-    f->table.text = f->text ? f->text : "";
+    f->table.text = f->text;
     f->table.offsets = f->offsets;
     f->table.scores = f->scores;
     f->table.types = f->types;
