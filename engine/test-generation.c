@@ -3,8 +3,7 @@
 
 /*
  * The state machine with a real tokenizer, and with a session and model of this test's own: the
- * session only counts, and the "model" says what a script tells it to. tests/test-engine.c does
- * it with a model that computes.
+ * session only counts, and the "model" says what a script tells it to.
  */
 
 #undef NDEBUG
