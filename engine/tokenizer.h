@@ -78,14 +78,17 @@ struct token_array {
 /*
  * Appends the ids of text[0..n); invalid UTF-8 is read as U+FFFD, NUL is a character like others.
  * Time O(n log n). On failure the array is as before.
- * 0, -ENOMEM, -EOVERFLOW (more than 2^31 bytes)
+ * 0, -ENOMEM, -EOVERFLOW (more than 2^31 bytes, or 2^32 when each space counts three)
  */
 int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n,
                      const struct encode_options *options, struct token_array *ids);
 
 int token_array_append(struct token_array *a, const uint32_t *ids, size_t n); /* 0, -ENOMEM */
 
-/* True for control, unknown and unused pieces, which decode to nothing unless asked for. */
+/*
+ * True for control, unknown and unused pieces, which decode to nothing unless asked for. So are,
+ * whatever their type, the pieces that the table names (bos to end_of_turn).
+ */
 bool tokenizer_is_special(const struct tokenizer *t, uint32_t id);
 
 /* Whether generation ends at this id by the vocabulary itself: eos, end of turn. */
