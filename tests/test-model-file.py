@@ -215,4 +215,5 @@ def main():
     print(f"{len(model.entries)} entries agree")
 
 
-main()
+if __name__ == "__main__":
+    main()
