@@ -22,7 +22,7 @@ struct session;
 
 enum activation_type {
     ACTIVATIONS_INT8, /* the default: q4 and q8 weights meet activations rounded to 8 bits in
-                         blocks of 32 */
+                         blocks of 32, but for the matrices of Q and K */
     ACTIVATIONS_F32,  /* the definition */
 };
 

@@ -117,6 +117,20 @@ static struct activations rows_of(float *x, uint32_t n, uint32_t k)
     return (struct activations){.n = n, .k = k, .f32 = x, .ld = k};
 }
 
+/*
+ * y = w x without rounding x, in either mode: for Q and K. Attention scores have scale 1, so what
+ * is rounded off there reaches the softmax undamped: a third of the whole mode's divergence came
+ * from these two, which are 4 % of a layer (docs/performance.md).
+ */
+static void matmul_exact(struct engine *e, const struct weight *w, const struct activations *x,
+                         float *y, size_t ld_y)
+{
+    struct activations exact = *x;
+
+    exact.q = NULL;
+    e->backend->ops->matmul(e->backend, w, &exact, y, ld_y);
+}
+
 /* y = w x. Rounds x once, at the first matrix that wants it rounded. */
 static void matmul(struct engine *e, const struct weight *w, struct activations *x, float *y,
                    size_t ld_y)
@@ -240,7 +254,7 @@ static void store_kv(struct engine *e, uint32_t l, uint32_t n, struct activation
         .eps = c->rms_eps,
     };
 
-    matmul(e, &w->k, x, b->k, width);
+    matmul_exact(e, &w->k, x, b->k, width);
     matmul(e, &w->v, x, b->v, width);
     a.x = b->v;
     ops->head_norm(e->backend, &a);
@@ -315,7 +329,7 @@ static void layer_end(struct engine *e, uint32_t l, uint32_t n)
     };
 
     /* (d) attention, while xn is still the live input */
-    matmul(e, &w->q, &x, b->q, heads);
+    matmul_exact(e, &w->q, &x, b->q, heads);
     matmul(e, &w->laurel_left, &x, b->rank, c->laurel_rank);
     ops->head_norm(e->backend, &(struct head_norm_args){
                                    .n = n,
