@@ -105,7 +105,11 @@ static inline void stripe_rounded_one(enum weight_type type, const uint8_t *line
     uint32_t n_blocks = x->k / WEIGHT_BLOCK;
     __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
 
+    prefetch(scales, PREFETCH_SCALES);
     for (uint32_t b = 0; b < n_blocks; b++) {
+        prefetch(line + PREFETCH_LINES, type == WEIGHT_Q4 ? 4 * 64 : 8 * 64);
+        prefetch((const char *)scales + PREFETCH_SCALES, 1);
+
         for (int half = 0; half < 2; half++) {
             __m256i dot;
 
@@ -136,7 +140,11 @@ static inline void stripe_rounded_many(enum weight_type type, const uint8_t *lin
     float acc[PACK_ROWS][WEIGHT_STRIPE] __attribute__((aligned(64)));
 
     memset(acc, 0, n * sizeof(acc[0]));
+    prefetch(scales, PREFETCH_SCALES);
     for (uint32_t b = 0; b < n_blocks; b++) {
+        prefetch(line + PREFETCH_LINES, type == WEIGHT_Q4 ? 4 * 64 : 8 * 64);
+        prefetch((const char *)scales + PREFETCH_SCALES, 1);
+
         const int8_t *q = p->q + (size_t)b * PACK_ROWS * WEIGHT_BLOCK;
         const float *d = p->d + (size_t)b * PACK_ROWS;
         const int32_t *bias = p->bias + (size_t)b * PACK_ROWS;

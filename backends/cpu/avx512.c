@@ -92,7 +92,11 @@ static inline void stripe_rounded_one(enum weight_type type, const uint8_t *line
     const int32_t *sum = x->sum + row * (x->ld_q / WEIGHT_BLOCK);
     __m512 acc = _mm512_setzero_ps();
 
+    prefetch(scales, PREFETCH_SCALES);
     for (uint32_t b = 0; b < x->k / WEIGHT_BLOCK; b++) {
+        prefetch(line + PREFETCH_LINES, block_bytes(type));
+        prefetch((const char *)scales + PREFETCH_SCALES, 1);
+
         __m512i words[8];
 
         load_block(type, line, words);
@@ -114,7 +118,11 @@ static inline void stripe_rounded_many(enum weight_type type, const uint8_t *lin
 
     for (uint32_t i = 0; i < n; i++)
         acc[i] = _mm512_setzero_ps();
+    prefetch(scales, PREFETCH_SCALES);
     for (uint32_t b = 0; b < n_blocks; b++) {
+        prefetch(line + PREFETCH_LINES, block_bytes(type));
+        prefetch((const char *)scales + PREFETCH_SCALES, 1);
+
         const int8_t *q = p->q + (size_t)b * PACK_ROWS * WEIGHT_BLOCK;
         const float *d = p->d + (size_t)b * PACK_ROWS;
         const int32_t *bias = p->bias + (size_t)b * PACK_ROWS;
