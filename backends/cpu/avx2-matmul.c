@@ -9,10 +9,10 @@
  *   f32       acc = fma(d_w, block sum, acc), or acc + block sum for weights without scales
  *
  * An output is one lane of an accumulator whichever kernel computes it, so one row and many give
- * the same bits. LAYOUT_ROWS is the exception in form: eight lanes share an output, each with every
- * eighth k, and are added at the end, again in one order. Error: a block sum has at most 32
- * roundings and the chain of blocks two for each, together less than n_in for n_in >= 64; for less,
- * the chain has two links at most.
+ * the same bits. The exception is LAYOUT_ROWS with f32 activations, in the same kernel for any
+ * number of rows: eight lanes share an output, each with every eighth k, and are added at the end.
+ * Error: a block sum has at most 32 roundings and the chain of blocks two for each, together less
+ * than n_in for n_in >= 64; for less, the chain has two links at most.
  */
 
 #include <assert.h>
@@ -20,6 +20,7 @@
 
 #include "backends/cpu/avx2.h"
 #include "backends/cpu/matmul.h"
+#include "backends/cpu/repack.h"
 
 #define HALF 8 /* rows of a stripe in one register */
 
@@ -170,43 +171,62 @@ static inline void stripe_rounded_many(enum weight_type type, const uint8_t *lin
         memcpy(y + i * ld_y, acc[i], n_out * sizeof(float));
 }
 
-static inline void tile16_rounded(enum weight_type type, const struct matmul_task *t,
-                                  uint32_t first, uint32_t last, void *scratch)
+/*
+ * Stripes first..last - 1, each against all rows. LAYOUT_ROWS, for several rows only: stripes are
+ * made of its rows first, behind the packed activations in the scratch memory.
+ */
+static inline void stripes_rounded(enum weight_type type, enum weight_layout layout,
+                                   const struct matmul_task *t, uint32_t first, uint32_t last,
+                                   void *scratch)
 {
     const struct weight *w = t->w;
     const struct activations *x = t->x;
     size_t stripe_bytes = weight_stripe_bytes(type, w->n_in);
-    const uint8_t *data = w->data;
+    uint8_t *repacked = (uint8_t *)scratch + packed_bytes(w->n_in);
 
     for (uint32_t i = 0, n; i < x->n; i += n) {
+        bool many = layout == LAYOUT_ROWS || x->n - i > 1;
         struct packed_rows p;
 
         n = MIN(x->n - i, (uint32_t)PACK_ROWS);
-        if (n > 1)
+        if (many)
             p = pack_rows(x, i, n, type == WEIGHT_Q4 ? 8 : 0, scratch);
         for (uint32_t s = first; s < last; s++) {
-            const uint8_t *stripe = data + s * stripe_bytes;
-            const uint16_t *scales = stripe_scales(w, stripe);
             uint32_t o = s * WEIGHT_STRIPE, n_out = MIN(w->n_out - o, (uint32_t)WEIGHT_STRIPE);
+            const uint8_t *stripe = (const uint8_t *)w->data + s * stripe_bytes;
             float *y = t->y + i * t->ld_y + o;
 
-            if (n > 1)
-                stripe_rounded_many(type, stripe, scales, &p, w->n_in / WEIGHT_BLOCK, n, y, t->ld_y,
-                                    n_out);
+            if (layout == LAYOUT_ROWS) {
+                repack_stripe(type, w, o, n_out, repacked);
+                stripe = repacked;
+            }
+            if (many)
+                stripe_rounded_many(type, stripe, stripe_scales(w, stripe), &p,
+                                    w->n_in / WEIGHT_BLOCK, n, y, t->ld_y, n_out);
             else
-                stripe_rounded_one(type, stripe, scales, x, i, y, n_out);
+                stripe_rounded_one(type, stripe, stripe_scales(w, stripe), x, i, y, n_out);
         }
     }
 }
 
 static void tile16_q4_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
-    tile16_rounded(WEIGHT_Q4, args, first, last, scratch);
+    stripes_rounded(WEIGHT_Q4, LAYOUT_TILE16, args, first, last, scratch);
 }
 
 static void tile16_q8_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
-    tile16_rounded(WEIGHT_Q8, args, first, last, scratch);
+    stripes_rounded(WEIGHT_Q8, LAYOUT_TILE16, args, first, last, scratch);
+}
+
+static void rows_q4_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    stripes_rounded(WEIGHT_Q4, LAYOUT_ROWS, args, first, last, scratch);
+}
+
+static void rows_q8_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    stripes_rounded(WEIGHT_Q8, LAYOUT_ROWS, args, first, last, scratch);
 }
 
 /*
@@ -450,27 +470,111 @@ static inline __m256i row_block(enum weight_type type, const uint8_t *row, uint3
         _mm256_set1_epi8(8));
 }
 
-static inline float row_dot_rounded(enum weight_type type, const uint8_t *row,
-                                    const uint16_t *scales, const struct activations *x, uint32_t i)
+/* One block of a row times 32 activations, in eight partial sums; q4 without its offset. */
+static inline __m256i row_products(enum weight_type type, const uint8_t *row, uint32_t b, __m256i x)
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i w;
+
+    if (type == WEIGHT_Q4) {
+        __m128i v = _mm_loadu_si128((const __m128i *)(row + b * (size_t)16));
+
+        w = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(0xf));
+        return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones);
+    }
+    w = _mm256_loadu_si256((const __m256i *)(row + b * (size_t)32));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
+                             ones);
+}
+
+/* to[j]: the scales of block b + j of eight rows; n of those blocks exist. */
+static inline void gather_scales(const uint8_t *const *rows, size_t at, uint32_t n, __m128i *to)
+{
+    uint16_t some[HALF][HALF] = {{0}};
+    __m128i v[HALF], u[HALF];
+
+    for (int r = 0; r < HALF; r++) {
+        if (n < HALF) {
+            memcpy(some[r], rows[r] + at, n * sizeof(some[r][0]));
+            v[r] = _mm_loadu_si128((const __m128i *)some[r]);
+        } else {
+            v[r] = _mm_loadu_si128((const __m128i *)(rows[r] + at));
+        }
+    }
+    for (int r = 0; r < 4; r++) { /* pairs of rows, of four, of all */
+        u[r] = _mm_unpacklo_epi16(v[2 * r], v[2 * r + 1]);
+        u[r + 4] = _mm_unpackhi_epi16(v[2 * r], v[2 * r + 1]);
+    }
+    for (int h = 0; h < HALF; h += 4) { /* blocks 0-3 and 4-7 */
+        __m128i a = _mm_unpacklo_epi32(u[h], u[h + 1]), b = _mm_unpackhi_epi32(u[h], u[h + 1]);
+        __m128i c = _mm_unpacklo_epi32(u[h + 2], u[h + 3]);
+        __m128i e = _mm_unpackhi_epi32(u[h + 2], u[h + 3]);
+
+        to[h] = _mm_unpacklo_epi64(a, c);
+        to[h + 1] = _mm_unpackhi_epi64(a, c);
+        to[h + 2] = _mm_unpacklo_epi64(b, e);
+        to[h + 3] = _mm_unpackhi_epi64(b, e);
+    }
+}
+
+/*
+ * Eight rows of weights against one of activations. Their integer sums are gathered into the lanes
+ * of one register, so that the rest, and the result, is as for a stripe.
+ */
+static inline __m256 eight_rows_rounded(enum weight_type type, const uint8_t *const *rows,
+                                        size_t quants, const struct activations *x, uint32_t i)
 {
     const int8_t *q = x->q + i * x->ld_q;
     const float *d = x->d + i * (x->ld_q / WEIGHT_BLOCK);
+    const int32_t *sum = x->sum + i * (x->ld_q / WEIGHT_BLOCK);
+    __m128i scales[HALF];
     __m256 acc = _mm256_setzero_ps();
 
     for (uint32_t b = 0; b < x->k / WEIGHT_BLOCK; b++) {
-        __m256i w = row_block(type, row, b);
         __m256i v = _mm256_loadu_si256((const __m256i *)(q + b * (size_t)WEIGHT_BLOCK));
-        __m256i dot = _mm256_madd_epi16(
-            _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(v, w)), _mm256_set1_epi16(1));
+        __m256i p[HALF], dot;
 
-        acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot),
-                              _mm256_set1_ps(half_value(scales + b) * d[b]), acc);
+        if (b % HALF == 0)
+            gather_scales(rows, quants + b * (size_t)2, MIN(x->k / WEIGHT_BLOCK - b, 8u), scales);
+        for (int r = 0; r < HALF; r++) {
+            p[r] = row_products(type, rows[r], b, v);
+            if (b % 4 == 0)
+                prefetch(rows[r] + HALF * (quants + quants / 16) + b * (size_t)16, 1);
+        }
+        for (int r = 0; r < HALF; r += 2)
+            p[r / 2] = _mm256_hadd_epi32(p[r], p[r + 1]);
+        p[0] = _mm256_hadd_epi32(p[0], p[1]);
+        p[1] = _mm256_hadd_epi32(p[2], p[3]);
+        dot = _mm256_add_epi32(_mm256_permute2x128_si256(p[0], p[1], 0x20),
+                               _mm256_permute2x128_si256(p[0], p[1], 0x31));
+        if (type == WEIGHT_Q4)
+            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(-8 * sum[b]));
+        acc = add_block(dot, _mm256_cvtph_ps(scales[b % HALF]), d[b], acc);
     }
-    return sum_lanes(acc);
+    return acc;
 }
 
-static inline void rows_typed(enum weight_type type, bool rounded, const struct matmul_task *t,
-                              uint32_t first, uint32_t last)
+static inline void rows_rounded_few(enum weight_type type, const struct matmul_task *t,
+                                    uint32_t first, uint32_t last)
+{
+    const struct weight *w = t->w;
+    size_t bytes = weight_row_bytes(type, w->n_in);
+    size_t quants = type == WEIGHT_Q4 ? w->n_in / 2 : w->n_in;
+
+    for (uint32_t o = first; o < last; o += HALF) {
+        uint32_t n_out = MIN(last - o, (uint32_t)HALF);
+        const uint8_t *rows[HALF];
+
+        for (uint32_t r = 0; r < HALF; r++)
+            rows[r] = (const uint8_t *)w->data + (o + MIN(r, n_out - 1)) * bytes;
+        for (uint32_t i = 0; i < t->x->n; i++)
+            store_lanes(t->y + i * t->ld_y + o, n_out,
+                        eight_rows_rounded(type, rows, quants, t->x, i));
+    }
+}
+
+static inline void rows_f32(enum weight_type type, const struct matmul_task *t, uint32_t first,
+                            uint32_t last)
 {
     const struct weight *w = t->w;
     const struct activations *x = t->x;
@@ -483,9 +587,7 @@ static inline void rows_typed(enum weight_type type, bool rounded, const struct 
         const uint16_t *scales = (const uint16_t *)(row + quants);
 
         for (uint32_t i = 0; i < x->n; i++)
-            t->y[i * t->ld_y + o] =
-                rounded ? row_dot_rounded(type, row, scales, x, i)
-                        : row_dot_f32(type, row, scales, x->f32 + i * x->ld, w->n_in);
+            t->y[i * t->ld_y + o] = row_dot_f32(type, row, scales, x->f32 + i * x->ld, w->n_in);
     }
 }
 
@@ -496,25 +598,25 @@ static void rows_any(const void *args, uint32_t first, uint32_t last, void *scra
     (void)scratch;
     switch (t->w->type) {
     case WEIGHT_F32:
-        rows_typed(WEIGHT_F32, false, t, first, last);
+        rows_f32(WEIGHT_F32, t, first, last);
         break;
     case WEIGHT_F16:
-        rows_typed(WEIGHT_F16, false, t, first, last);
+        rows_f32(WEIGHT_F16, t, first, last);
         break;
     case WEIGHT_BF16:
-        rows_typed(WEIGHT_BF16, false, t, first, last);
+        rows_f32(WEIGHT_BF16, t, first, last);
         break;
     case WEIGHT_Q8:
         if (t->x->q)
-            rows_typed(WEIGHT_Q8, true, t, first, last);
+            rows_rounded_few(WEIGHT_Q8, t, first, last);
         else
-            rows_typed(WEIGHT_Q8, false, t, first, last);
+            rows_f32(WEIGHT_Q8, t, first, last);
         break;
     case WEIGHT_Q4:
         if (t->x->q)
-            rows_typed(WEIGHT_Q4, true, t, first, last);
+            rows_rounded_few(WEIGHT_Q4, t, first, last);
         else
-            rows_typed(WEIGHT_Q4, false, t, first, last);
+            rows_f32(WEIGHT_Q4, t, first, last);
         break;
     }
 }
@@ -700,18 +802,25 @@ void cpu_avx2_matmul(struct backend *b, const struct weight *w, const struct act
     struct matmul_task t = {w, x, y, ld_y};
     size_t cost = (size_t)w->n_in * x->n;
     bool rounded = x->q && weight_type_is_quantized(w->type);
-    cpu_body body = NULL;
+    bool q4 = w->type == WEIGHT_Q4;
+    uint32_t n_stripes = DIV_ROUND_UP(w->n_out, WEIGHT_STRIPE);
 
     assert(x->k == w->n_in && w->n_in <= c->limits.max_width);
     switch (w->layout) {
     case LAYOUT_TILE16:
-        body = !rounded               ? tile16_f32_any
-               : w->type == WEIGHT_Q4 ? tile16_q4_rounded
-                                      : tile16_q8_rounded;
-        cpu_parallel(c, DIV_ROUND_UP(w->n_out, WEIGHT_STRIPE), cost * WEIGHT_STRIPE / 16, body, &t);
+        cpu_parallel(c, n_stripes, cost,
+                     !rounded ? tile16_f32_any
+                     : q4     ? tile16_q4_rounded
+                              : tile16_q8_rounded,
+                     &t);
         break;
-    case LAYOUT_PLAIN:
     case LAYOUT_ROWS:
+        if (rounded && x->n >= REPACK_MIN) {
+            cpu_parallel(c, n_stripes, cost, q4 ? rows_q4_rounded : rows_q8_rounded, &t);
+            break;
+        }
+        /* fall through */
+    case LAYOUT_PLAIN:
         cpu_parallel(c, w->n_out, cost / 8, rows_any, &t);
         break;
     case LAYOUT_COLS:

@@ -3,11 +3,11 @@
 
 /*
  * The AVX-512 level (F, BW, DQ, VL, VNNI): matrix products of LAYOUT_TILE16, whose 16 outputs fill
- * a register; everything else stays with AVX2. VPDPBUSD multiplies four unsigned bytes by four
- * signed ones and adds them to a lane, so weights are taken with an offset (8 for q4 as they are
- * stored, 128 for q8 by turning the sign bit over) and every lane starts at minus the offset times
- * the sum of the activations. The order of sums is that of avx2-matmul.c, so both levels give the
- * same bits.
+ * a register, and of LAYOUT_ROWS by way of it; everything else stays with AVX2. VPDPBUSD multiplies
+ * four unsigned bytes by four signed ones and adds them to a lane, so weights are taken with an
+ * offset (8 for q4 as they are stored, 128 for q8 by turning the sign bit over) and every lane
+ * starts at minus the offset times the sum of the activations. The order of sums is that of
+ * avx2-matmul.c, so both levels give the same bits.
  */
 
 #include <assert.h>
@@ -16,6 +16,7 @@
 
 #include "backends/cpu/cpu.h"
 #include "backends/cpu/matmul.h"
+#include "backends/cpu/repack.h"
 #include "base/checked.h"
 
 /* Rows of f32 activations worked on together. */
@@ -139,43 +140,62 @@ static inline void stripe_rounded_many(enum weight_type type, const uint8_t *lin
         _mm512_mask_storeu_ps(y + i * ld_y, outputs(n_out), acc[i]);
 }
 
-static inline void tile16_rounded(enum weight_type type, const struct matmul_task *t,
-                                  uint32_t first, uint32_t last, void *scratch)
+/*
+ * Stripes first..last - 1, each against all rows. LAYOUT_ROWS, for several rows only: stripes are
+ * made of its rows first, behind the packed activations in the scratch memory.
+ */
+static inline void stripes_rounded(enum weight_type type, enum weight_layout layout,
+                                   const struct matmul_task *t, uint32_t first, uint32_t last,
+                                   void *scratch)
 {
     const struct weight *w = t->w;
     const struct activations *x = t->x;
     size_t stripe_bytes = weight_stripe_bytes(type, w->n_in);
-    const uint8_t *data = w->data;
+    uint8_t *repacked = (uint8_t *)scratch + packed_bytes(w->n_in);
 
     for (uint32_t i = 0, n; i < x->n; i += n) {
+        bool many = layout == LAYOUT_ROWS || x->n - i > 1;
         struct packed_rows p;
 
         n = MIN(x->n - i, (uint32_t)PACK_ROWS);
-        if (n > 1)
+        if (many)
             p = pack_rows(x, i, n, offset_of(type), scratch);
         for (uint32_t s = first; s < last; s++) {
-            const uint8_t *stripe = data + s * stripe_bytes;
-            const uint16_t *scales = stripe_scales(w, stripe);
             uint32_t o = s * WEIGHT_STRIPE, n_out = MIN(w->n_out - o, (uint32_t)WEIGHT_STRIPE);
+            const uint8_t *stripe = (const uint8_t *)w->data + s * stripe_bytes;
             float *y = t->y + i * t->ld_y + o;
 
-            if (n > 1)
-                stripe_rounded_many(type, stripe, scales, &p, w->n_in / WEIGHT_BLOCK, n, y, t->ld_y,
-                                    n_out);
+            if (layout == LAYOUT_ROWS) {
+                repack_stripe(type, w, o, n_out, repacked);
+                stripe = repacked;
+            }
+            if (many)
+                stripe_rounded_many(type, stripe, stripe_scales(w, stripe), &p,
+                                    w->n_in / WEIGHT_BLOCK, n, y, t->ld_y, n_out);
             else
-                stripe_rounded_one(type, stripe, scales, x, i, y, n_out);
+                stripe_rounded_one(type, stripe, stripe_scales(w, stripe), x, i, y, n_out);
         }
     }
 }
 
 static void tile16_q4_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
-    tile16_rounded(WEIGHT_Q4, args, first, last, scratch);
+    stripes_rounded(WEIGHT_Q4, LAYOUT_TILE16, args, first, last, scratch);
 }
 
 static void tile16_q8_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
-    tile16_rounded(WEIGHT_Q8, args, first, last, scratch);
+    stripes_rounded(WEIGHT_Q8, LAYOUT_TILE16, args, first, last, scratch);
+}
+
+static void rows_q4_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    stripes_rounded(WEIGHT_Q4, LAYOUT_ROWS, args, first, last, scratch);
+}
+
+static void rows_q8_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    stripes_rounded(WEIGHT_Q8, LAYOUT_ROWS, args, first, last, scratch);
 }
 
 /* Block b of a stripe as floats, without the scale: k = 32 b and following, n <= 32. */
@@ -324,15 +344,18 @@ static void avx512_matmul(struct backend *b, const struct weight *w, const struc
 {
     struct cpu_backend *c = cpu_backend(b);
     struct matmul_task t = {w, x, y, ld_y};
-    cpu_body body = tile16_f32_any;
+    bool rounded = x->q && weight_type_is_quantized(w->type), q4 = w->type == WEIGHT_Q4;
+    cpu_body body = NULL;
 
-    if (w->layout != LAYOUT_TILE16) {
+    if (w->layout == LAYOUT_TILE16)
+        body = !rounded ? tile16_f32_any : q4 ? tile16_q4_rounded : tile16_q8_rounded;
+    else if (w->layout == LAYOUT_ROWS && rounded && x->n >= REPACK_MIN)
+        body = q4 ? rows_q4_rounded : rows_q8_rounded;
+    if (!body) {
         c->lower_matmul(b, w, x, y, ld_y);
         return;
     }
     assert(x->k == w->n_in && w->n_in <= c->limits.max_width);
-    if (x->q && weight_type_is_quantized(w->type))
-        body = w->type == WEIGHT_Q4 ? tile16_q4_rounded : tile16_q8_rounded;
     cpu_parallel(c, DIV_ROUND_UP(w->n_out, WEIGHT_STRIPE), (size_t)w->n_in * x->n, body, &t);
 }
 

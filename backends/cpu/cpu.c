@@ -115,7 +115,7 @@ size_t cpu_scratch_each(const struct backend_limits *limits)
     size_t width = ALIGN_UP((size_t)limits->max_width, (size_t)64);
     size_t row = width * 4 + width + width / WEIGHT_BLOCK * 4; /* decoded, integers, scales */
 
-    return ALIGN_UP(MAX(row, packed_bytes(width)), (size_t)4096);
+    return ALIGN_UP(MAX(row, packed_bytes(width) + stripe_scratch(width)), (size_t)4096);
 }
 
 size_t cpu_scratch_shared(const struct backend_limits *limits)

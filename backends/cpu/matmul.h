@@ -65,6 +65,12 @@ static inline struct packed_rows pack_rows(const struct activations *x, uint32_t
     return p;
 }
 
+/* Bytes of scratch for one stripe of the longest rows. */
+static inline size_t stripe_scratch(size_t width)
+{
+    return ALIGN_UP(width * WEIGHT_STRIPE + width / WEIGHT_BLOCK * WEIGHT_STRIPE * 2, (size_t)64);
+}
+
 /* Where the scales of a stripe begin: [n_in / 32][16] f16. */
 static inline const uint16_t *stripe_scales(const struct weight *w, const uint8_t *stripe)
 {
