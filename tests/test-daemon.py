@@ -414,6 +414,7 @@ def cancel_during_prefill():
 @test
 def vanishing_clients():
     with daemon() as d, d.connect() as watcher:
+        assert watcher.manager("Sessions") == 0  # only now its connection is certainly there
         fds = d.fds()
         for prompt in ("x", "x" * 5000):  # while decoding and while prefilling
             c = d.connect()
