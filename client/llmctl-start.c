@@ -125,9 +125,9 @@ static int find_daemon(char out[PATH_MAX])
     ssize_t n;
 
     if (named && named[0]) {
-        if (strlen(named) >= PATH_MAX || access(named, X_OK) < 0)
+        /* The daemon is started in another folder. */
+        if (access(named, X_OK) < 0 || !realpath(named, out))
             return complain(STATUS_FAILED, "$LLMD_BINARY: %s: %s", named, strerror(errno));
-        strcpy(out, named);
         return STATUS_OK;
     }
     n = readlink("/proc/self/exe", self, sizeof(self) - 1);
@@ -271,7 +271,7 @@ static int connect_or_start_locked(const char *socket, const char *model,
 
 int connect_or_start(const struct start_options *o, struct llm_connection **ret, char **ret_model)
 {
-    CLEANUP(freep) char *default_socket = NULL, *model = NULL, *lock_path = NULL;
+    CLEANUP(freep) char *own_socket = NULL, *model = NULL, *lock_path = NULL;
     CLEANUP(closep) int lock_fd = -EBADF;
     const char *asked = o->model ? o->model : getenv("LLMD_MODEL");
     const char *socket = o->socket;
@@ -279,10 +279,18 @@ int connect_or_start(const struct start_options *o, struct llm_connection **ret,
     int r, status;
 
     if (!socket) {
-        r = llm_default_socket(&default_socket, &err);
+        r = llm_default_socket(&own_socket, &err);
         if (r < 0)
             return complain(STATUS_FAILED, "%s", err.message);
-        socket = default_socket;
+        socket = own_socket;
+    } else if (socket[0] != '/') { /* the daemon is started in another folder */
+        CLEANUP(freep) char *folder = getcwd(NULL, 0);
+
+        if (!folder || asprintf(&own_socket, "%s/%s", folder, socket) < 0) {
+            own_socket = NULL;
+            return complain(STATUS_FAILED, "%s: %s", socket, strerror(errno));
+        }
+        socket = own_socket;
     }
     if (asked && asked[0]) {
         model = realpath(asked, NULL);

@@ -126,6 +126,17 @@ def answers():
 
 
 @test
+def relative_paths():
+    with Home() as h:
+        env = dict(h.env, LLMD_BINARY="./llmd", LLMD_MODEL=os.path.relpath(model, h.path))
+        os.makedirs(os.path.dirname(h.socket), 0o700)
+        socket = os.path.relpath(h.socket, h.path)
+        status, out, err = h.call("run", "--socket", socket, "--max-tokens", "3", "x", env=env, cwd=h.path)
+        assert status == 0, err
+        h.wait_sessions(0)
+
+
+@test
 def standard_input():
     with Home() as h:
         def tokens(*args, data=None):
