@@ -214,11 +214,16 @@ __attribute__((target("avx2"))) static bool quantize_avx2(enum weight_type type,
 }
 #endif
 
+bool quantize_portable(enum weight_type type, const float *x, size_t n, int8_t *q, uint16_t *d)
+{
+    return quantize_blocks(type, x, n, q, d);
+}
+
 bool quantize(enum weight_type type, const float *x, size_t n, int8_t *q, uint16_t *d)
 {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2"))
         return quantize_avx2(type, x, n, q, d);
 #endif
-    return quantize_blocks(type, x, n, q, d);
+    return quantize_portable(type, x, n, q, d);
 }

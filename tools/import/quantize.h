@@ -24,3 +24,6 @@
  * false when a block's scale does not fit f16, that is when some |x| is beyond 500000
  */
 bool quantize(enum weight_type type, const float *x, size_t n, int8_t *q, uint16_t *d);
+
+/* The same without the wider registers this CPU may have: for the test that says so. */
+bool quantize_portable(enum weight_type type, const float *x, size_t n, int8_t *q, uint16_t *d);

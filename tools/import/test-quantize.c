@@ -90,13 +90,15 @@ static double compare(enum weight_type type, double (*draw)(void), double scale,
 
     for (int b = 0; b < n_blocks; b++) {
         float x[N];
-        int8_t q[N], plain_q[N];
-        uint16_t d, plain_d;
+        int8_t q[N], plain_q[N], portable_q[N];
+        uint16_t d, plain_d, portable_d;
         double e, plain;
 
         for (int i = 0; i < N; i++)
             x[i] = (float)(draw() * scale);
         assert(quantize(type, x, N, q, &d));
+        assert(quantize_portable(type, x, N, portable_q, &portable_d));
+        assert(d == portable_d && memcmp(q, portable_q, N) == 0);
         for (int i = 0; i < N; i++)
             assert(type == WEIGHT_Q8 || (q[i] >= -8 && q[i] <= 7));
         (type == WEIGHT_Q4 ? q4_0_rule : q8_0_rule)(x, plain_q, &plain_d);
