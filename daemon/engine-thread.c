@@ -5,8 +5,9 @@
  * Between any two steps the thread looks at what came in: new jobs are tokenised and become
  * generations, timelines are closed, jobs that shall stop are rolled back. Then it makes a step of
  * what is active: each job that decodes gives its one row, and the rows left go to prompts, in
- * chunks, beginning with another job each time. A chunk is small, because it is how long a
- * cancellation and everybody else's next token have to wait.
+ * chunks, beginning with another job each time. A chunk is as large as the machine can do in
+ * STEP_USEC, because that is how long a cancellation and everybody else's next token have to wait.
+ * What anybody gets does not depend on it: chunks of any size give the same bits.
  *
  * A job whose reader is slow stops being stepped while OUTPUT_PAUSE bytes of it wait; nothing else
  * about it changes. When no job can be stepped the thread sleeps on the condition, which is
@@ -22,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/checked.h"
@@ -31,9 +33,12 @@
 #include "ipc/bus-error.h"
 #include "ipc/record.h"
 
-#define STEP_ROWS 256u     /* of all jobs together */
-#define PREFILL_ROWS 128u  /* of one job's prompt */
-#define OUTPUT_PAUSE 65536 /* bytes */
+#define STEP_ROWS 256u         /* of all jobs together */
+#define PREFILL_ROWS_LEAST 16u /* of all prompts together; fewer would waste each reading of the \
+                                */
+#define PREFILL_ROWS_MOST 256u /* weights */
+#define STEP_USEC 200000u      /* what a step with a prompt in it should take */
+#define OUTPUT_PAUSE 65536     /* bytes */
 
 struct timeline {
     _Atomic uint32_t n_tokens; /* written by the engine thread, read by any */
@@ -78,7 +83,8 @@ struct engine_thread {
     bool lost; /* the device */
     struct job **active;
     size_t n_active, active_allocated;
-    size_t first; /* of active, in the next step */
+    size_t first;          /* of active, in the next step */
+    uint32_t prefill_rows; /* of prompts in a step, by how long the last ones took */
     struct step_item *items;
     struct job **item_jobs;
 };
@@ -417,19 +423,21 @@ static bool is_paused(struct engine_thread *t, struct job *j)
     return paused;
 }
 
-/* Which rows of which jobs; decode first. Returns how many items. */
-static size_t choose(struct engine_thread *t)
+/* Which rows of which jobs; decode first. Returns how many items; *ret_prefill: rows of prompts. */
+static size_t choose(struct engine_thread *t, uint32_t *ret_prefill)
 {
     uint32_t rows = MIN(STEP_ROWS, engine_max_rows(t->engine));
-    uint32_t logits = engine_max_logits(t->engine);
+    uint32_t logits = engine_max_logits(t->engine), prefill_rows = 0;
     size_t n_items = 0;
 
     for (int prefill = 0; prefill <= 1; prefill++) {
-        for (size_t i = 0; i < t->n_active && rows > 0; i++) {
+        uint32_t left = prefill ? MIN(rows, t->prefill_rows) : rows;
+
+        for (size_t i = 0; i < t->n_active && left > 0; i++) {
             struct job *j = t->active[(t->first + i) % t->n_active];
             size_t n_pending;
             const uint32_t *pending = generation_pending(j->generation, &n_pending);
-            uint32_t n = (uint32_t)MIN(n_pending, MIN(PREFILL_ROWS, rows));
+            uint32_t n = (uint32_t)MIN(n_pending, left);
             bool last = n == n_pending;
 
             if ((n_pending > 1) != (prefill == 1) || (last && logits == 0) || is_paused(t, j))
@@ -441,13 +449,35 @@ static size_t choose(struct engine_thread *t)
                 .wanted = last ? LOGITS_LAST : LOGITS_NONE,
             };
             t->item_jobs[n_items++] = j;
-            rows -= n;
+            left -= n;
             logits -= last;
+            if (prefill)
+                prefill_rows += n;
+            else
+                rows -= n;
         }
     }
     if (t->n_active > 0)
         t->first = (t->first + 1) % t->n_active;
+    *ret_prefill = prefill_rows;
     return n_items;
+}
+
+static uint64_t now_usec(void)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
+}
+
+/* Doubles or halves the chunk where a step with so many rows of prompts was far off its time. */
+static void adapt(struct engine_thread *t, uint32_t prefill_rows, uint64_t took_usec)
+{
+    if (took_usec > 2 * STEP_USEC && prefill_rows > PREFILL_ROWS_LEAST)
+        t->prefill_rows = MAX(PREFILL_ROWS_LEAST, prefill_rows / 2);
+    else if (took_usec < STEP_USEC / 2 && prefill_rows == t->prefill_rows)
+        t->prefill_rows = MIN(PREFILL_ROWS_MOST, prefill_rows * 2);
 }
 
 static void fail_all(struct engine_thread *t, int code)
@@ -478,13 +508,17 @@ static void note_kv(struct engine_thread *t)
 /* False when there was nothing to do. */
 static bool step(struct engine_thread *t)
 {
+    uint32_t prefill_rows;
+    uint64_t start;
     size_t n;
     int r;
 
-    n = choose(t);
+    n = choose(t, &prefill_rows);
     if (n == 0)
         return false;
+    start = now_usec();
     r = engine_step(t->engine, t->items, n);
+    adapt(t, prefill_rows, now_usec() - start);
     if (r < 0) {
         t->lost = t->lost || r == -ENODEV;
         fail_all(t, r);
@@ -632,6 +666,7 @@ int engine_thread_new(struct engine_thread **ret, const struct model *m,
         return error_set(err, ENOMEM, "out of memory");
     t->model = m;
     t->options = *options;
+    t->prefill_rows = 2 * PREFILL_ROWS_LEAST;
     t->start_error = err;
     t->submitted_end = &t->submitted;
     t->news_end = &t->news;
