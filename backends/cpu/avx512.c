@@ -3,18 +3,17 @@
 
 /*
  * The AVX-512 level (F, BW, DQ, VL, VNNI): matrix products of LAYOUT_TILE16, whose 16 outputs fill
- * a register, and of LAYOUT_ROWS by way of it; everything else stays with AVX2. VPDPBUSD multiplies
- * four unsigned bytes by four signed ones and adds them to a lane, so weights are taken with an
- * offset (8 for q4 as they are stored, 128 for q8 by turning the sign bit over) and every lane
- * starts at minus the offset times the sum of the activations. The order of sums is that of
- * avx2-matmul.c, so both levels give the same bits.
+ * a register, and of LAYOUT_ROWS by way of it, and attention; everything else stays with AVX2.
+ * VPDPBUSD multiplies four unsigned bytes by four signed ones and adds them to a lane, so weights
+ * are taken with an offset (8 for q4 as they are stored, 128 for q8 by turning the sign bit over)
+ * and every lane starts at minus the offset times the sum of the activations. The order of sums is
+ * that of avx2-matmul.c, so both levels give the same bits.
  */
 
 #include <assert.h>
-#include <immintrin.h>
 #include <string.h>
 
-#include "backends/cpu/cpu.h"
+#include "backends/cpu/avx512.h"
 #include "backends/cpu/matmul.h"
 #include "backends/cpu/repack.h"
 #include "base/checked.h"
@@ -363,4 +362,5 @@ void cpu_use_avx512(struct cpu_backend *c)
 {
     c->lower_matmul = c->ops.matmul;
     c->ops.matmul = avx512_matmul;
+    c->ops.attention = cpu_avx512_attention;
 }
