@@ -465,6 +465,7 @@ int main(int argc, char **argv)
                     .activations = mode ? ACTIVATIONS_F32 : ACTIVATIONS_INT8,
                     .kv_type = mode ? KV_F32 : KV_F16,
                     .cpu_level = levels[i],
+                    .n_threads = 1, /* check_threads() tries more; two only wait here */
                     .max_rows = LONGEST + 90,
                     .max_logits = 128,
                 };
