@@ -208,10 +208,10 @@ static void check_fork(struct engine *e)
     for (size_t i = 0; i < ARRAY_SIZE(at); i++) {
         CLEANUP(session_freep) struct session *a = session_on(e), *b = NULL;
         CLEANUP(freep) uint32_t *other = calloc(at[i] + 50, sizeof(*other));
-        CLEANUP(freep) float *first = run(a, tokens, at[i], LONGEST);
         CLEANUP(freep) float *la = NULL, *lb = NULL, *wa = NULL, *wb = NULL;
         struct engine_memory before, after;
 
+        free(run(a, tokens, at[i], LONGEST));
         engine_memory(e, &before);
         assert(session_fork(&b, a) == 0 && session_n_tokens(b) == at[i] && b->n_cached == at[i]);
         engine_memory(e, &after);
