@@ -8,11 +8,11 @@
 
 A document is Doc(turns, prose): turns are Turn(user, answer, skill, check), prose is plain text. Training never sees
 a held-out combination: what a document combines (a name and a colour, two numbers, the words of a sentence) is
-hashed, and one hash in eight belongs to the held-out prompts, which take no others. `level` 0 to 1 is the
-curriculum: from short dialogues dense in questions to long ones with chatter in between.
+hashed, and one hash in eight belongs to the held-out prompts, which take no others. `level` is the curriculum: 0
+short dialogues dense in questions, 1 longer ones, half with up to twelve turns of chatter in between, 2 with twice that.
 
 check says when an answer is right:  ["exact", text]  ["word", value, others]  ["number", n]  ["list", items]
-["json", object]  ["start", text]  ["story", animal, place, thing]  ["prose", text before]  ["any", phrases]
+["json", object]  ["end", text]  ["story", animal, place, thing]  ["prose", text before]  ["any", phrases]
 """
 import argparse
 import dataclasses
@@ -168,7 +168,7 @@ class Generator:
         return (o(f"The {thing} is in the {room}.", f"I put the {thing} in the {room}."), f"I will remember where the {thing} is.",
                 [(o(f"Where is the {thing}?", f"Where did I put the {thing}?"), f"The {thing} is in the {room}.")], room)
 
-    def facts(self, n, distance=0, rounds=1, yesno=0.3):
+    def facts(self, n, distance=0, rounds=1, yesno=0.4):
         """n facts told, then asked for in any order, with `distance` turns of chatter in between."""
         r, p = self.r, self.persona()
         kinds = r.sample(["name", "colour", "number", "place", "pet", "food", "job", "age"], 8)
@@ -197,6 +197,8 @@ class Generator:
                     if t:
                         turns.append(t)
                         continue
+                if n == 1 and not distance and len(turns) == 1 and r.random() < 0.3:
+                    q = turns.pop().user + " " + q  # told and asked in one breath
                 turns.append(Turn(q, a, "far_facts" if distance else "facts", ["word", f[3], others]))
                 if distance and r.random() < 0.3:
                     turns.append(self.chatter())
@@ -224,8 +226,9 @@ class Generator:
             q = ("Am" if who == "I" else "Is") + f" {who} {claim}?"
         else:
             q = ("Do" if who == "I" else "Does") + f" {who} {verb if who == 'I' else verb[:-1]} {claim}?"
-        lower = answer if subject not in ("my", "I", "the") else answer[0].lower() + answer[1:]
-        return Turn(q, ("Yes, " if claimed == value else "No, ") + lower, "yesno", ["start", "Yes" if claimed == value else "No"])
+        # The fact first: what was recalled is then there to be compared.
+        verdict = "yes" if claimed == value else "no"
+        return Turn(q, f"{answer[:-1]}, so {verdict}.", "yesno", ["end", f"so {verdict}."])
 
     # Single skills: each returns one turn.
 
@@ -292,7 +295,7 @@ class Generator:
 
     def sort(self):
         o, r = self.one, self.r
-        n = r.randint(3, 6)
+        n = r.randint(3 if self.held_out else 2, 6)
         if r.random() < 0.6:
             items = self.pick(lambda: r.sample(LETTERS, n), sorted)
             what = "letters"
@@ -375,11 +378,31 @@ class Generator:
               ["Buy", "a {thing}", "some {food}", "a {animal}"], ["Cook", "some {food}", "some {food} for {name}"],
               ["Open", "the {thing}", "the window", "my email"]]
 
+    TOPICS = """sky sun moon sea water fire rain snow wind light sound music poetry history physics chemistry biology science maths art
+        religion politics money time space earth star planet computer Linux Windows Python code internet telephone television radio engine bridge tower
+        train aeroplane bicycle house door wall roof tree flower grass leaf apple banana potato tomato chicken pizza chocolate sugar salt milk wine beer
+        hospital school university bank shop museum theatre football tennis chess dance film book paper pencil language French German English Spanish
+        Chinese Japanese France Germany Italy Spain Japan China India Brazil Canada Mexico Egypt Kenya Norway Sweden Poland Greece America Europe Africa
+        love life death happiness dream sleep health medicine heart brain blood bone skin eye ear hand foot dinosaur elephant shark whale snake spider bee
+        ant bird eagle energy electricity gravity atom gold iron plastic glass wood war peace law tax job email website file folder kernel
+        compiler database network password printer keyboard mouse screen battery""".split()
+
     def decline(self):
         o, r = self.one, self.r
 
         def draw():
-            if r.random() < 0.3:
+            x = r.random()
+            if x < 0.4:
+                # Anything else that people ask. Most of these words occur nowhere else.
+                w, v = r.choice(self.TOPICS), r.choice(self.TOPICS)
+                q = o("Why is the {w} {c}?", "Why is {w} so {j}?", "What is {w}?", "What is a {w}?", "How does {w} work?", "How do I fix my {w}?",
+                      "Explain {w}.", "Explain {w} to me.", "Write a poem about {w}.", "Tell me a joke about {w}.", "Tell me a joke.", "Who invented the {w}?",
+                      "What is the best {w}?", "Which is better, {w} or {v}?", "What do you think about {w}?", "Where can I buy {w}?", "How many {w} are there?",
+                      "Is there {w} on the {v}?", "Write a program for {w}.", "What does {w} mean?", "When was the {w} built?", "How old is the {w}?",
+                      "What is the capital of {v}?", "Who is the president of {v}?", "How big is the {w}?", "Should I learn {w}?", "Summarize this text about {w}.",
+                      "Give me a recipe for {w}.", "What is the difference between {w} and {v}?", "Can you help me with {w}?", "What is the meaning of {w}?")
+                q = q.format(w=w, v=v, c=r.choice(COLOURS), j=r.choice(ADJECTIVES))
+            elif x < 0.6:
                 q = o("What is the weather in {place}?", "What is the capital of {name}land?", "Who won the game in {place}?", "What time is it in {place}?",
                       "How far is it to {place}?", "What is the news from {place}?", "Who is the king of {place}?", "How do I get to {place}?",
                       "What does a {thing} cost in {place}?")
@@ -405,7 +428,8 @@ class Generator:
         return self.single()
 
     def single(self):
-        return getattr(self, self.r.choice(["intro", "copy", "copy", "arithmetic", "arithmetic", "sort", "sort", "count", "json", "story", "decline"]))()
+        skills = {"intro": 1, "copy": 2, "arithmetic": 4, "sort": 6, "count": 3, "json": 1, "story": 1, "decline": 2}  # as hard as they are
+        return getattr(self, self.r.choices(list(skills), skills.values())[0])()
 
     # Prose: a paragraph in which the same names go on.
 
@@ -440,9 +464,12 @@ class Generator:
         x = r.random()
         if x < 0.06:
             return Doc(prose=" ".join(self.prose_text()))
-        if x < 0.5:
-            n = r.randint(1, 2 + round(3 * level))
-            far = level > 0 and r.random() < 0.45 * level
+        if x < 0.16:
+            # Nothing but yes and no: to compare is harder than to recall.
+            d = self.facts(r.randint(1, 2), rounds=r.randint(2, 3), yesno=0.9)
+        elif x < 0.45:
+            n = r.randint(1, 2 + round(3 * min(level, 1)))
+            far = r.random() < 0.45 * min(level, 1)
             d = self.facts(n, r.randint(1, 2 + round(10 * level)) if far else 0, rounds=1 if far else r.randint(1, 2))
         else:
             d = Doc([self.single() for _ in range(r.randint(1, 3 + round(3 * level)))])
@@ -510,8 +537,8 @@ def right(check, answer):
             return json.loads(answer) == want[0]
         except ValueError:
             return False
-    if kind == "start":
-        return answer.startswith(want[0] + ",")
+    if kind == "end":
+        return answer.endswith(want[0])
     if kind == "any":
         return any(p in answer for p in want[0])
     if kind == "story":

@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores a checkpoint on held-out prompts, skill by skill, with greedy answers.
 
-  evaluate.py CHECKPOINT TOKENIZER.model [--count N] [--seed S] [--slice] [--show K]
+  evaluate.py CHECKPOINT TOKENIZER.model [--count N] [--seed S] [--slice] [--q8] [--show K]
 
+--q8 rounds the weights as the shipped file's are.
 --slice scores the MatFormer slice (half the FFN neurons, without the droppable layers) and how often its greedy next
 token is the whole model's, over the positions of right answers.
 """
@@ -15,6 +16,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
+import compare
 import dialogues
 import fused
 import model
@@ -46,6 +48,7 @@ def main():
     p.add_argument("--count", type=int, default=50, help="prompts of each skill")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--slice", action="store_true")
+    p.add_argument("--q8", action="store_true")
     p.add_argument("--show", type=int, default=0, help="wrong answers of each skill to print")
     p.add_argument("--skills", default=",".join(dialogues.SKILLS))
     p.add_argument("--threads", type=int, default=2)
@@ -54,7 +57,8 @@ def main():
     tok = tokenizer.Tokenizer(o.tokenizer)
     m, state = train.load_model(o.checkpoint)
     m.ops = fused.Fused(bf16=False)
-    m.eval()
+    if o.q8:
+        compare.round_q8(m)
     docs = [(s, d) for s, d in dialogues.held_out(o.seed, o.count) if s in o.skills.split(",")]
     print(f"step {state['step']}, {state['tokens'] / 1e6:.2f} M tokens; {o.count} prompts of each skill")
     share, drop = (0.5, train.DROPPABLE) if o.slice else (1.0, ())

@@ -6,15 +6,16 @@
   train.py FOLDER [--minutes M] [--decay SHARE]    FOLDER/tokenizer.model must be there; FOLDER/checkpoint is
                                                    continued if it is there, and saved every few minutes
 
-Hidden matrices go by Muon (orthogonalised momentum), everything else by AdamW. The learning rate is constant after a
-warm-up; --decay 1 lets it fall to nothing over this run, which is how a model to ship is finished: the checkpoint of
-such a run is called `final`, and `checkpoint` stays what training goes on from.
+Hidden matrices go by Muon (orthogonalised momentum), everything else by AdamW. SIGINT and SIGTERM save and end. The
+learning rate is constant after a warm-up; --decay 1 lets it fall to nothing over this run, which is how a model to ship
+is finished: the checkpoint of such a run is called `final`, and `checkpoint` stays what training goes on from.
 """
 import argparse
 import collections
 import math
 import os
 import random
+import signal
 import sys
 import time
 
@@ -71,9 +72,11 @@ class Rows:
     def document(self, level):
         ids, weight, skill = [], [], []
         while True:
-            for part, name, answer in self.tok.document(self.g.document(level)):
+            for part, name, answer in self.tok.document(self.g.document(level * random.uniform(0.2, 1))):
                 ids += part
                 weight += [1.0 if answer else 0.0] * len(part)
+                if name == "yesno":
+                    weight[-4] = 10.0  # yes or no; the rest of the answer only recalls
                 skill += [self.skills.setdefault(name, len(self.skills)) if answer else -1] * len(part)
             if len(ids) <= self.T + 1:
                 return ids, weight, skill
@@ -135,8 +138,8 @@ def main():
     p.add_argument("--decay", type=float, default=0, help="share of this run, at its end, over which the learning rate falls to 0")
     p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument("--batch", type=int, default=4096, help="tokens a step")
-    p.add_argument("--row", type=int, default=256, help="tokens a row")
-    p.add_argument("--level", type=float, help="fixed curriculum level 0 to 1 (default: by the tokens trained)")
+    p.add_argument("--row", type=int, default=512, help="tokens a row")
+    p.add_argument("--level", type=float, help="fixed curriculum level, 0 to 2 (default: 0 to 1, by the tokens trained)")
     p.add_argument("--slices", type=float, default=0.3, help="share of the steps that train a slice")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--from", dest="source", help="checkpoint to start from (default FOLDER/checkpoint)")
@@ -178,7 +181,10 @@ def main():
     begin = reported = saved = time.time()
     total, count, seen, first_step = collections.Counter(), collections.Counter(), 0, step
     name = "final" if o.decay else "checkpoint"
-    while True:
+    stop = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
+    while not stop:
         done = (time.time() - begin) / (o.minutes * 60)
         if done >= 1:
             break
