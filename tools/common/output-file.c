@@ -26,6 +26,17 @@ static void on_signal(int number)
     raise(number); /* comes when the handler has returned */
 }
 
+/* A signal that comes while the file has a name but no handler would leave it behind: it waits. */
+static void hold_signals(sigset_t *ret_before)
+{
+    sigset_t set;
+
+    sigemptyset(&set);
+    for (size_t i = 0; i < ARRAY_SIZE(signals); i++)
+        sigaddset(&set, signals[i]);
+    sigprocmask(SIG_BLOCK, &set, ret_before);
+}
+
 static void watch_signals(const char *temporary)
 {
     struct sigaction action = {.sa_handler = on_signal};
@@ -49,20 +60,25 @@ static void leave_signals(void)
 static int open_temporary(struct output_file *o, struct error *err)
 {
     mode_t mask = umask(0);
-    int fd, r;
+    sigset_t before;
+    int fd, r = 0;
 
     umask(mask);
     if (asprintf(&o->temporary, "%s.XXXXXX", o->path) < 0) {
         o->temporary = NULL;
         return error_set(err, ENOMEM, "out of memory");
     }
+    hold_signals(&before);
     fd = mkostemp(o->temporary, O_CLOEXEC);
-    if (fd < 0) {
+    if (fd < 0)
         r = -errno;
+    else
+        watch_signals(o->temporary);
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    if (fd < 0) {
         free(TAKE_PTR(o->temporary));
         return error_set(err, -r, "%s: cannot create: %s", o->path, strerror(-r));
     }
-    watch_signals(o->temporary);
     fchmod(fd, 0666 & ~mask);
     o->stream = fdopen(fd, "w");
     if (!o->stream) {
