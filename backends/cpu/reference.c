@@ -239,18 +239,33 @@ static void ref_matmul(struct backend *b, const struct weight *w, const struct a
     cpu_parallel(cpu_backend(b), w->n_out, (size_t)w->n_in * (x->n + 4), matmul_rows, &t);
 }
 
+struct get_rows_task {
+    const struct weight *w;
+    const uint32_t *ids;
+    float scale, *y;
+    size_t ld_y;
+};
+
+static void get_some_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct get_rows_task *t = args;
+    struct row_scratch s = row_scratch(scratch, t->w->n_in);
+
+    for (uint32_t i = first; i < last; i++) {
+        assert(t->ids[i] < t->w->n_out);
+        unpack_row(t->w, t->ids[i], &s);
+        for (uint32_t k = 0; k < t->w->n_in; k++)
+            t->y[i * t->ld_y + k] = s.x[k] * t->scale;
+    }
+}
+
 static void ref_get_rows(struct backend *b, const struct weight *w, const uint32_t *ids, uint32_t n,
                          float scale, float *y, size_t ld_y)
 {
-    struct row_scratch s = row_scratch(cpu_backend(b)->scratch, w->n_in);
+    struct get_rows_task t = {w, ids, scale, y, ld_y};
 
     assert(w->n_in <= cpu_backend(b)->limits.max_width);
-    for (uint32_t i = 0; i < n; i++) {
-        assert(ids[i] < w->n_out);
-        unpack_row(w, ids[i], &s);
-        for (uint32_t k = 0; k < w->n_in; k++)
-            y[i * ld_y + k] = s.x[k] * scale;
-    }
+    cpu_parallel(cpu_backend(b), n, w->n_in, get_some_rows, &t);
 }
 
 static void norm_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
