@@ -6,7 +6,7 @@
  * sampler: picks the next token from one row of logits. Order, as Hugging Face: (softcap is in the
  * model) -> bias -> penalties -> temperature -> top-k -> top-p -> min-p -> draw.
  * One per request; engine thread. Deterministic: same options, same logits, same seed, same tokens,
- * on every machine (its own generator, double sums in index order).
+ * on every machine (its own generator and exponential, probabilities summed as integers).
  */
 
 #include <stdbool.h>
