@@ -19,6 +19,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "engine/engine-internal.h"
+#include "engine/model-file.h"
 #include "engine/session.h"
 
 #define DEFAULT_MAX_ROWS 256
@@ -68,11 +69,11 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     if (options->max_rows > MOST_ROWS || options->max_logits > MOST_ROWS)
         return error_set(err, EINVAL, "at most %u rows and logits fit one step", MOST_ROWS);
     if (c->head_dim > BACKEND_MAX_HEAD_DIM)
-        return error_set(err, EINVAL, "head_dim %u is above what backends take, %u", c->head_dim,
-                         BACKEND_MAX_HEAD_DIM);
+        return error_set(err, EINVAL, "%s: head_dim %u is above what backends take, %u",
+                         model_file_path(model_get_file(m)), c->head_dim, BACKEND_MAX_HEAD_DIM);
     e = calloc(1, sizeof(*e));
     if (!e)
-        return -ENOMEM;
+        return error_set(err, ENOMEM, "no memory for the engine");
     e->model = m;
     e->config = c;
     e->weights = model_weights(m);

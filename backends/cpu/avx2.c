@@ -88,8 +88,13 @@ static inline void quantize_block(const float *x, uint32_t n, int8_t *q, float *
         *ret_sum = 0;
         return;
     }
-    for (int j = 0; j < 4; j++)
-        i[j] = _mm256_cvtps_epi32(_mm256_div_ps(v[j], _mm256_set1_ps(d)));
+    for (int j = 0; j < 4; j++) {
+        __m256 r = _mm256_div_ps(v[j], _mm256_set1_ps(d));
+
+        /* NaN, of hostile weights or infinity, becomes 0, so that sums stay those of bytes */
+        r = _mm256_and_ps(r, _mm256_cmp_ps(r, r, _CMP_ORD_Q));
+        i[j] = _mm256_cvtps_epi32(r);
+    }
     sum = _mm256_add_epi32(_mm256_add_epi32(i[0], i[1]), _mm256_add_epi32(i[2], i[3]));
     s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
