@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 
 #include "base/cleanup.h"
@@ -71,6 +72,7 @@ static int open_socket(const char *path, struct llm_error *err)
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     CLEANUP(closep) int fd = -EBADF;
     struct peer peer;
+    struct stat st;
 
     if (strlen(path) >= sizeof(address.sun_path))
         return llm_error_set(err, ENAMETOOLONG, "%s: the path of a socket has at most %zu bytes",
@@ -79,6 +81,9 @@ static int open_socket(const char *path, struct llm_error *err)
     fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
         return llm_error_set(err, errno, "socket: %s", strerror(errno));
+    /* The kernel calls this a refused connection, which would mean that no daemon is there. */
+    if (stat(path, &st) == 0 && !S_ISSOCK(st.st_mode))
+        return llm_error_set(err, ENOTSOCK, "%s: is not a socket", path);
     if (connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0)
         return llm_error_set(err, errno, "%s: %s", path, strerror(errno));
     if (peer_of(fd, &peer) < 0 || (peer.uid != geteuid() && peer.uid != 0))

@@ -13,6 +13,7 @@
 #include <sys/epoll.h>
 #include <sys/file.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
@@ -57,6 +58,16 @@ static int open_lock(const char *path, const char *suffix, struct error *err)
     }
     fd = open(name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     return fd < 0 ? error_set(err, errno, "%s: %s", name, strerror(errno)) : fd;
+}
+
+/* A killed daemon's socket may lie there; nothing else that does is ours to replace. */
+static int check_place(const char *path, struct error *err)
+{
+    struct stat st;
+
+    if (lstat(path, &st) == 0 && !S_ISSOCK(st.st_mode))
+        return error_set(err, EEXIST, "%s: is there and is not a socket; choose another path", path);
+    return 0;
 }
 
 /* From now on nobody finds us, and another may take our place. */
@@ -239,6 +250,7 @@ static int on_signal(sd_event_source *source, const struct signalfd_siginfo *inf
 int server_new(struct server **ret, const struct server_options *options, struct error *err)
 {
     CLEANUP(server_freep) struct server *s = NULL;
+    int r;
 
     s = calloc(1, sizeof(*s));
     if (!s)
@@ -252,6 +264,9 @@ int server_new(struct server **ret, const struct server_options *options, struct
     s->path = strdup(options->socket_path);
     if (!s->path)
         return error_set(err, ENOMEM, "out of memory");
+    r = check_place(s->path, err);
+    if (r < 0)
+        return r;
     s->lock_fd = open_lock(s->path, "lock", err);
     if (s->lock_fd < 0)
         return s->lock_fd;

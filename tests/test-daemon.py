@@ -505,6 +505,17 @@ def one_daemon_a_socket():
 
 
 @test
+def replaces_no_other_file():
+    for make in (lambda p: open(p, "w").close(), os.mkdir, lambda p: os.symlink("nowhere", p)):
+        path = os.path.join(tempfile.mkdtemp(dir=folder), "precious")
+        make(path)
+        d = Daemon(LLMD, model, path)
+        assert not d.ready and d.stop() == 1 and "not a socket" in d.log(), d.log()
+        assert not os.path.islink(path) or os.readlink(path) == "nowhere"
+        assert os.path.lexists(path) and not os.path.exists(path + ".lock")
+
+
+@test
 def notifies_and_keeps_secrets():
     path = os.path.join(folder, "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:

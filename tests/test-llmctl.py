@@ -170,6 +170,12 @@ def complaints():
         complaint(h.call("run", "x", env=dict(h.env, LLMD_BINARY="/nonexistent/llmd")), 1, "/nonexistent/llmd")
         complaint(h.call("run", "x", env=dict(h.env, LLMD_BINARY="/bin/false")), 1, "did not start")
         complaint(h.call("run", "--socket", "/tmp/" + "x" * 200, "x"), 1, "path of a socket")
+        precious = os.path.join(h.path, "precious")
+        with open(precious, "w") as f:
+            f.write("mine")
+        before = sorted(os.listdir(h.path))
+        complaint(h.call("run", "--socket", precious, "x"), 1, precious, "not a socket")
+        assert open(precious).read() == "mine" and sorted(os.listdir(h.path)) == before
         os.chmod(os.path.dirname(h.socket), 0o755)
         complaint(h.call("run", "x"), 1, "open to other users")
         os.chmod(os.path.dirname(h.socket), 0o700)
