@@ -302,6 +302,21 @@ def together_one_daemon():
 
 
 @test
+def daemon_inherits_nothing():
+    with Home() as h:
+        read, write = os.pipe()
+        p = h.popen("run", "--max-tokens", "1", "x", pass_fds=[write])
+        os.close(write)
+        p.communicate(timeout=PATIENCE)
+        assert p.returncode == 0
+        os.set_blocking(read, False)
+        with h.client() as c:
+            assert c.manager("State") == "ready"
+            assert os.read(read, 1) == b"", "nobody has the other end any more"
+        os.close(read)
+
+
+@test
 def daemon_dies():
     with Home() as h:
         p = h.popen("run", *ENDLESS, "x")
