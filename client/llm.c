@@ -248,7 +248,9 @@ void llm_session_free(struct llm_session *s)
 {
     if (!s)
         return;
-    sd_bus_call_method(s->bus, NULL, s->path, LLM_SESSION_INTERFACE, "Close", NULL, NULL, NULL);
+    /* Not waited for: there is nothing to be done about a daemon that does not answer. */
+    sd_bus_call_method_async(s->bus, NULL, NULL, s->path, LLM_SESSION_INTERFACE, "Close", NULL,
+                             NULL, NULL);
     sd_bus_unref(s->bus);
     free(s->path);
     free(s);

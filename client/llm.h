@@ -91,7 +91,7 @@ LLM_EXPORT int llm_options_set_memory(struct llm_options *o, const char *name, c
 LLM_EXPORT int llm_session_new(struct llm_session **ret, struct llm_connection *c,
                                const struct llm_options *options, struct llm_error *err);
 
-/* Closes it at the daemon, if that is still there, and frees it. NULL is allowed. */
+/* Asks the daemon to close it, without waiting for that, and frees it. NULL is allowed. */
 LLM_EXPORT void llm_session_free(struct llm_session *s);
 
 /* Starts a request. *ret_fd: its stream, blocking; close it at any time to cancel. */

@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -17,6 +18,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/checked.h"
 #include "base/cleanup.h"
 #include "base/utf8.h"
 #include "client/llmctl.h"
@@ -280,12 +282,24 @@ static int read_prompt(struct run *run, int argc, char **argv)
 
 /* ---- the answer ---- */
 
+/*
+ * Nobody may be reading, and while write() waited, Ctrl-C and the time limit would, too. So it is
+ * called when there is room, and with no more than a pipe then takes without waiting.
+ */
 static int put_all(const char *data, size_t n)
 {
     while (n > 0) {
-        ssize_t w = write(STDOUT_FILENO, data, n);
+        struct pollfd p = {.fd = STDOUT_FILENO, .events = POLLOUT};
+        ssize_t w;
+        int status;
 
-        if (w < 0 && errno == EINTR)
+        if (poll(&p, 1, 0) == 0) {
+            status = deadlines_wait(STDOUT_FILENO, POLLOUT);
+            if (status != STATUS_OK)
+                return status;
+        }
+        w = write(STDOUT_FILENO, data, MIN(n, PIPE_BUF));
+        if (w < 0 && (errno == EINTR || errno == EAGAIN))
             continue;
         if (w < 0)
             return complain(STATUS_FAILED, "cannot write: %s", strerror(errno));
@@ -360,23 +374,15 @@ static int copy_out(const void *data, size_t n, void *userdata)
     return a->status == STATUS_OK ? 0 : -EIO;
 }
 
-static int read_answer(struct llm_session *session, struct llm_stream *stream, struct answer *a)
+/* That the request is cancelled, where the answer is not over, follows from the stream's end. */
+static int read_answer(struct llm_stream *stream, struct answer *a)
 {
-    const void *mask = deadlines_hold();
-    struct pollfd p = {.fd = llm_stream_fd(stream), .events = POLLIN};
-
+    deadlines_hold();
     while (!a->over && a->status == STATUS_OK) {
         struct llm_event event;
-        int status, r;
+        int r;
 
-        if (ppoll(&p, 1, NULL, mask) < 0 && errno != EINTR)
-            return complain(STATUS_FAILED, "poll: %s", strerror(errno));
-        status = deadlines_passed();
-        if (status != STATUS_OK) {
-            llm_session_cancel(session, NULL);
-            return status == STATUS_TIMEOUT ? complain(status, "no answer within the time given")
-                                            : status;
-        }
+        a->status = deadlines_wait(llm_stream_fd(stream), POLLIN);
         while (!a->over && a->status == STATUS_OK) {
             r = llm_stream_next(stream, &event);
             if (r == -EAGAIN || r == -EINTR)
@@ -389,6 +395,8 @@ static int read_answer(struct llm_session *session, struct llm_stream *stream, s
                 take_event(a, &event);
         }
     }
+    if (a->status == STATUS_TIMEOUT)
+        complain(a->status, "no answer within the time given");
     return a->status;
 }
 
@@ -418,7 +426,7 @@ static int ask(struct run *run, struct answer *a)
     if (r == 0) {
         if (run->json)
             llm_stream_tap(stream, copy_out, a);
-        status = read_answer(session, stream, a);
+        status = read_answer(stream, a);
     } else {
         status = complain(status_of(r), "%s", err.message);
     }

@@ -180,7 +180,8 @@ static void become_daemon(const char *program, const char *model, const char *so
         dup2(log_fd, STDERR_FILENO) < 0 || chdir("/") < 0)
         _exit(127);
     /* Nothing that llmctl itself got by chance: a caller's pipe would stay open as long as the
-     * daemon lives, a caller's lock locked. A kernel before 5.11 cannot; then they are inherited. */
+     * daemon lives, a caller's lock locked. A kernel before 5.11 cannot; then they are inherited.
+     */
     close_range(3, ~0u, CLOSE_RANGE_CLOEXEC);
     ready_fd = fcntl(ready_fd, F_DUPFD, 3); /* without CLOEXEC */
     if (ready_fd < 0)

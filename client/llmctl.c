@@ -6,6 +6,7 @@
 #include "client/llmctl.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -27,6 +28,7 @@ static const struct {
 
 static volatile sig_atomic_t passed; /* the status to end with, once a signal came */
 static volatile sig_atomic_t held;
+static const char timeout_text[] = "llmctl: no answer within the time given\n";
 static sigset_t mask_while_waiting;
 
 int complain(int status, const char *format, ...)
@@ -71,9 +73,13 @@ static void on_signal(int signal_number)
 {
     int status = signal_number == SIGALRM ? STATUS_TIMEOUT : STATUS_INTERRUPTED;
 
-    if (!held)
-        _exit(status);
-    passed = status;
+    if (held) {
+        passed = status;
+        return;
+    }
+    if (status == STATUS_TIMEOUT)
+        (void)!write(STDERR_FILENO, timeout_text, sizeof(timeout_text) - 1);
+    _exit(status);
 }
 
 void deadlines_begin(uint64_t timeout_usec)
@@ -88,7 +94,7 @@ void deadlines_begin(uint64_t timeout_usec)
     setitimer(ITIMER_REAL, &timer, NULL);
 }
 
-const void *deadlines_hold(void)
+void deadlines_hold(void)
 {
     sigset_t block;
 
@@ -97,11 +103,14 @@ const void *deadlines_hold(void)
     sigaddset(&block, SIGALRM);
     sigprocmask(SIG_BLOCK, &block, &mask_while_waiting);
     held = 1;
-    return &mask_while_waiting;
 }
 
-int deadlines_passed(void)
+int deadlines_wait(int fd, short events)
 {
+    struct pollfd p = {.fd = fd, .events = events};
+
+    if (ppoll(&p, 1, NULL, held ? &mask_while_waiting : NULL) < 0 && errno != EINTR)
+        return complain(STATUS_FAILED, "poll: %s", strerror(errno));
     return passed;
 }
 

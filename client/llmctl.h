@@ -32,9 +32,10 @@ int status_of(int r);
 /* From now on SIGINT ends the process with 130, and so does the deadline (usec; 0: none) with 124.
  */
 void deadlines_begin(uint64_t timeout_usec);
-/* From now on both are blocked, and told by ppoll() with this mask and deadlines_passed(). */
-const void *deadlines_hold(void);
-int deadlines_passed(void); /* 0, STATUS_INTERRUPTED or STATUS_TIMEOUT */
+/* From now on both are blocked, and let in by deadlines_wait() alone. */
+void deadlines_hold(void);
+/* poll()s one descriptor. 0, STATUS_INTERRUPTED, STATUS_TIMEOUT, or a complaint was made */
+int deadlines_wait(int fd, short events);
 
 struct start_options {
     const char *socket; /* NULL: the private daemon's */

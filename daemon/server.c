@@ -66,7 +66,8 @@ static int check_place(const char *path, struct error *err)
     struct stat st;
 
     if (lstat(path, &st) == 0 && !S_ISSOCK(st.st_mode))
-        return error_set(err, EEXIST, "%s: is there and is not a socket; choose another path", path);
+        return error_set(err, EEXIST, "%s: is there and is not a socket; choose another path",
+                         path);
     return 0;
 }
 

@@ -7,9 +7,11 @@
 
 Each test has a runtime directory of its own. Nothing here is decided by time.
 """
+import fcntl
 import json
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -91,7 +93,6 @@ class Home:
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
             except ProcessLookupError:
                 continue
-            import select
             select.select([fd], [], [], PATIENCE)
             os.close(fd)
         text = open(log, errors="replace").read() if os.path.exists(log) else ""
@@ -225,6 +226,58 @@ def interrupted():
 
 
 @test
+def interrupted_while_nobody_reads():
+    with Home() as h:
+        for args, number, status, complaint in (((), signal.SIGINT, 130, b""),
+                                                (("--timeout", "3"), 0, 124, b"llmctl: no answer within the time given\n")):
+            read, write = os.pipe()
+            fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+            p = h.popen("run", *ENDLESS, *args, "x", stdout=write)
+            while p.poll() is None and select.select([], [write], [], 0)[1]:
+                pass  # until the pipe is full
+            if number:
+                p.send_signal(number)
+            _, err = p.communicate(timeout=PATIENCE)
+            assert (p.returncode, err) == (status, complaint), (p.returncode, err)
+            os.close(read)
+            os.close(write)
+            h.wait_sessions(0)
+
+
+@test
+def interrupted_while_the_daemon_hangs():
+    with Home() as h:
+        env = dict(h.env, SYSTEMD_BUS_TIMEOUT="1h")
+        p = h.popen("run", *ENDLESS, "x", env=env)
+        p.stdout.readline()
+        os.kill(h.starts()[0], signal.SIGSTOP)
+        try:
+            p.send_signal(signal.SIGINT)
+            _, err = p.communicate(timeout=PATIENCE)
+            assert (p.returncode, err) == (130, b""), (p.returncode, err)
+        finally:
+            p.kill()
+            os.kill(h.starts()[0], signal.SIGCONT)
+        h.wait_sessions(0)
+
+
+@test
+def output_that_does_not_block():
+    with Home() as h:
+        options = ("run", "--json", "--max-tokens", "300", "--ignore-end", "--top-logprobs", "64", "--seed", "1", "x")
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        p = h.popen(*options, stdout=write)
+        while p.poll() is None and select.select([], [write], [], 0)[1]:
+            pass
+        os.close(write)
+        with os.fdopen(read, "rb") as f:
+            out = f.read()
+        _, err = p.communicate(timeout=PATIENCE)
+        assert (p.returncode, err) == (0, b"") and len(out) > 1 << 17, (p.returncode, err, len(out))
+
+
+@test
 def killed():
     with Home() as h:
         for number in (signal.SIGKILL, signal.SIGTERM):
@@ -293,7 +346,6 @@ def together_one_daemon():
         # And after it was killed, leaving its socket.
         fd = os.pidfd_open(h.starts()[0])
         os.kill(h.starts()[0], signal.SIGKILL)
-        import select
         select.select([fd], [], [])
         os.close(fd)
         running = [h.popen("run", "--max-tokens", "5", "--seed", "1", "--ignore-end", "x") for _ in range(8)]
