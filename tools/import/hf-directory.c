@@ -60,7 +60,7 @@ static int read_text(const struct directory *d, const char *name, char **ret, si
 {
     CLEANUP(closep) int fd = -EBADF;
     CLEANUP(freep) char *text = NULL;
-    uint64_t size;
+    uint64_t size = 0;
     size_t n = 0;
 
     fd = open_file(d, name, &size, err);
@@ -158,7 +158,7 @@ static int open_shard(struct source *s, const struct directory *d, const char *n
                       struct safetensors **ret, struct error *err)
 {
     CLEANUP(freep) char *path = NULL;
-    uint64_t size;
+    uint64_t size = 0;
     int fd, file, r;
 
     fd = open_file(d, name, &size, err);
