@@ -144,11 +144,14 @@ int main(int argc, char **argv)
     } else if (argv[1][0] == '-') {
         status = usage_error("unknown option %s before the command", argv[1]);
     } else {
+        const char *name = argv[1];
+
+        argv[1] = (char[]){"llmctl"}; /* for what getopt_long() has to say */
         for (size_t i = 0; i < N_VERBS && status < 0; i++)
-            if (strcmp(argv[1], verbs[i].name) == 0)
+            if (strcmp(name, verbs[i].name) == 0)
                 status = verbs[i].run(argc - 1, argv + 1);
         if (status < 0)
-            status = usage_error("unknown command %s", argv[1]);
+            status = usage_error("unknown command %s", name);
     }
     if (fflush(stdout) == EOF && status == STATUS_OK)
         status = complain(STATUS_FAILED, "cannot write: %s", strerror(errno));

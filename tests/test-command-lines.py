@@ -51,6 +51,7 @@ def check_complaint(command, *args):
     expect(status == 2, c, "must end with status 2", status)
     expect(out == "", c, "must leave stdout empty", out[:80])
     expect("--help" in err, c, "must point to --help", err)
+    expect(err.startswith((command[0], os.path.basename(command[0]))), c, "must begin with the program's name", err)
     expect(2 <= len(err.splitlines()) <= 3 or (len(err.splitlines()) == 1 and len(err) > len("see --help") + 10), c,
            "must say in a line what is wrong", err)
 

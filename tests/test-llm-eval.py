@@ -139,8 +139,10 @@ class Test:
             got, err = self.eval("logits", "--tokens", "-", "--output", out, self.a, text=text.encode(), status=1)
             assert got == b"" and err == f"llm-eval logits: {message}\n", err
         assert open(out, "rb").read() == whole and os.listdir(os.path.dirname(out)) == ["logits.f32"]
-        for path, message in (("/dev/full", "cannot write: No space left on device"),
-                              (os.path.join(self.work, "none", "x"), "cannot create: No such file or directory")):
+        full = ("/dev/full", "cannot write: No space left on device")
+        for n, path, message in ((3, *full), (CONTEXT, *full),  # less and more than stdio's buffer
+                                 (3, os.path.join(self.work, "none", "x"), "cannot create: No such file or directory")):
+            tokens = self.tokens([[1 + i % 99 for i in range(n)]])
             _, err = self.eval("logits", "--tokens", tokens, "--output", path, self.a, status=1)
             assert err == f"llm-eval logits: {path}: {message}\n", err
 

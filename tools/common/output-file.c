@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -116,12 +117,17 @@ int output_open(struct output_file *ret, const char *path, struct error *err)
 /* Also reports what went wrong on the way: stdio may have noticed before. */
 static int close_stream(FILE *f)
 {
-    int failed = ferror(f), r = 0;
+    int was = ferror(f) ? errno : 0; /* the failed write's: the caller gave up at once */
+    bool failed = ferror(f);
 
     errno = 0;
-    if ((f == stdout ? fflush(f) : fclose(f)) != 0 || failed)
-        r = errno > 0 ? -errno : -EIO;
-    return r;
+    if ((f == stdout ? fflush(f) : fclose(f)) != 0) {
+        failed = true;
+        was = errno > 0 ? errno : was;
+    }
+    if (!failed)
+        return 0;
+    return was > 0 ? -was : -EIO;
 }
 
 int output_commit(struct output_file *o, struct error *err)

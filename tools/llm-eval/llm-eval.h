@@ -3,7 +3,7 @@
 #pragma once
 
 /*
- * llm-eval: a table of subcommands, a file each. argv[0] is the subcommand's name, so that
+ * llm-eval: a table of subcommands, a file each. argv[0] is "llm-eval COMMAND", so that
  * getopt_long() works as in a main(); the result is the exit status: EXIT_SUCCESS, EXIT_FAILURE, or
  * EXIT_USAGE for wrong arguments. Answers go to stdout, notes to stderr.
  */
@@ -20,12 +20,13 @@ int tokenize_run(int argc, char **argv);
 int detokenize_run(int argc, char **argv);
 
 /*
- * Prints "llm-eval NAME: message" and a line that points to --help to stderr; returns EXIT_USAGE.
+ * Prints "NAME: message" and a line that points to --help to stderr; returns EXIT_USAGE. Names are
+ * argv[0], as a subcommand gets it.
  * format is NULL where getopt_long() has printed the message already.
  */
 int usage_error(const char *name, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* Prints "llm-eval NAME: message" to stderr and returns EXIT_FAILURE. */
+/* Prints "NAME: message" to stderr and returns EXIT_FAILURE. */
 int run_error(const char *name, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* Flushes stdout: EXIT_SUCCESS, or EXIT_FAILURE with a message when the answer was not written. */

@@ -29,13 +29,13 @@ int usage_error(const char *name, const char *format, ...)
     va_list ap;
 
     if (format) {
-        fprintf(stderr, "llm-eval %s: ", name);
+        fprintf(stderr, "%s: ", name);
         va_start(ap, format);
         vfprintf(stderr, format, ap);
         va_end(ap);
         fputc('\n', stderr);
     }
-    fprintf(stderr, "Try 'llm-eval %s --help'.\n", name);
+    fprintf(stderr, "Try '%s --help'.\n", name);
     return EXIT_USAGE;
 }
 
@@ -43,7 +43,7 @@ int run_error(const char *name, const char *format, ...)
 {
     va_list ap;
 
-    fprintf(stderr, "llm-eval %s: ", name);
+    fprintf(stderr, "%s: ", name);
     va_start(ap, format);
     vfprintf(stderr, format, ap);
     va_end(ap);
@@ -81,15 +81,20 @@ int main(int argc, char **argv)
     }
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
         help();
-        return finish_output("--help");
+        return finish_output("llm-eval");
     }
     if (strcmp(argv[1], "--version") == 0) {
         puts("llm-eval " LLMD_VERSION);
-        return finish_output("--version");
+        return finish_output("llm-eval");
     }
     for (const struct command *c = commands; c->name; c++)
-        if (strcmp(argv[1], c->name) == 0)
+        if (strcmp(argv[1], c->name) == 0) {
+            char name[64]; /* for what getopt_long() has to say */
+
+            snprintf(name, sizeof(name), "llm-eval %s", c->name);
+            argv[1] = name;
             return c->run(argc - 1, argv + 1);
+        }
     fprintf(stderr, "llm-eval: unknown command '%s'\nTry 'llm-eval --help'.\n", argv[1]);
     return EXIT_USAGE;
 }
