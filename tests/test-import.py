@@ -264,6 +264,23 @@ def test_gguf_variants():
     assert b.json("llmd.config")["vocab_size"] == 270
 
 
+def test_padded_table():
+    # Newer GGUF files fill the table up with zeros, from the end of the text vocabulary on and no earlier.
+    text = 262144
+    s = Shape(L=1, kv=1, H=32, P=1, F=[32], VP=text + 8, sparse=0)
+    w = src.weights(s)
+    table = w["embed_tokens_per_layer.weight"]
+    table[text - 2:] = 0
+    for last, rows in ((None, text), (text, text + 1), (text + 6, text + 7), (text + 7, text + 8)):
+        table[text:] = 0
+        if last:
+            table[last] = 1
+        held, _ = src.write_gguf(path("in.gguf"), s, w, "F16")
+        a, _ = imported(path("in.gguf"))
+        assert a.json("llmd.config")["vocab_size_ple"] == rows
+        equal(a.x["embed_tokens_per_layer.weight"], held["embed_tokens_per_layer.weight"][:rows], "table")
+
+
 # (2) The same weights from Hugging Face.
 
 
