@@ -83,6 +83,9 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     e->max_logits = MIN(e->max_logits, e->max_rows);
     e->widest = widest_input(c);
 
+    if ((uint64_t)e->max_rows * c->n_heads > UINT32_MAX) /* backends count pairs of the two */
+        return error_set(err, EINVAL, "%s: n_heads %u is too many for steps of %u rows",
+                         model_file_path(model_get_file(m)), c->n_heads, e->max_rows);
     limits = (struct backend_limits){
         e->max_rows, MAX(e->widest, c->n_layers * c->ple_width), c->n_heads};
     r = backend_cpu_new(&e->backend, options->cpu_level, options->n_threads, &limits, err);

@@ -251,6 +251,19 @@ static void check_refused(const char *path)
     m = open_model(path);
     assert(engine_new(&e, m, &o, &err) == -EINVAL);
     assert(strstr(err.text, path) && strstr(err.text, "head_dim"));
+    model_free(TAKE_PTR(m));
+
+    /* Items of attention, counted in 32 bits. */
+    b.config.hidden = b.config.ple_width = 1;
+    b.config.head_dim = 2;
+    b.config.n_heads_kv = 1;
+    b.config.n_heads = 1 << 16;
+    b.config.n_layers = b.config.n_layers_kv = 1;
+    model_builder_write(&b, path);
+    m = open_model(path);
+    o.max_rows = 1 << 16;
+    assert(engine_new(&e, m, &o, &err) == -EINVAL);
+    assert(strstr(err.text, path) && strstr(err.text, "n_heads"));
 }
 
 int main(int argc, char **argv)
