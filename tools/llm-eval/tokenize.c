@@ -29,47 +29,54 @@ static const char tokenize_help[] =
 
 static const char detokenize_help[] =
     "Usage: llm-eval detokenize [OPTION]... FILE < IDS\n"
-    "Prints the text of the ids on stdin, which white space separates.\n"
+    "Prints the text of the ids on stdin, which white space separates. Control pieces such\n"
+    "as <bos> have none.\n"
     "\n"
     "FILE is a model file, a GGUF file (one with a vocabulary only will do), a Hugging\n"
     "Face folder, or a tokenizer.json or tokenizer.model.\n"
     "\n"
-    "  --no-special  leave out control pieces such as <bos>\n"
+    "  --special     write control pieces out; --no-special takes it back\n"
     "  --help        show this and exit\n"
     "  --version     show the version and exit";
 
 /* What both commands get from their command line. */
 struct arguments {
     const char *file; /* NULL: --help or --version has been answered */
-    bool no_bos, no_special;
+    bool no_bos, special;
 };
 
-/* 0, or an exit status with the message printed. */
-static int parse(struct arguments *ret, int argc, char **argv, bool has_bos, const char *help)
+/* 0, or an exit status with the message printed. special: what is so without an option. */
+static int parse(struct arguments *ret, int argc, char **argv, bool tokenize, bool special,
+                 const char *help)
 {
-    static const struct option options[] = {
+    static const struct option tokenize_options[] = {
         {"no-special", no_argument, NULL, 's'},
         {"help", no_argument, NULL, 'h'},
         {"version", no_argument, NULL, 'v'},
         {"no-bos", no_argument, NULL, 'b'},
         {NULL, 0, NULL, 0},
     };
-    static const struct option without_bos[] = {
+    static const struct option detokenize_options[] = {
+        {"special", no_argument, NULL, 'S'},
         {"no-special", no_argument, NULL, 's'},
         {"help", no_argument, NULL, 'h'},
         {"version", no_argument, NULL, 'v'},
         {NULL, 0, NULL, 0},
     };
-    struct arguments a = {0};
+    struct arguments a = {.special = special};
     int c;
 
-    while ((c = getopt_long(argc, argv, "h", has_bos ? options : without_bos, NULL)) != -1) {
+    while ((c = getopt_long(argc, argv, "h", tokenize ? tokenize_options : detokenize_options,
+                            NULL)) != -1) {
         switch (c) {
         case 'b':
             a.no_bos = true;
             break;
         case 's':
-            a.no_special = true;
+            a.special = false;
+            break;
+        case 'S':
+            a.special = true;
             break;
         case 'h':
             puts(help);
@@ -118,14 +125,14 @@ int tokenize_run(int argc, char **argv)
     size_t n;
     int r;
 
-    r = parse(&args, argc, argv, true, tokenize_help);
+    r = parse(&args, argc, argv, true, true, tokenize_help);
     if (r != 0 || !args.file)
         return r != 0 ? r : finish_output(argv[0]);
     r = prepare(&a, &text, &n, argv[0], args.file);
     if (r != 0)
         return r;
     r = tokenizer_encode(a.t, text, n,
-                         &(struct encode_options){.bos = !args.no_bos, .special = !args.no_special},
+                         &(struct encode_options){.bos = !args.no_bos, .special = args.special},
                          &ids);
     data = ids.data;
     if (r < 0)
@@ -176,7 +183,7 @@ int detokenize_run(int argc, char **argv)
     size_t n;
     int r;
 
-    r = parse(&args, argc, argv, false, detokenize_help);
+    r = parse(&args, argc, argv, false, false, detokenize_help);
     if (r != 0 || !args.file)
         return r != 0 ? r : finish_output(argv[0]);
     r = prepare(&a, &text, &n, argv[0], args.file);
@@ -191,7 +198,7 @@ int detokenize_run(int argc, char **argv)
     if (!out)
         return run_error(argv[0], "%s", strerror(ENOMEM));
     for (size_t i = 0; i < ids.n; i++)
-        fwrite(out, 1, decoder_push(&d, a.t, ids.data[i], !args.no_special, out), stdout);
+        fwrite(out, 1, decoder_push(&d, a.t, ids.data[i], args.special, out), stdout);
     fwrite(out, 1, decoder_finish(&d, out), stdout);
     return finish_output(argv[0]);
 }
