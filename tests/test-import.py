@@ -655,6 +655,18 @@ def test_gguf_refused():
     bad(lambda md, x: md.update({t + "model": (src.STRING, "gpt2")}), "tokenizer", tokens=300)
     bad(lambda md, x: md.update({t + "scores": (src.ARRAY, (src.F32, [0.0] * 299))}), "tokenizer", tokens=300)
     bad(lambda md, x: md.update({t + "bos_token_id": (src.U32, 300)}), "bos", tokens=300)
+    # More rows than can be run, in a hole of the file: told before they are counted one by one, and before the tokenizer
+    # is blamed for having more pieces than there are rows.
+    def last_and_long(md, x):
+        t = next(t for t in x if t[0] == "token_embd.weight")
+        x.remove(t)
+        x.append(["token_embd.weight", [s.H, 2**24 + 1], "Q4_0", b""])
+
+    src.write_gguf(path("bad.gguf"), s, w, lambda n: "F16" if "laurel" in n else "Q4_0", tokens=300, change=last_and_long)
+    os.truncate(path("bad.gguf"), os.path.getsize(path("bad.gguf")) + (2**24 + 1) * s.H // 32 * 18)
+    refused(path("bad.gguf"), "bad.gguf", "embed_tokens.weight has 16777217 rows")
+    os.remove(path("bad.gguf"))
+
     for data, word in ((b"", "empty"), (b"GGU", "not a GGUF"), (b"PK\3\4" + bytes(100), "not a GGUF"),
                        (b"GGUF\1\0\0\0" + bytes(100), "version 1"), (b"GGUF\0\0\0\3" + bytes(100), "big-endian")):
         with open(path("bad.gguf"), "wb") as f:

@@ -227,6 +227,13 @@ int source_set_vocabulary(struct source *s, const struct tokenizer_table *table,
     if (!embed || !ple)
         return error_set(err, EINVAL, "%s: tensor %s is missing; is this a whole Gemma 3n model?",
                          s->path, embed ? "embed_tokens_per_layer.weight" : "embed_tokens.weight");
+    /* Rows are looked at one by one, and a file with holes may claim any number of them. */
+    if (embed->n_out > MODEL_MAX_VOCAB || ple->n_out > MODEL_MAX_VOCAB) {
+        const struct source_tensor *t = embed->n_out > MODEL_MAX_VOCAB ? embed : ple;
+
+        return error_set(err, EINVAL, "%s: tensor %s has %u rows; at most %u can be run",
+                         s->files[t->file].path, t->name, t->n_out, MODEL_MAX_VOCAB);
+    }
     r = count_vocabulary(s, embed, err);
     if (r < 0)
         return r;
