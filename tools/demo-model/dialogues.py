@@ -63,9 +63,10 @@ def is_held_out(*parts):
 
 
 class Generator:
-    def __init__(self, seed, held_out=False):
+    def __init__(self, seed, held_out=False, verdicts=0.1):
+        """verdicts: share of the documents that are nothing but facts and yes-or-no questions."""
         self.r = random.Random(f"{'held out' if held_out else 'train'} {seed}")
-        self.held_out = held_out
+        self.held_out, self.verdicts = held_out, verdicts
 
     def pick(self, draw, key=lambda v: v):
         """A value of draw() whose combination is on the right side of the held-out border."""
@@ -464,10 +465,11 @@ class Generator:
         x = r.random()
         if x < 0.06:
             return Doc(prose=" ".join(self.prose_text()))
-        if x < 0.16:
+        if r.random() < self.verdicts:
             # Nothing but yes and no: to compare is harder than to recall.
-            d = self.facts(r.randint(1, 2), rounds=r.randint(2, 3), yesno=0.9)
-        elif x < 0.45:
+            n = r.randint(1, 2)
+            d = self.facts(n, rounds=4 // n, yesno=0.95)
+        elif x < 0.4:
             n = r.randint(1, 2 + round(3 * min(level, 1)))
             far = r.random() < 0.45 * min(level, 1)
             d = self.facts(n, r.randint(1, 2 + round(10 * level)) if far else 0, rounds=1 if far else r.randint(1, 2))

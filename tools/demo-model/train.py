@@ -140,6 +140,7 @@ def main():
     p.add_argument("--batch", type=int, default=4096, help="tokens a step")
     p.add_argument("--row", type=int, default=512, help="tokens a row")
     p.add_argument("--level", type=float, help="fixed curriculum level, 0 to 2 (default: 0 to 1, by the tokens trained)")
+    p.add_argument("--verdicts", type=float, default=0.1, help="share of the documents that practise yes-or-no questions")
     p.add_argument("--slices", type=float, default=0.3, help="share of the steps that train a slice")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--from", dest="source", help="checkpoint to start from (default FOLDER/checkpoint)")
@@ -167,11 +168,12 @@ def main():
     step = tokens = 0
     if state:
         step, tokens = state["step"], state["tokens"]
-        for p, v in zip(hidden, state["muon"]):
-            muon.state[p].copy_(v)
-        adam.load_state_dict(state["adam"])
+        if "muon" in state:  # else only the weights were kept
+            for p, v in zip(hidden, state["muon"]):
+                muon.state[p].copy_(v)
+            adam.load_state_dict(state["adam"])
     random.seed(tokens)
-    rows = Rows(dialogues.Generator(f"{tokens}"), tok, o.row)
+    rows = Rows(dialogues.Generator(f"{tokens}", verdicts=o.verdicts), tok, o.row)
     print(f"{sum(p.numel() for p in named.values())} parameters, {device}, at step {step}, {tokens / 1e6:.2f} M tokens", flush=True)
 
     def checkpoint(path):
