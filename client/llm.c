@@ -118,12 +118,10 @@ int llm_connect(struct llm_connection **ret, const char *socket_path, struct llm
         close(fd);
         return llm_error_set(err, -r, "%s", strerror(-r));
     }
-    if ((r = sd_bus_negotiate_fds(bus, 1)) < 0 || (r = sd_bus_start(bus)) < 0)
-        return llm_error_set(err, -r, "%s: %s", socket_path, strerror(-r));
-
     /* One round, so that a daemon that is just leaving is found out here. */
-    r = sd_bus_call_method(bus, NULL, LLM_ROOT_PATH, "org.freedesktop.DBus.Peer", "Ping", &e, NULL,
-                           NULL);
+    if ((r = sd_bus_negotiate_fds(bus, 1)) >= 0 && (r = sd_bus_start(bus)) >= 0)
+        r = sd_bus_call_method(bus, NULL, LLM_ROOT_PATH, "org.freedesktop.DBus.Peer", "Ping", &e,
+                               NULL, NULL);
     if (r == -ENOTCONN || r == -EPIPE)
         r = -ECONNRESET;
     if (r < 0)

@@ -257,8 +257,13 @@ static int connect_or_start_locked(const char *socket, const char *model,
     int r, status;
 
     r = llm_connect(ret, socket, &err);
+    if (r == -ECONNRESET) /* was told to stop just now, and its socket is gone; or it is full */
+        r = llm_connect(ret, socket, &err);
     if (r == 0)
         return STATUS_OK;
+    if (r == -ECONNRESET)
+        return complain(STATUS_BUSY, "llmd takes no more connections (%s): try again later",
+                        socket);
     if (!is_absent(r))
         return complain(STATUS_FAILED, "%s", err.message);
     if (!model) {

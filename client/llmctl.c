@@ -15,6 +15,8 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#include "base/standard-fds.h"
+
 static const struct {
     const char *name;
     int (*run)(int argc, char **argv);
@@ -133,6 +135,7 @@ int main(int argc, char **argv)
 {
     int status = -1;
 
+    standard_fds_fill();
     if (argc < 2) {
         status = usage_error("no command");
     } else if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {

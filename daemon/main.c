@@ -21,6 +21,7 @@
 #include <systemd/sd-event.h>
 
 #include "base/cleanup.h"
+#include "base/standard-fds.h"
 #include "daemon/engine-thread.h"
 #include "daemon/log.h"
 #include "daemon/server.h"
@@ -290,6 +291,7 @@ int main(int argc, char **argv)
     sigset_t signals;
     int r, status;
 
+    standard_fds_fill();
     if (parse_arguments(argc, argv, &arguments, &status) != 0) {
         if (fflush(stdout) == EOF) {
             fprintf(stderr, "llmd: cannot write: %s\n", strerror(errno));

@@ -62,6 +62,9 @@ def check_unwritable(command, *args):
         status, _, err = call(c, stdout=full)
     expect(status not in (0, 2) and status > 0 and err.strip(), c, "with a full stdout must complain and fail", status, err)
 
+    status, _, err = call(c, stdout=None, preexec_fn=lambda: os.close(1))
+    expect(status not in (0, 2) and status > 0 and "descriptor" in err, c, "without stdout must complain and fail", status, err)
+
     read, write = os.pipe()
     os.close(read)
     # Python ignores SIGPIPE and would pass that on.

@@ -333,7 +333,24 @@ def busy():
         for c in clients:
             c.close()
         h.wait_sessions(0)
-        assert h.call("run", "--max-tokens", "1", "x")[0] == 0
+
+        def admitted():  # once the daemon has seen others leave
+            while True:
+                try:
+                    c = h.client()
+                    c.manager("State")
+                    return c
+                except dbus.DBusException:
+                    pass
+
+        clients = [admitted() for _ in range(64)]
+        complaint(h.call("run", "--max-tokens", "1", "x"), 75, "no more connections")
+        for c in clients:
+            c.close()
+        result = (75,)
+        while result[0] == 75:
+            result = h.call("run", "--max-tokens", "1", "x")
+        assert result[0] == 0, result
 
 
 @test
@@ -351,6 +368,19 @@ def together_one_daemon():
         running = [h.popen("run", "--max-tokens", "5", "--seed", "1", "--ignore-end", "x") for _ in range(8)]
         assert [(p.communicate(timeout=PATIENCE), p.returncode) for p in running] == answers
         assert len(h.starts()) == 2, h.starts()
+
+
+@test
+def closed_standard_files():
+    with Home() as h:
+        # Whatever is opened instead must not be written to, by llmctl or by the daemon it starts.
+        p = h.popen("run", "--max-tokens", "3", "x", preexec_fn=lambda: [os.close(fd) for fd in range(3)])
+        p.communicate(timeout=PATIENCE)
+        assert p.returncode == 1
+        assert os.path.getsize(h.socket + ".lock") == 0 and "serving" in open(h.socket + ".log").read()
+        p = h.popen("run", "--max-tokens", "3", "x", preexec_fn=lambda: os.close(1))
+        assert (p.communicate(timeout=PATIENCE)[1], p.returncode) == (b"llmctl: cannot write: Bad file descriptor\n", 1)
+        h.wait_sessions(0)
 
 
 @test

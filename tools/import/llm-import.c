@@ -20,6 +20,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/standard-fds.h"
 #include "engine/model-file.h"
 #include "engine/tokenizer.h"
 #include "tools/import/convert.h"
@@ -501,6 +502,7 @@ int main(int argc, char **argv)
     struct error err = {""};
     int status, r;
 
+    standard_fds_fill();
     if (parse_arguments(&a, argc, argv, &status) < 0)
         return status;
     catch_signals();

@@ -18,6 +18,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/standard-fds.h"
 #include "engine/model-file.h"
 #include "tools/common/engine-args.h"
 #include "tools/llm-bench/probe.h"
@@ -517,8 +518,10 @@ int main(int argc, char **argv)
         .engine = {.max_logits = MAX_SESSIONS},
     };
     struct error err;
-    int r = parse_options(&o, argc, argv);
+    int r;
 
+    standard_fds_fill();
+    r = parse_options(&o, argc, argv);
     if (r == EXIT_USAGE)
         return EXIT_USAGE;
     if (r == 0 && run(&o, argv[optind], &err) < 0) {

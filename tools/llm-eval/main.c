@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/standard-fds.h"
 #include "tools/llm-eval/llm-eval.h"
 
 static const struct command {
@@ -75,6 +76,7 @@ static void help(void)
 
 int main(int argc, char **argv)
 {
+    standard_fds_fill();
     if (argc < 2) {
         fputs("llm-eval: no command given\nTry 'llm-eval --help'.\n", stderr);
         return EXIT_USAGE;
