@@ -13,6 +13,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/close_range.h>
+#include <pwd.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -81,10 +82,15 @@ static int default_model(char **ret)
     size_t n = 0;
     int r;
 
+    if (!home || !home[0]) { /* a service, perhaps */
+        const struct passwd *me = getpwuid(geteuid());
+
+        home = me ? me->pw_dir : "";
+    }
     if (data && data[0] == '/')
         r = asprintf(&own, "%s/llmd/models", data);
     else
-        r = asprintf(&own, "%s/.local/share/llmd/models", home ? home : "");
+        r = asprintf(&own, "%s/.local/share/llmd/models", home);
     if (r < 0) {
         own = NULL;
         return complain(STATUS_FAILED, "out of memory");

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import pty
+import pwd
 import select
 import shutil
 import signal
@@ -195,6 +196,10 @@ def default_models():
     with Home() as h:
         env = {k: v for k, v in h.env.items() if k != "LLMD_MODEL"}
         complaint(h.call("run", "x", env=env), 1, "llm-import", h.data)
+        homeless = {k: v for k, v in env.items() if k not in ("HOME", "XDG_DATA_HOME")}
+        own = pwd.getpwuid(os.geteuid()).pw_dir + "/.local/share/llmd/models"
+        if not os.path.exists(own):  # whoever has models there keeps them to himself
+            complaint(h.call("run", "x", env=homeless), 1, f" {own} ")
         models = os.path.join(h.data, "llmd", "models")
         os.makedirs(models)
         shutil.copy(model, os.path.join(models, "a.llmd"))
