@@ -37,7 +37,8 @@ static bool has_suffix(const char *name)
 }
 
 /*
- * The model of a folder: default.llmd, else the only one. 1: *ret; 0: there is none;
+ * The model of a folder: default.llmd, else the only one besides demo.llmd, which is there so that
+ * a fresh installation answers and steps back for any other, else that. 1: *ret; 0: there is none;
  * -ENOTUNIQ: several; -ENOMEM
  */
 static int model_in(const char *folder, char **ret)
@@ -51,11 +52,12 @@ static int model_in(const char *folder, char **ret)
         return 0;
     while ((e = readdir(dir))) {
         bool is_default = strcmp(e->d_name, "default" MODEL_SUFFIX) == 0;
+        bool is_demo = strcmp(e->d_name, "demo" MODEL_SUFFIX) == 0;
 
         if (!has_suffix(e->d_name) || e->d_name[0] == '.')
             continue;
-        n++;
-        if (n > 1 && !is_default)
+        n += !is_demo;
+        if (found && (is_demo || n > 1) && !is_default)
             continue;
         free(found);
         found = NULL;
@@ -70,15 +72,32 @@ static int model_in(const char *folder, char **ret)
     }
     if (n > 1)
         return -ENOTUNIQ;
+    if (!found)
+        return 0;
     *ret = TAKE_PTR(found);
-    return n == 1;
+    return 1;
+}
+
+/* The folder llmctl runs from, without a slash at the end; its length, or 0. */
+static size_t own_folder(char out[PATH_MAX])
+{
+    ssize_t n = readlink("/proc/self/exe", out, PATH_MAX - 1);
+    char *slash;
+
+    if (n <= 0)
+        return 0;
+    out[n] = 0;
+    slash = strrchr(out, '/');
+    *slash = 0;
+    return (size_t)(slash - out);
 }
 
 static int default_model(char **ret)
 {
-    CLEANUP(freep) char *own = NULL;
+    CLEANUP(freep) char *own = NULL, *built = NULL;
     const char *data = getenv("XDG_DATA_HOME"), *home = getenv("HOME");
-    const char *folders[2];
+    const char *folders[3];
+    char program[PATH_MAX];
     size_t n = 0;
     int r;
 
@@ -96,7 +115,14 @@ static int default_model(char **ret)
         return complain(STATUS_FAILED, "out of memory");
     }
     folders[n++] = own;
-    folders[n++] = "/usr/share/llmd/models";
+    if (own_folder(program) > 0) { /* where the build puts the demo model */
+        if (asprintf(&built, "%s/../models", program) < 0) {
+            built = NULL;
+            return complain(STATUS_FAILED, "out of memory");
+        }
+        folders[n++] = built;
+    }
+    folders[n++] = LLMD_DATADIR "/models";
     for (size_t i = 0; i < n; i++) {
         r = model_in(folders[i], ret);
         if (r == -ENOTUNIQ)
@@ -112,7 +138,7 @@ static int default_model(char **ret)
     return complain(STATUS_FAILED,
                     "there is no model in %s or %s: make one with llm-import, or name one with "
                     "--model",
-                    folders[0], folders[1]);
+                    own, LLMD_DATADIR "/models");
 }
 
 /* ---- which program ---- */
@@ -127,9 +153,9 @@ static bool try_path(char *out, size_t n, const char *folder, size_t n_folder, c
 /* $LLMD_BINARY, beside llmctl, where the build puts it, where it is installed. */
 static int find_daemon(char out[PATH_MAX])
 {
-    const char *named = getenv("LLMD_BINARY"), *slash;
+    const char *named = getenv("LLMD_BINARY");
     char self[PATH_MAX];
-    ssize_t n;
+    size_t n;
 
     if (named && named[0]) {
         /* The daemon is started in another folder. */
@@ -137,14 +163,10 @@ static int find_daemon(char out[PATH_MAX])
             return complain(STATUS_FAILED, "$LLMD_BINARY: %s: %s", named, strerror(errno));
         return STATUS_OK;
     }
-    n = readlink("/proc/self/exe", self, sizeof(self) - 1);
-    if (n > 0) {
-        self[n] = 0;
-        slash = strrchr(self, '/');
-        if (try_path(out, PATH_MAX, self, (size_t)(slash - self), "llmd") ||
-            try_path(out, PATH_MAX, self, (size_t)(slash - self), "../daemon/llmd"))
-            return STATUS_OK;
-    }
+    n = own_folder(self);
+    if (n > 0 && (try_path(out, PATH_MAX, self, n, "llmd") ||
+                  try_path(out, PATH_MAX, self, n, "../daemon/llmd")))
+        return STATUS_OK;
     if (try_path(out, PATH_MAX, LLMD_LIBEXECDIR, strlen(LLMD_LIBEXECDIR), "llmd") ||
         try_path(out, PATH_MAX, LLMD_BINDIR, strlen(LLMD_BINDIR), "llmd"))
         return STATUS_OK;

@@ -12,6 +12,7 @@ import json
 import os
 import pty
 import pwd
+import re
 import select
 import shutil
 import signal
@@ -61,7 +62,7 @@ class Home:
 
     def popen(self, *args, **kw):
         kw.setdefault("stdin", subprocess.DEVNULL)
-        return subprocess.Popen([LLMCTL, *args], stdout=kw.pop("stdout", subprocess.PIPE), stderr=subprocess.PIPE,
+        return subprocess.Popen([kw.pop("program", LLMCTL), *args], stdout=kw.pop("stdout", subprocess.PIPE), stderr=subprocess.PIPE,
                                 env=kw.pop("env", self.env), **kw)
 
     def call(self, *args, data=None, **kw):
@@ -194,20 +195,45 @@ def complaints():
 @test
 def default_models():
     with Home() as h:
+        # Where the build put it, llmctl finds the demo model that the build has as well.
+        alone = {"program": shutil.copy(LLMCTL, h.path)}
         env = {k: v for k, v in h.env.items() if k != "LLMD_MODEL"}
-        complaint(h.call("run", "x", env=env), 1, "llm-import", h.data)
+        env["LD_LIBRARY_PATH"] = os.path.dirname(LLMCTL)
+        complaint(h.call("run", "x", env=env, **alone), 1, "llm-import", h.data)
         homeless = {k: v for k, v in env.items() if k not in ("HOME", "XDG_DATA_HOME")}
         own = pwd.getpwuid(os.geteuid()).pw_dir + "/.local/share/llmd/models"
         if not os.path.exists(own):  # whoever has models there keeps them to himself
-            complaint(h.call("run", "x", env=homeless), 1, f" {own} ")
+            complaint(h.call("run", "x", env=homeless, **alone), 1, f" {own} ")
         models = os.path.join(h.data, "llmd", "models")
         os.makedirs(models)
         shutil.copy(model, os.path.join(models, "a.llmd"))
         shutil.copy(model, os.path.join(models, "b.llmd"))
+        shutil.copy(model, os.path.join(models, "demo.llmd"))
         complaint(h.call("run", "x", env=env), 1, "several", "--model")
         os.symlink("b.llmd", os.path.join(models, "default.llmd"))
         assert h.call("run", "--max-tokens", "1", "x", env=env)[0] == 0
         assert "default" in h.call("status")[1]
+    for names, chosen in ((["demo"], "demo"), (["demo", "a"], "a"), (["a", "demo"], "a")):
+        with Home() as h:
+            env = {k: v for k, v in h.env.items() if k != "LLMD_MODEL"}
+            models = os.path.join(h.data, "llmd", "models")
+            os.makedirs(models)
+            for name in names:
+                shutil.copy(model, os.path.join(models, name + ".llmd"))
+            assert h.call("run", "--max-tokens", "1", "x", env=env)[0] == 0
+            assert re.search(rf"^model +{chosen}$", h.call("status")[1], re.M)
+
+
+@test
+def demo_model():
+    """What a newcomer sees first: no option, no model of his own."""
+    demo = os.path.join(os.path.dirname(os.path.dirname(LLMCTL)), "models", "demo.llmd")
+    assert os.path.exists(demo)
+    with Home() as h:
+        env = {k: v for k, v in h.env.items() if k != "LLMD_MODEL"}
+        for prompt, answer in (("What is 47 + 38?", "85"), ("Hello, my name is Anna. What is my name?", "Anna")):
+            status, out, err = h.call("run", prompt, env=env)
+            assert status == 0 and answer in out, (out, err)
 
 
 @test
