@@ -227,9 +227,10 @@ class Generator:
             q = ("Am" if who == "I" else "Is") + f" {who} {claim}?"
         else:
             q = ("Do" if who == "I" else "Does") + f" {who} {verb if who == 'I' else verb[:-1]} {claim}?"
-        # The fact first: what was recalled is then there to be compared.
+        # What was claimed and what is true side by side, then the verdict: two words far apart, or one of them
+        # still to be recalled, a model of this size does not learn to compare.
         verdict = "yes" if claimed == value else "no"
-        return Turn(q, f"{answer[:-1]}, so {verdict}.", "yesno", ["end", f"so {verdict}."])
+        return Turn(q, f"{claimed}? {answer[:-1]}, so {verdict}.", "yesno", ["end", f"so {verdict}."])
 
     # Single skills: each returns one turn.
 
