@@ -16,6 +16,7 @@
 int logits_run(int argc, char **argv);
 int perplexity_run(int argc, char **argv);
 int kld_run(int argc, char **argv);
+int skills_run(int argc, char **argv);
 int tokenize_run(int argc, char **argv);
 int detokenize_run(int argc, char **argv);
 

@@ -20,6 +20,7 @@ static const struct command {
     {"logits", "what the model says after every token", logits_run},
     {"perplexity", "how well a text is predicted", perplexity_run},
     {"kld", "how far a model is from a reference", kld_run},
+    {"skills", "how many prompts of each skill are answered right", skills_run},
     {"tokenize", "text to ids", tokenize_run},
     {"detokenize", "ids to text", detokenize_run},
     {NULL, NULL, NULL},
