@@ -86,7 +86,8 @@ def cases(seed=SEED, count=COUNT):
             else:
                 prompt = {"turns": [x for t in d.turns for x in (t.user, t.answer)][:-1]}
             key = json.dumps(prompt)
-            if key not in seen:
+            # Where another fact is of the one asked about, the right answer may hold what it must not.
+            if key not in seen and dialogues.right(d.turns[-1].check, d.turns[-1].answer):
                 seen.add(key)
                 out.append(({"skill": skill, **prompt, **expectation(d.turns[-1].check)}, d))
     return out
