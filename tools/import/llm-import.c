@@ -481,7 +481,7 @@ static int parse_arguments(struct arguments *a, int argc, char **argv, int *ret_
     a->source = n > 0 ? argv[optind] : NULL;
     a->output = n > 1 ? argv[optind + 1] : NULL;
     if (n == 0)
-        *ret_status = usage_error("no %s given", a->verify ? "model file to verify" : "SOURCE");
+        *ret_status = usage_error("no %s given", a->verify ? "MODEL" : "SOURCE");
     else if (n > (a->verify ? 1 : 2))
         *ret_status =
             usage_error("'%s': one argument too many", argv[optind + (a->verify ? 1 : 2)]);
