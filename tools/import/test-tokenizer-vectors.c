@@ -108,18 +108,17 @@ static void test_files(const struct tokenizer *t, const char *folder)
     int n = 0;
 
     for (;;) {
-        char *end = strstr(text, separator), *line_end = strchr(line, '\n');
+        char *end = strstr(text, separator), *line_end = strchr(line, '\n'), *next;
 
         assert(line_end);
+        next = line_end + 1;
         *line_end = 0;
         while (*line == ' ')
             line++;
         while (line_end > line && line_end[-1] == ' ')
             *--line_end = 0;
         expect(t, text, end ? (size_t)(end - text) : strlen(text), line);
-        line = line + strlen(line) + 1;
-        while (*line == ' ' || *line == 0)
-            line++;
+        line = next;
         n++;
         if (!end)
             break;
