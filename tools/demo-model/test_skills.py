@@ -62,6 +62,9 @@ def main():
                            ('{"skill": "a", "turns": ["Hi"], "expect": "x"}', "list of patterns"),
                            ('{"skill": "a", "turns": ["Hi"], "expect": []}', "1 to 64 patterns"),
                            ('{"skill": "a", "turns": ["Hi"], "expect": ["x", "(y"]}', '"expect"[1]'),
+                           ('{"skill": "a", "turns": ["Hi"], "expect": ["x)|(.*"]}', '"expect"[0]'),
+                           ('{"skill": "a", "turns": ["Hi"], "expect": ["%s"]}' % ("(" * 30000 + "x" + ")" * 30000), "1024 groups"),
+                           ('{"skill": "a\\u001b[2J", "turns": ["Hi"], "expect": ["x"]}', "control character"),
                            ('{"skill": "a", "turns": ["Hi"], "expect_json": 3}', "object or a list")]:
             with open(f"{folder}/bad", "w") as f:
                 f.write(good + "\n" + line + "\n")

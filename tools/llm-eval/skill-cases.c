@@ -17,6 +17,7 @@
 #define MAX_MESSAGES 1023
 #define MAX_PATTERNS 64
 #define MAX_PATTERN (64 << 10)
+#define MAX_GROUPS 1024 /* regcomp() recurses into them */
 
 static const struct json_limits limits = {.depth = 8, .max_values = 4096};
 
@@ -41,6 +42,33 @@ void skill_cases_done(struct skill_cases *c)
     *c = (struct skill_cases){0};
 }
 
+/* Of one that matches as a whole what the pattern matches anywhere. 0, or what regerror() takes */
+static int compile(regex_t *ret, const char *pattern)
+{
+    CLEANUP(freep) char *whole = NULL;
+    int r;
+
+    /* First by itself: "a)|(b" would be good only in the parentheses below. */
+    r = regcomp(ret, pattern, REG_EXTENDED | REG_NOSUB);
+    if (r != 0)
+        return r;
+    regfree(ret);
+    if (asprintf(&whole, "^(%s)$", pattern) < 0) {
+        whole = NULL;
+        return REG_ESPACE;
+    }
+    return regcomp(ret, whole, REG_EXTENDED | REG_NOSUB);
+}
+
+static size_t count_char(const char *text, char c)
+{
+    size_t n = 0;
+
+    for (; *text; text++)
+        n += *text == c;
+    return n;
+}
+
 static int read_patterns(const struct skill_case *c, const char *key, regex_t **ret, size_t *ret_n,
                          struct error *err)
 {
@@ -60,17 +88,14 @@ static int read_patterns(const struct skill_case *c, const char *key, regex_t **
         return error_set(err, ENOMEM, "out of memory");
     for (size_t i = 0; i < n; i++) {
         const char *pattern = json_text_string(json_object_array_get_idx(list, i));
-        CLEANUP(freep) char *whole = NULL;
         int r;
 
         if (!pattern || strlen(pattern) > MAX_PATTERN)
             return error_set(err, EINVAL, "\"%s\"[%zu]: a pattern of at most %d bytes expected",
                              key, i, MAX_PATTERN);
-        if (asprintf(&whole, "^(%s)$", pattern) < 0) {
-            whole = NULL;
-            return error_set(err, ENOMEM, "out of memory");
-        }
-        r = regcomp(&(*ret)[i], whole, REG_EXTENDED | REG_NOSUB);
+        if (count_char(pattern, '(') > MAX_GROUPS)
+            return error_set(err, EINVAL, "\"%s\"[%zu]: more than %d groups", key, i, MAX_GROUPS);
+        r = compile(&(*ret)[i], pattern);
         if (r != 0) {
             char why[128];
 
@@ -120,6 +145,9 @@ static int read_case(struct skill_case *c, const char *line, size_t n, struct er
     c->skill = json_text_string(json_text_get(c->root, "skill"));
     if (!c->skill || !*c->skill)
         return error_set(err, EINVAL, "\"skill\": a name expected");
+    for (const char *p = c->skill; *p; p++)
+        if ((unsigned char)*p < ' ' || *p == 0x7f)
+            return error_set(err, EINVAL, "\"skill\": a control character in the name");
     c->text = json_text_string(json_text_get(c->root, "text"));
     turns = json_text_get(c->root, "turns");
     if (!c->text == !turns)
