@@ -706,7 +706,11 @@ static void test_no_memory(void)
         assert(r == 0 || (r == -ENOMEM && !t && strstr(err.text, "out of memory")));
     }
     fail_after = -1;
+#ifdef ALLOCATIONS_ARE_BOUND
+    printf("allocations do not fail in a build with link-time optimisation\n");
+#else
     assert(n > 4);
+#endif
 
     assert(token_array_append(&ids, (uint32_t[]){1, 2, 3}, 3) == 0);
     for (n = 0, r = -1; r < 0; n++) {
@@ -724,7 +728,9 @@ static void test_no_memory(void)
         assert(memcmp(full.data, ids.data, 3 * sizeof(uint32_t)) == 0);
         free(full.data);
     }
+#ifndef ALLOCATIONS_ARE_BOUND
     assert(n > 4);
+#endif
     free(ids.data);
 }
 
