@@ -173,6 +173,21 @@ static void fill_rope(struct engine *e, uint32_t n)
         }
 }
 
+/* Stream k := t, brought to the magnitude of ref's rows (§3.4, §3.8). */
+static void set_stream(struct engine *e, uint32_t n, uint32_t k, const float *ref, size_t ld_ref)
+{
+    e->backend->ops->rescale(e->backend, &(struct rescale_args){
+                                             .n = n,
+                                             .hidden = e->config->hidden,
+                                             .n_streams = e->config->n_streams,
+                                             .stream = k,
+                                             .y = e->buf.t,
+                                             .ref = ref,
+                                             .ld_ref = ld_ref,
+                                             .h = e->buf.h,
+                                         });
+}
+
 /* §3.2 to §3.4: embedding, per-layer inputs, the other streams. */
 static void begin(struct engine *e, uint32_t n)
 {
@@ -194,16 +209,7 @@ static void begin(struct engine *e, uint32_t n)
     matmul(e, &w->ple_projection, &x, b->gate, ple);
     for (uint32_t k = 1; k < c->n_streams; k++) {
         matmul(e, &w->altup_projection[k - 1], &x, b->t, c->hidden);
-        ops->rescale(e->backend, &(struct rescale_args){
-                                     .n = n,
-                                     .hidden = c->hidden,
-                                     .n_streams = c->n_streams,
-                                     .stream = k,
-                                     .y = b->t,
-                                     .ref = b->x0,
-                                     .ld_ref = c->hidden,
-                                     .h = b->h,
-                                 });
+        set_stream(e, n, k, b->x0, c->hidden);
     }
     ops->ple(e->backend, &(struct ple_args){
                              .n = n,
@@ -482,16 +488,7 @@ static void head(struct engine *e, uint32_t n)
         x = (struct activations){
             .n = n, .k = c->hidden, .f32 = b->h + (size_t)k * c->hidden, .ld = streams};
         matmul(e, &w->altup_unembed[k - 1], &x, b->t, c->hidden);
-        ops->rescale(e->backend, &(struct rescale_args){
-                                     .n = n,
-                                     .hidden = c->hidden,
-                                     .n_streams = c->n_streams,
-                                     .stream = k,
-                                     .y = b->t,
-                                     .ref = b->h,
-                                     .ld_ref = streams,
-                                     .h = b->h,
-                                 });
+        set_stream(e, n, k, b->h, streams);
     }
     ops->merge(e->backend, &(struct merge_args){
                                .n = n,
