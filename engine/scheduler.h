@@ -1,0 +1,107 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * scheduler: which rows of whom make up the next step. It knows neither models nor clients: it is
+ * told tasks, picks rows, and is told what they took. Engine thread.
+ *
+ * A task is one request at work. It counts against an account (the daemon: a uid) and a flow (a
+ * session). Work is measured in units of one decoded token; a row of a prompt costs what it was
+ * measured to take in comparison. Each account has a virtual time: work received / weight
+ * (virtual-time fair queueing, VTC, arXiv 2401.00588); among an account's flows likewise. An
+ * account that comes back from having nothing to do starts at the least virtual time of those that
+ * have, so that nobody saves up. An account whose virtual time leads that least one by more than a
+ * constant is passed over until the others have caught up: two accounts with 1 and 7 greedy flows
+ * get half each. Classes: idle tasks are picked only when no other is runnable; batch
+ * counts as a smaller weight within its account's and between accounts.
+ *
+ * Within a step decoding tasks come first; the rows left, up to a budget, go to prompts in order of
+ * virtual time. The budget adapts to what steps take: where a task of another account decodes, a
+ * step with prompts in it shall take at most 2.5 times one without; alone it may take 0.2 s.
+ *
+ * Admission: added tasks are queued until there is KV memory for what they need and fewer than
+ * max_running run; order: class, then virtual time, then age. What waits knows its position and an
+ * estimate.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct scheduler;
+
+enum scheduler_class {
+    CLASS_INTERACTIVE,
+    CLASS_BATCH,
+    CLASS_IDLE,
+};
+const char *scheduler_class_name(enum scheduler_class c); /* "interactive", "batch", "idle" */
+int scheduler_class_parse(const char *name, enum scheduler_class *ret); /* 0, -EINVAL */
+
+/* Embedded in whatever runs. The driver fills and keeps up to date the first part. */
+struct scheduler_task {
+    uint64_t account, flow;
+    enum scheduler_class class;
+    uint32_t n_pending; /* rows that could run now: 1 decodes, more is (the rest of) a prompt */
+    bool is_prompt;     /* the rows belong to a prompt, or are computed again */
+    bool is_blocked;   /* its reader is slow: not to be picked, and no reason to hold others back */
+    uint64_t kv_bytes; /* that it will take at most soon: prompt and some headroom; for admission */
+    uint32_t max_tokens; /* it may still generate, 0: not known; for estimates */
+
+    struct scheduler_entry *entry; /* the scheduler's own */
+};
+
+struct scheduler_options {
+    uint32_t max_rows, max_logits; /* of a step, as the engine's */
+    uint32_t max_running;          /* 0: 64 */
+};
+
+int scheduler_new(struct scheduler **ret, const struct scheduler_options *options); /* 0, -ENOMEM */
+struct scheduler *scheduler_free(struct scheduler *s); /* all tasks must be removed */
+void scheduler_freep(struct scheduler **s);
+
+/* Weight of an account, 1 to 10000; those never told have 100. 0, -ENOMEM */
+int scheduler_set_weight(struct scheduler *s, uint64_t account, uint32_t weight);
+
+/* Queues it. The task must stay where it is until removed. 0, -ENOMEM */
+int scheduler_add(struct scheduler *s, struct scheduler_task *task);
+void scheduler_remove(struct scheduler *s, struct scheduler_task *task); /* queued or running */
+
+/* Lets in what there is room for. Returns the next task that came from queued to running, or NULL.
+ */
+struct scheduler_task *scheduler_admit(struct scheduler *s, uint64_t kv_bytes_free);
+
+/* Takes a running task back into the queue, at its place by age: it was preempted. */
+void scheduler_requeue(struct scheduler *s, struct scheduler_task *task);
+
+/*
+ * Who gives way when memory runs out for `task`: the lowest class, then the account that leads
+ * most, then the youngest; never the oldest running of the highest class; NULL: nobody else runs.
+ * May be `task`.
+ */
+struct scheduler_task *scheduler_victim(struct scheduler *s, const struct scheduler_task *task);
+
+struct scheduler_pick {
+    struct scheduler_task *task;
+    uint32_t n_rows; /* <= n_pending */
+};
+
+/* The next step: at most max_rows rows, at most max_logits tasks whose n_rows reach n_pending.
+ * picks[max_picks]. Returns how many; 0: nothing is runnable. */
+size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_t max_picks);
+
+/* Charges the picks last chosen (those that failed with n_rows 0) and learns from the time. */
+void scheduler_account(struct scheduler *s, const struct scheduler_pick *picks, size_t n_picks,
+                       uint64_t took_usec);
+
+/* 0: it runs; 1: the next to be let in. *ret_estimate_usec from now; 0 when not known yet. */
+uint32_t scheduler_position(struct scheduler *s, const struct scheduler_task *task,
+                            uint64_t *ret_estimate_usec);
+
+struct scheduler_statistics {
+    uint32_t n_queued, n_running;
+    uint64_t n_steps;
+    double prefill_rate, decode_rate; /* tokens per second over the last 10 s of work */
+};
+void scheduler_get_statistics(const struct scheduler *s, struct scheduler_statistics *ret);
