@@ -27,6 +27,13 @@ const sd_bus_error_map bus_errors[] = {
     SD_BUS_ERROR_MAP(ERR("DeviceLost"), ENODEV),
     SD_BUS_ERROR_MAP(ERR("NumericalError"), EDOM),
     SD_BUS_ERROR_MAP(ERR("ShuttingDown"), ESHUTDOWN),
+    SD_BUS_ERROR_MAP(ERR("NoSuchSession"), ESRCH),
+    SD_BUS_ERROR_MAP(ERR("NotAuthorized"), EACCES),
+    SD_BUS_ERROR_MAP(ERR("ModelNotReady"), EAGAIN),
+    SD_BUS_ERROR_MAP(ERR("ModelExists"), EEXIST),
+    SD_BUS_ERROR_MAP(ERR("InvalidModel"), EBADMSG),
+    SD_BUS_ERROR_MAP(ERR("InvalidState"), EPROTO),
+    SD_BUS_ERROR_MAP(ERR("NoSpace"), ENOSPC),
     SD_BUS_ERROR_MAP_END,
 };
 
