@@ -26,7 +26,7 @@
 
 struct session_set {
     sd_event *event;              /* borrowed */
-    struct engine_thread *engine; /* borrowed */
+    struct engine_thread *engine; /* borrowed; NULL: there is none, nor what follows */
     sd_event_source *news_source;
     char *model_name, *model_path;
     uint32_t context_max;
@@ -137,31 +137,49 @@ static char *name_of(const char *path)
     return dot && dot > name ? strndup(name, (size_t)(dot - name)) : strdup(name);
 }
 
-int session_set_new(struct session_set **ret, sd_event *event, struct engine_thread *t,
-                    uint32_t context_max, session_set_changed changed, void *userdata)
+int session_set_new(struct session_set **ret, sd_event *event, session_set_changed changed,
+                    void *userdata)
 {
-    CLEANUP(session_set_freep) struct session_set *set = NULL;
-    const char *path = model_file_path(model_get_file(engine_thread_model(t)));
-    int r;
+    struct session_set *set = calloc(1, sizeof(*set));
 
-    set = calloc(1, sizeof(*set));
     if (!set)
         return -ENOMEM;
     set->event = event;
-    set->engine = t;
-    set->context_max = context_max;
     set->changed = changed;
     set->userdata = userdata;
-    set->model_name = name_of(path);
-    set->model_path = realpath(path, NULL);
-    if (!set->model_path)
-        set->model_path = strdup(path);
-    if (!set->model_name || !set->model_path)
+    *ret = set;
+    return 0;
+}
+
+int session_set_set_engine(struct session_set *set, struct engine_thread *t, uint32_t context_max)
+{
+    CLEANUP(freep) char *name = NULL, *real = NULL;
+    const char *path;
+    int r;
+
+    assert(set->n_sessions == 0 && set->n_jobs == 0);
+    session_set_cut_streams(set); /* they would look for their job's engine */
+    set->news_source = sd_event_source_disable_unref(set->news_source);
+    set->engine = NULL;
+    free(TAKE_PTR(set->model_name));
+    free(TAKE_PTR(set->model_path));
+    if (!t)
+        return 0;
+
+    path = model_file_path(model_get_file(engine_thread_model(t)));
+    name = name_of(path);
+    real = realpath(path, NULL);
+    if (!real)
+        real = strdup(path);
+    if (!name || !real)
         return -ENOMEM;
-    r = sd_event_add_io(event, &set->news_source, engine_thread_fd(t), EPOLLIN, on_news, set);
+    r = sd_event_add_io(set->event, &set->news_source, engine_thread_fd(t), EPOLLIN, on_news, set);
     if (r < 0)
         return r;
-    *ret = TAKE_PTR(set);
+    set->engine = t;
+    set->context_max = context_max;
+    set->model_name = TAKE_PTR(name);
+    set->model_path = TAKE_PTR(real);
     return 0;
 }
 
@@ -201,12 +219,13 @@ struct engine_thread *session_set_engine(const struct session_set *set)
 
 const char *session_set_model_name(const struct session_set *set)
 {
-    return set->model_name;
+    return set->model_name ? set->model_name : "";
 }
 
 bool session_set_serves(const struct session_set *set, const char *model)
 {
-    return strcmp(model, set->model_name) == 0 || strcmp(model, set->model_path) == 0;
+    return set->engine &&
+           (strcmp(model, set->model_name) == 0 || strcmp(model, set->model_path) == 0);
 }
 
 void session_set_stop(struct session_set *set)
@@ -238,11 +257,14 @@ void session_set_cut_streams(struct session_set *set)
 int client_session_new(struct client_session **ret, struct session_set *set, uint32_t context,
                        struct error *err)
 {
-    const struct model_config *config = model_config(engine_thread_model(set->engine));
+    const struct model_config *config;
     struct client_session *s;
 
     if (set->stopping)
         return error_set(err, ESHUTDOWN, "the daemon is about to end");
+    if (!set->engine)
+        return error_set(err, EAGAIN, "no model is loaded; see llmctl model list");
+    config = model_config(engine_thread_model(set->engine));
     if (context > config->context_max)
         return error_set(err, EINVAL, "context: %u is more than the model's %u tokens", context,
                          config->context_max);

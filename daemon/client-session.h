@@ -22,12 +22,17 @@ struct session_set;
 /* changed: a request or a stream came or went; for whoever waits until all is quiet. */
 typedef void (*session_set_changed)(void *userdata);
 
+/* Borrows event. Has no engine yet. 0, -errno */
+int session_set_new(struct session_set **ret, sd_event *event, session_set_changed changed,
+                    void *userdata);
+
 /*
- * Borrows event and engine thread. context_max: most tokens of a session that asks for nothing
- * else, at most the model's; 0: the model's. 0, -errno
+ * Borrows the engine thread; NULL: there is none any more. No session may be open and all jobs must
+ * have come back. context_max: most tokens of a session that asks for nothing else, at most the
+ * model's; 0: the model's. 0, -errno: there is none now
  */
-int session_set_new(struct session_set **ret, sd_event *event, struct engine_thread *t,
-                    uint32_t context_max, session_set_changed changed, void *userdata);
+int session_set_set_engine(struct session_set *set, struct engine_thread *t, uint32_t context_max);
+
 /* All sessions must be gone and all jobs have come back; streams that still flush are cut. */
 struct session_set *session_set_free(struct session_set *set);
 void session_set_freep(struct session_set **set);
@@ -35,7 +40,7 @@ void session_set_freep(struct session_set **set);
 uint32_t session_set_n_sessions(const struct session_set *set);
 bool session_set_is_quiet(const struct session_set *set); /* neither jobs nor streams */
 struct engine_thread *session_set_engine(const struct session_set *set);
-const char *session_set_model_name(const struct session_set *set);
+const char *session_set_model_name(const struct session_set *set); /* "" without engine */
 
 /* Whether the text names the model served: its name, or its path. */
 bool session_set_serves(const struct session_set *set, const char *model);
@@ -46,7 +51,7 @@ bool session_set_is_stopping(const struct session_set *set);
 void session_set_cut_streams(struct session_set *set);
 
 /*
- * context: tokens, 0: the default. 0, -EINVAL: context above the model's, -EDQUOT, -ESHUTDOWN,
+ * context: tokens, 0: the default. 0, -EAGAIN: no model, -EINVAL: context above the model's, -EDQUOT, -ESHUTDOWN,
  * -ENOMEM
  */
 int client_session_new(struct client_session **ret, struct session_set *set, uint32_t context,

@@ -55,19 +55,22 @@ static int start(struct connection *c, sd_event *event, int *fd)
     return sd_bus_attach_event(c->bus, event, SD_EVENT_PRIORITY_NORMAL);
 }
 
-int connection_new(struct connection **ret, sd_event *event, int fd, struct session_set *sessions,
+int connection_new(struct connection **ret, struct service *s, int fd, struct client_identity *who,
                    connection_gone gone, void *userdata)
 {
     struct connection *c = calloc(1, sizeof(*c));
     int r = -ENOMEM;
 
     if (c) {
-        c->sessions = sessions;
+        c->who = *who;
+        *who = (struct client_identity){.pidfd = -EBADF};
+        c->sessions = s->sessions;
         c->gone = gone;
         c->userdata = userdata;
-        r = start(c, event, &fd);
+        r = start(c, s->event, &fd);
     }
     closep(&fd);
+    client_identity_done(who);
     if (r < 0) {
         connection_free(c);
         return r;
@@ -89,6 +92,7 @@ struct connection *connection_free(struct connection *c)
         sd_bus_detach_event(c->bus);
         sd_bus_close_unref(c->bus);
     }
+    client_identity_done(&c->who);
     free(c);
     return NULL;
 }

@@ -11,8 +11,9 @@
 #include <systemd/sd-bus.h>
 
 #include "base/error.h"
+#include "daemon/authority.h"
 #include "daemon/client-session.h"
-#include "ipc/runtime-dir.h"
+#include "daemon/service.h"
 
 #define CONNECTION_SESSIONS_MAX 16u
 
@@ -21,8 +22,8 @@ struct connection;
 /* Called once when the peer is gone; the receiver calls connection_free(). */
 typedef void (*connection_gone)(struct connection *c, void *userdata);
 
-/* Takes fd (in every case). 0, -errno */
-int connection_new(struct connection **ret, sd_event *event, int fd, struct session_set *sessions,
+/* Takes fd and what *who owns (in every case). 0, -errno */
+int connection_new(struct connection **ret, struct service *s, int fd, struct client_identity *who,
                    connection_gone gone, void *userdata);
 struct connection *connection_free(struct connection *c);
 
@@ -36,6 +37,7 @@ struct session_object {
 
 struct connection {
     sd_bus *bus;
+    struct client_identity who;
     struct session_set *sessions; /* borrowed */
     struct session_object *objects;
     uint32_t n_objects;

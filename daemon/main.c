@@ -22,9 +22,11 @@
 
 #include "base/cleanup.h"
 #include "base/standard-fds.h"
+#include "daemon/client-session.h"
 #include "daemon/engine-thread.h"
 #include "daemon/log.h"
 #include "daemon/server.h"
+#include "daemon/service.h"
 #include "engine/model-file.h"
 #include "engine/model.h"
 #include "ipc/names.h"
@@ -238,7 +240,9 @@ static int serve(struct arguments *a, struct error *err)
     CLEANUP(model_freep) struct model *model = NULL;
     CLEANUP(sd_event_unrefp) sd_event *event = NULL;
     CLEANUP(engine_thread_freep) struct engine_thread *engine = NULL;
+    CLEANUP(session_set_freep) struct session_set *sessions = NULL;
     CLEANUP(server_freep) struct server *server = NULL;
+    struct service service;
     struct server_options options;
     int r;
 
@@ -254,8 +258,7 @@ static int serve(struct arguments *a, struct error *err)
 
     /* Before the model is opened, so that of two daemons one gives up at once. */
     options = (struct server_options){.socket_path = a->socket ? a->socket : default_socket,
-                                      .idle_usec = a->idle_sec * UINT64_C(1000000),
-                                      .context_max = a->context};
+                                      .idle_usec = a->idle_sec * UINT64_C(1000000)};
     r = server_new(&server, &options, err);
     if (r < 0)
         return r;
@@ -275,7 +278,19 @@ static int serve(struct arguments *a, struct error *err)
     r = sd_event_default(&event);
     if (r < 0)
         return error_set(err, -r, "cannot set up the event loop: %s", strerror(-r));
-    r = server_start(server, event, engine, err);
+    r = session_set_new(&sessions, event, server_something_went, server);
+    if (r >= 0)
+        r = session_set_set_engine(sessions, engine, a->context);
+    if (r < 0)
+        return error_set(err, -r, "cannot set up the sessions: %s", strerror(-r));
+    service = (struct service){.event = event,
+                               .scope = SCOPE_PRIVATE,
+                               .state = SERVICE_READY,
+                               .model = model,
+                               .engine = engine,
+                               .sessions = sessions,
+                               .server = server};
+    r = server_start(server, &service, err);
     if (r < 0)
         return r;
     say_ready(a, engine);

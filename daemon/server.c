@@ -21,6 +21,7 @@
 #include "base/cleanup.h"
 #include "daemon/connection.h"
 #include "daemon/log.h"
+#include "daemon/service.h"
 
 #define CONNECTIONS_MAX 64u
 #define GRACE_USEC 2000000u /* for readers to take what a stopped request still has to say */
@@ -36,12 +37,12 @@ struct server {
     int lock_fd;   /* SOCKET.lock, locked */
     int listen_fd; /* after server_start() */
     uint64_t idle_usec;
-    uint32_t context_max;
 
     sd_event *event;
+    struct service *service; /* borrowed */
     sd_event_source *listen_source, *term_source, *int_source;
     sd_event_source *idle_timer, *grace_timer;
-    struct session_set *sessions;
+    struct session_set *sessions; /* borrowed */
     struct client *clients;
     uint32_t n_clients;
 };
@@ -104,7 +105,7 @@ static bool is_idle(const struct server *s)
 }
 
 /* After anything that may have been the last: leave, or get ready to. */
-static void on_changed(void *userdata)
+void server_something_went(void *userdata)
 {
     struct server *s = userdata;
 
@@ -131,17 +132,17 @@ static void on_connection_gone(struct connection *c, void *userdata)
     struct server *s = client->server;
 
     client_gone(c, client);
-    on_changed(s);
+    server_something_went(s);
 }
 
 static void admit(struct server *s, int fd)
 {
     CLEANUP(closep) int owned = fd;
+    CLEANUP(client_identity_done) struct client_identity peer = {.pidfd = -EBADF};
     struct client *client;
-    struct peer peer;
     int r;
 
-    r = peer_of(fd, &peer);
+    r = client_identity_of_socket(&peer, fd);
     if (r < 0 || peer.uid != geteuid()) {
         log_warning("refused a connection of user %d", r < 0 ? -1 : (int)peer.uid);
         return;
@@ -157,8 +158,8 @@ static void admit(struct server *s, int fd)
         return;
     }
     client->server = s;
-    r = connection_new(&client->connection, s->event, TAKE_FD(owned), s->sessions,
-                       on_connection_gone, client);
+    r = connection_new(&client->connection, s->service, TAKE_FD(owned), &peer, on_connection_gone,
+                       client);
     if (r < 0) {
         log_warning("refused a connection: %s", strerror(-r));
         free(client);
@@ -206,7 +207,7 @@ static int on_idle(sd_event_source *source, uint64_t usec, void *userdata)
         return 0;
     start_fd = open_lock(s->path, "start", NULL);
     if (start_fd >= 0 && flock(start_fd, LOCK_EX | LOCK_NB) < 0) {
-        on_changed(s); /* somebody is about to come: wait again */
+        server_something_went(s); /* somebody is about to come: wait again */
         return 0;
     }
     on_accept(s->listen_source, s->listen_fd, EPOLLIN, s); /* came while we made up our mind */
@@ -225,7 +226,7 @@ static int on_grace_over(sd_event_source *source, uint64_t usec, void *userdata)
 
     (void)source;
     (void)usec;
-    session_set_cut_streams(s->sessions); /* its changes lead to on_changed() */
+    session_set_cut_streams(s->sessions); /* its changes lead to server_something_went() */
     return 0;
 }
 
@@ -244,7 +245,7 @@ static int on_signal(sd_event_source *source, const struct signalfd_siginfo *inf
     session_set_stop(s->sessions);
     sd_event_source_set_enabled(s->grace_timer, SD_EVENT_ONESHOT);
     sd_event_source_set_time_relative(s->grace_timer, GRACE_USEC);
-    on_changed(s);
+    server_something_went(s);
     return 0;
 }
 
@@ -258,7 +259,6 @@ int server_new(struct server **ret, const struct server_options *options, struct
         return error_set(err, ENOMEM, "out of memory");
     s->lock_fd = s->listen_fd = -EBADF;
     s->idle_usec = options->idle_usec;
-    s->context_max = options->context_max;
     if (strlen(options->socket_path) >= sizeof(((struct sockaddr_un *)NULL)->sun_path))
         return error_set(err, ENAMETOOLONG, "%s: the path of a socket has at most %zu bytes",
                          options->socket_path, sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1);
@@ -293,15 +293,16 @@ static int start_listening(struct server *s, struct error *err)
     return 0;
 }
 
-int server_start(struct server *s, sd_event *event, struct engine_thread *t, struct error *err)
+int server_start(struct server *s, struct service *service, struct error *err)
 {
+    sd_event *event = service->event;
     int r;
 
+    s->service = service;
+    s->sessions = service->sessions;
     s->event = sd_event_ref(event);
-    r = session_set_new(&s->sessions, event, t, s->context_max, on_changed, s);
-    if (r >= 0)
-        r = sd_event_add_time_relative(event, &s->idle_timer, CLOCK_MONOTONIC, s->idle_usec, 0,
-                                       on_idle, s);
+    r = sd_event_add_time_relative(event, &s->idle_timer, CLOCK_MONOTONIC, s->idle_usec, 0, on_idle,
+                                   s);
     if (r >= 0)
         r = sd_event_add_time_relative(event, &s->grace_timer, CLOCK_MONOTONIC, 0, 0, on_grace_over,
                                        s);
@@ -330,7 +331,6 @@ struct server *server_free(struct server *s)
     stop_listening(s);
     while (s->clients)
         client_gone(s->clients->connection, s->clients);
-    session_set_free(s->sessions);
     sd_event_source_disable_unref(s->idle_timer);
     sd_event_source_disable_unref(s->grace_timer);
     sd_event_source_disable_unref(s->term_source);

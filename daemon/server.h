@@ -18,13 +18,12 @@
 
 #include "base/error.h"
 
-struct engine_thread;
 struct server;
+struct service;
 
 struct server_options {
     const char *socket_path;
-    uint64_t idle_usec;   /* leave so long after the last client; 0: never */
-    uint32_t context_max; /* of sessions that ask for nothing else */
+    uint64_t idle_usec; /* leave so long after the last client; 0: never */
 };
 
 /*
@@ -34,7 +33,10 @@ struct server_options {
 int server_new(struct server **ret, const struct server_options *options, struct error *err);
 
 /* Begins to listen. Handles SIGTERM and SIGINT, which must be blocked. 0, -errno */
-int server_start(struct server *s, sd_event *event, struct engine_thread *t, struct error *err);
+int server_start(struct server *s, struct service *service, struct error *err);
+
+/* What session_set_new() is to call, with the server. */
+void server_something_went(void *userdata);
 
 struct server *server_free(struct server *s);
 void server_freep(struct server **s);

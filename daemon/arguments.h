@@ -1,0 +1,30 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/* arguments: the command line of llmd. What it says goes before the configuration. */
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "daemon/service.h"
+#include "engine/engine.h"
+
+struct arguments {
+    enum service_scope scope;
+    bool check_config;
+    const char *config_file; /* NULL: where the scope has it */
+    const char *model;       /* a file, or the name of a model; NULL: configured */
+    const char *socket;      /* NULL: where the scope has it */
+    struct engine_options engine;
+    uint32_t context; /* 0: configured */
+    bool has_activations, has_kv_type, has_idle;
+    uint64_t idle_usec;
+    bool no_bus;
+    int ready_fd;
+};
+
+#define EXIT_USAGE 2
+
+/* true: go on; false: exit with *ret_status, all is said. ret borrows from argv. */
+bool arguments_parse(struct arguments *ret, int argc, char **argv, int *ret_status);
