@@ -20,6 +20,13 @@ enum value_type {
     VALUE_STRINGS,
     VALUE_MESSAGES, /* strings: role, text, role, text, ... */
     VALUE_FD,
+    VALUE_OBJECT, /* a string */
+    VALUE_BIASES,
+};
+
+struct bias {
+    uint32_t token;
+    double bias;
 };
 
 struct value {
@@ -29,6 +36,8 @@ struct value {
     uint64_t integer;
     char **strings; /* [n_strings]; VALUE_STRING: one */
     size_t n_strings;
+    struct bias *biases; /* [n_biases] */
+    size_t n_biases;
     int fd;
 };
 
@@ -53,6 +62,7 @@ void llm_options_free(struct llm_options *o)
         for (size_t k = 0; k < v->n_strings; k++)
             free(v->strings[k]);
         free(v->strings);
+        free(v->biases);
         free(v->name);
         closep(&v->fd);
     }
@@ -66,7 +76,7 @@ static struct value *add(struct llm_options *o, const char *name, enum value_typ
     struct value *grown;
     char *copy;
 
-    if (type == VALUE_STRINGS || type == VALUE_MESSAGES)
+    if (type == VALUE_STRINGS || type == VALUE_MESSAGES || type == VALUE_BIASES)
         for (size_t i = 0; i < o->n; i++)
             if (o->values[i].type == type && strcmp(o->values[i].name, name) == 0)
                 return &o->values[i];
@@ -101,11 +111,28 @@ static int add_string(struct value *v, const char *text)
     return 0;
 }
 
+static int set_string(struct llm_options *o, const char *name, enum value_type type,
+                      const char *text)
+{
+    struct value *v = add(o, name, type);
+    int r;
+
+    if (!v)
+        return -ENOMEM;
+    r = add_string(v, text);
+    if (r < 0)
+        free(o->values[--o->n].name); /* no value without its text */
+    return r;
+}
+
 int llm_options_set_string(struct llm_options *o, const char *name, const char *value)
 {
-    struct value *v = add(o, name, VALUE_STRING);
+    return set_string(o, name, VALUE_STRING, value);
+}
 
-    return v ? add_string(v, value) : -ENOMEM;
+int llm_options_set_object(struct llm_options *o, const char *name, const char *path)
+{
+    return set_string(o, name, VALUE_OBJECT, path);
 }
 
 int llm_options_set_double(struct llm_options *o, const char *name, double value)
@@ -166,6 +193,21 @@ int llm_options_add_message(struct llm_options *o, const char *role, const char 
     return r;
 }
 
+int llm_options_add_logit_bias(struct llm_options *o, uint32_t token, double bias)
+{
+    struct value *v = add(o, "logit-bias", VALUE_BIASES);
+    struct bias *grown;
+
+    if (!v)
+        return -ENOMEM;
+    grown = reallocarray(v->biases, v->n_biases + 1, sizeof(*grown));
+    if (!grown)
+        return -ENOMEM;
+    v->biases = grown;
+    v->biases[v->n_biases++] = (struct bias){token, bias};
+    return 0;
+}
+
 int llm_options_set_memory(struct llm_options *o, const char *name, const void *data, size_t n)
 {
     CLEANUP(closep) int fd = -EBADF;
@@ -223,6 +265,22 @@ static int append_messages(const struct value *v, sd_bus_message *m)
     return r < 0 ? r : sd_bus_message_close_container(m);
 }
 
+static int append_biases(const struct value *v, sd_bus_message *m)
+{
+    int r;
+
+    if ((r = sd_bus_message_open_container(m, 'v', "a{ud}")) < 0 ||
+        (r = sd_bus_message_open_container(m, 'a', "{ud}")) < 0)
+        return r;
+    for (size_t i = 0; i < v->n_biases; i++) {
+        r = sd_bus_message_append(m, "{ud}", v->biases[i].token, v->biases[i].bias);
+        if (r < 0)
+            return r;
+    }
+    r = sd_bus_message_close_container(m);
+    return r < 0 ? r : sd_bus_message_close_container(m);
+}
+
 static int append_value(const struct value *v, sd_bus_message *m)
 {
     switch (v->type) {
@@ -242,6 +300,10 @@ static int append_value(const struct value *v, sd_bus_message *m)
         return append_messages(v, m);
     case VALUE_FD:
         return sd_bus_message_append(m, "v", "h", v->fd);
+    case VALUE_OBJECT:
+        return sd_bus_message_append(m, "v", "o", v->strings[0]);
+    case VALUE_BIASES:
+        return append_biases(v, m);
     }
     return -EINVAL;
 }
@@ -259,4 +321,12 @@ int llm_options_append(const struct llm_options *o, sd_bus_message *m)
         r = sd_bus_message_close_container(m);
     }
     return r < 0 ? r : sd_bus_message_close_container(m);
+}
+
+bool llm_options_is_set(const struct llm_options *o, const char *name)
+{
+    for (size_t i = 0; o && i < o->n; i++)
+        if (o->values[i].type == VALUE_BOOL && strcmp(o->values[i].name, name) == 0)
+            return o->values[i].integer != 0;
+    return false;
 }

@@ -82,6 +82,9 @@ static bool to_event(const struct record *record, struct llm_event *ret)
         e.type = LLM_ERROR;
         e.name = record->name;
         e.message = record->message;
+        e.has_sizes = record->has_sizes;
+        e.requested = record->requested;
+        e.available = record->available;
         break;
     }
     *ret = e;

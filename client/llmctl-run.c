@@ -350,6 +350,8 @@ static void take_event(struct answer *a, const struct llm_event *e)
         }
         break;
     case LLM_USAGE:
+    case LLM_QUEUED:
+    case LLM_PROGRESS:
         break;
     case LLM_END:
         a->over = true;

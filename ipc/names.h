@@ -23,6 +23,11 @@
 #define LLM_ACTION_INSPECT_SESSIONS "org.llmd.Llm1.inspect-sessions"
 #define LLM_ACTION_MANAGE_QUOTAS "org.llmd.Llm1.manage-quotas"
 
+/* The system service's directory, and its socket's name there; the user service's socket has the
+ * same name within the runtime directory. */
+#define LLM_SYSTEM_RUNTIME_DIR "/run/llmd"
+#define LLM_SOCKET "llmd.socket"
+
 /* The private daemon's socket within the runtime directory (ipc/runtime-dir.h). */
 #define LLM_PRIVATE_SOCKET "private.sock"
 
