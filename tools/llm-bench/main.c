@@ -8,7 +8,6 @@
 
 #include <errno.h>
 #include <getopt.h>
-#include <json-c/json.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -21,7 +20,9 @@
 #include "base/standard-fds.h"
 #include "engine/model-file.h"
 #include "tools/common/engine-args.h"
+#include "tools/llm-bench/json.h"
 #include "tools/llm-bench/probe.h"
+#include "tools/llm-bench/serve.h"
 #include "tools/llm-bench/traffic.h"
 
 #define EXIT_USAGE 2
@@ -30,8 +31,10 @@
 
 static const char help[] =
     "Usage: llm-bench [OPTION]... MODEL\n"
+    "       llm-bench serve [OPTION]... MODEL\n"
     "Measures how fast a model computes: prefill (reading a prompt) and decoding (one token\n"
     "per session and step), and compares decoding with the memory's bandwidth, its limit.\n"
+    "With 'serve': what clients of the daemon feel; see llm-bench serve --help.\n"
     "\n"
     "  --prompt LIST            tokens of the prompts (128,512)\n"
     "  --sessions LIST          sessions served at a time (1,2,4)\n"
@@ -315,25 +318,6 @@ static void print_table(const struct engine *e, const struct bench_options *o,
     }
 }
 
-/* False when out of memory, as json-c tells it. */
-static bool put(struct json_object *o, const char *key, struct json_object *value)
-{
-    if (value && json_object_object_add(o, key, value) == 0)
-        return true;
-    json_object_put(value);
-    return false;
-}
-
-static struct json_object *number(double x)
-{
-    return json_object_new_double(x);
-}
-
-static struct json_object *whole(uint64_t x)
-{
-    return json_object_new_int64((int64_t)MIN(x, (uint64_t)INT64_MAX));
-}
-
 static bool put_results(struct json_object *array, const struct bench_options *o,
                         const struct probe *probe, const struct result *results, size_t n)
 {
@@ -521,6 +505,8 @@ int main(int argc, char **argv)
     int r;
 
     standard_fds_fill();
+    if (argc > 1 && strcmp(argv[1], "serve") == 0)
+        return serve_main(argc - 1, argv + 1);
     r = parse_options(&o, argc, argv);
     if (r == EXIT_USAGE)
         return EXIT_USAGE;
