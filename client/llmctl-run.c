@@ -9,12 +9,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <limits.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -37,7 +34,6 @@ static void help(void)
          "      --instructions TEXT        how to answer, for the model\n"
          "      --raw                      the prompt as it is, without chat template\n"
          "  -n, --no-stdin                 do not read standard input\n"
-         "      --json                     print the stream's records instead of the text\n"
          "      --max-tokens N             most tokens of the answer\n"
          "      --temperature X            0: always the most probable token\n"
          "      --top-k N, --top-p X, --min-p X\n"
@@ -51,22 +47,14 @@ static void help(void)
          "      --context N                tokens the conversation may hold\n"
          "      --model FILE               the model for a daemon that is started (default:\n"
          "                                 $LLMD_MODEL, else the installed one)\n"
-         "      --socket PATH              where the daemon listens\n"
-         "      --no-start                 do not start a daemon\n"
-         "      --timeout SECONDS          give up after that time\n"
-         "  -h, --help                     print this and exit\n"
-         "\n"
-         "See llmctl(1).");
+         "      --no-start                 do not start a daemon\n" GLOBAL_HELP);
 }
 
 enum {
     OPT_INSTRUCTIONS = 256,
     OPT_RAW,
-    OPT_JSON,
     OPT_MODEL,
-    OPT_SOCKET,
     OPT_NO_START,
-    OPT_TIMEOUT,
     OPT_CONTEXT,
     OPT_BUS, /* and up: options that go to the daemon as they are, by place in bus_options */
 };
@@ -97,34 +85,9 @@ struct run {
     struct start_options start;
     struct llm_options *options, *session_options;
     struct buffer prompt;
-    bool raw, json, no_stdin;
+    bool raw, no_stdin;
     const char *instructions;
-    uint64_t timeout_usec;
 };
-
-static bool parse_unsigned(const char *text, uint64_t most, uint64_t *ret)
-{
-    char *end;
-    unsigned long long v;
-
-    if (text[0] < '0' || text[0] > '9')
-        return false;
-    errno = 0;
-    v = strtoull(text, &end, 10);
-    if (errno != 0 || *end || v > most)
-        return false;
-    *ret = v;
-    return true;
-}
-
-static bool parse_double(const char *text, double *ret)
-{
-    char *end;
-
-    errno = 0;
-    *ret = strtod(text, &end);
-    return errno == 0 && end != text && *end == 0;
-}
 
 static int set_bus_option(struct run *run, size_t i, const char *value)
 {
@@ -162,29 +125,25 @@ static int set_bus_option(struct run *run, size_t i, const char *value)
 /* -1: go on; else the exit status. */
 static int parse_arguments(struct run *run, int argc, char **argv)
 {
-    struct option options[16 + N_BUS_OPTIONS] = {
+    struct option table[8 + N_BUS_OPTIONS] = {
         {"instructions", required_argument, NULL, OPT_INSTRUCTIONS},
         {"raw", no_argument, NULL, OPT_RAW},
         {"no-stdin", no_argument, NULL, 'n'},
-        {"json", no_argument, NULL, OPT_JSON},
         {"model", required_argument, NULL, OPT_MODEL},
-        {"socket", required_argument, NULL, OPT_SOCKET},
         {"no-start", no_argument, NULL, OPT_NO_START},
-        {"timeout", required_argument, NULL, OPT_TIMEOUT},
         {"context", required_argument, NULL, OPT_CONTEXT},
-        {"help", no_argument, NULL, 'h'},
     };
-    size_t n = 10;
+    const struct verb_options options = {.letters = "n", .options = table, .help = help};
+    size_t n = 6;
     uint64_t integer;
-    double seconds;
-    int c, status;
+    int c, status = STATUS_FAILED;
 
     for (size_t i = 0; i < N_BUS_OPTIONS; i++)
-        options[n++] = (struct option){bus_options[i].name,
-                                       bus_options[i].type == 'b' ? no_argument : required_argument,
-                                       NULL, OPT_BUS + (int)i};
+        table[n++] = (struct option){bus_options[i].name,
+                                     bus_options[i].type == 'b' ? no_argument : required_argument,
+                                     NULL, OPT_BUS + (int)i};
 
-    while ((c = getopt_long(argc, argv, "hn", options, NULL)) >= 0) {
+    while ((c = next_option(&options, argc, argv, &status)) >= 0) {
         switch (c) {
         case OPT_INSTRUCTIONS:
             run->instructions = optarg;
@@ -195,22 +154,11 @@ static int parse_arguments(struct run *run, int argc, char **argv)
         case 'n':
             run->no_stdin = true;
             break;
-        case OPT_JSON:
-            run->json = true;
-            break;
         case OPT_MODEL:
             run->start.model = optarg;
             break;
-        case OPT_SOCKET:
-            run->start.socket = optarg;
-            break;
         case OPT_NO_START:
             run->start.no_start = true;
-            break;
-        case OPT_TIMEOUT:
-            if (!parse_double(optarg, &seconds) || !(seconds > 0 && seconds <= 1e9))
-                return usage_error("--timeout wants a number of seconds, not %s", optarg);
-            run->timeout_usec = (uint64_t)(seconds * 1e6) + 1;
             break;
         case OPT_CONTEXT:
             if (!parse_unsigned(optarg, UINT32_MAX, &integer) || integer == 0)
@@ -218,17 +166,14 @@ static int parse_arguments(struct run *run, int argc, char **argv)
             if (llm_options_set_uint32(run->session_options, "context", (uint32_t)integer) < 0)
                 return complain(STATUS_FAILED, "out of memory");
             break;
-        case 'h':
-            help();
-            return STATUS_OK;
         default:
-            if (c < OPT_BUS)
-                return usage_error("wrong arguments"); /* getopt_long() has said which */
             status = set_bus_option(run, (size_t)(c - OPT_BUS), optarg);
             if (status != STATUS_OK)
                 return status;
         }
     }
+    if (c == OPTION_STOP)
+        return status;
     if (run->raw && run->instructions)
         return usage_error("--raw and --instructions exclude each other");
     return -1;
@@ -426,7 +371,7 @@ static int ask(struct run *run, struct answer *a)
     if (r == 0)
         r = llm_stream_new(&stream, fd);
     if (r == 0) {
-        if (run->json)
+        if (a->json)
             llm_stream_tap(stream, copy_out, a);
         status = read_answer(stream, a);
     } else {
@@ -462,8 +407,8 @@ int verb_run(int argc, char **argv)
     else
         status = parse_arguments(&run, argc, argv);
     if (status == -1) {
-        deadlines_begin(run.timeout_usec);
-        answer.json = run.json;
+        deadlines_begin(global.timeout_usec);
+        answer.json = global.json != JSON_OFF;
         answer.terminal = isatty(STDOUT_FILENO);
         status = read_prompt(&run, argc, argv);
         if (status == STATUS_OK)

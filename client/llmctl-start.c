@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/wait.h>
+#include <systemd/sd-bus.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
@@ -92,13 +93,23 @@ static size_t own_folder(char out[PATH_MAX])
     return (size_t)(slash - out);
 }
 
-static int default_model(char **ret)
+struct model_folders {
+    char *owned[2];
+    const char *paths[3];
+    size_t n;
+};
+
+static void model_folders_done(struct model_folders *f)
 {
-    CLEANUP(freep) char *own = NULL, *built = NULL;
+    free(f->owned[0]);
+    free(f->owned[1]);
+}
+
+/* The user's own, the build's, the installation's. */
+static int find_folders(struct model_folders *f)
+{
     const char *data = getenv("XDG_DATA_HOME"), *home = getenv("HOME");
-    const char *folders[3];
     char program[PATH_MAX];
-    size_t n = 0;
     int r;
 
     if (!home || !home[0]) { /* a service, perhaps */
@@ -107,38 +118,72 @@ static int default_model(char **ret)
         home = me ? me->pw_dir : "";
     }
     if (data && data[0] == '/')
-        r = asprintf(&own, "%s/llmd/models", data);
+        r = asprintf(&f->owned[0], "%s/llmd/models", data);
     else
-        r = asprintf(&own, "%s/.local/share/llmd/models", home);
+        r = asprintf(&f->owned[0], "%s/.local/share/llmd/models", home);
     if (r < 0) {
-        own = NULL;
+        f->owned[0] = NULL;
         return complain(STATUS_FAILED, "out of memory");
     }
-    folders[n++] = own;
+    f->paths[f->n++] = f->owned[0];
     if (own_folder(program) > 0) { /* where the build puts the demo model */
-        if (asprintf(&built, "%s/../models", program) < 0) {
-            built = NULL;
+        if (asprintf(&f->owned[1], "%s/../models", program) < 0) {
+            f->owned[1] = NULL;
             return complain(STATUS_FAILED, "out of memory");
         }
-        folders[n++] = built;
+        f->paths[f->n++] = f->owned[1];
     }
-    folders[n++] = LLMD_DATADIR "/models";
-    for (size_t i = 0; i < n; i++) {
-        r = model_in(folders[i], ret);
+    f->paths[f->n++] = LLMD_DATADIR "/models";
+    return STATUS_OK;
+}
+
+static int default_model(char **ret)
+{
+    CLEANUP(model_folders_done) struct model_folders f = {0};
+    int r = find_folders(&f);
+
+    if (r != STATUS_OK)
+        return r;
+    for (size_t i = 0; i < f.n; i++) {
+        r = model_in(f.paths[i], ret);
         if (r == -ENOTUNIQ)
             return complain(STATUS_FAILED,
                             "%s holds several models: name one with --model, or link one as "
                             "default" MODEL_SUFFIX " there",
-                            folders[i]);
+                            f.paths[i]);
         if (r < 0)
-            return complain(STATUS_FAILED, "%s: %s", folders[i], strerror(-r));
+            return complain(STATUS_FAILED, "%s: %s", f.paths[i], strerror(-r));
         if (r > 0)
             return STATUS_OK;
     }
     return complain(STATUS_FAILED,
                     "there is no model in %s or %s: make one with llm-import, or name one with "
                     "--model",
-                    own, LLMD_DATADIR "/models");
+                    f.paths[0], LLMD_DATADIR "/models");
+}
+
+/* The file of a model known by its name. */
+static int named_model(const char *name, char **ret)
+{
+    CLEANUP(model_folders_done) struct model_folders f = {0};
+    int r = find_folders(&f);
+
+    if (r != STATUS_OK)
+        return r;
+    for (size_t i = 0; i < f.n; i++) {
+        CLEANUP(freep) char *path = NULL;
+
+        if (asprintf(&path, "%s/%s" MODEL_SUFFIX, f.paths[i], name) < 0) {
+            path = NULL;
+            return complain(STATUS_FAILED, "out of memory");
+        }
+        if (access(path, F_OK) == 0) {
+            *ret = TAKE_PTR(path);
+            return STATUS_OK;
+        }
+    }
+    return complain(STATUS_FAILED, "there is no model %s in %s or %s", name, f.paths[0],
+                    LLMD_DATADIR "/models");
 }
 
 /* ---- which program ---- */
@@ -294,8 +339,8 @@ static int connect_or_start_locked(const char *socket, const char *model,
                         socket);
     if (!is_absent(r))
         return complain(STATUS_FAILED, "%s", err.message);
-    if (!model) {
-        status = default_model(&found);
+    if (!model || model[0] != '/') {
+        status = model ? named_model(model, &found) : default_model(&found);
         if (status != STATUS_OK)
             return status;
         model = found;
@@ -307,55 +352,120 @@ static int connect_or_start_locked(const char *socket, const char *model,
     return r == 0 ? STATUS_OK : complain(STATUS_NOT_RUNNING, "%s", err.message);
 }
 
-int connect_or_start(const struct start_options *o, struct llm_connection **ret, char **ret_model)
+/* ---- where ---- */
+
+/* A service that is there without us. *ret stays as it is where none is, which is no complaint yet.
+ */
+static int connect_service(enum llm_scope scope, struct llm_connection **ret)
 {
-    CLEANUP(freep) char *own_socket = NULL, *model = NULL, *lock_path = NULL;
+    struct llm_error err;
+    int r;
+
+    r = llm_connect_scope(ret, scope, &err);
+    if (r < 0 && !is_absent(r))
+        return complain(status_of(r), "the %s's llmd: %s",
+                        scope == LLM_SCOPE_SYSTEM ? "system" : "user", err.message);
+    return STATUS_OK;
+}
+
+/* --socket, or the private daemon's; absolute, since a daemon is started in another folder. */
+static int find_socket(char **ret)
+{
+    CLEANUP(freep) char *folder = NULL;
+    struct llm_error err;
+
+    if (!global.socket)
+        return llm_default_socket(ret, &err) < 0 ? complain(STATUS_FAILED, "%s", err.message)
+                                                 : STATUS_OK;
+    folder = global.socket[0] == '/' ? strdup("") : getcwd(NULL, 0);
+    if (!folder || asprintf(ret, "%s%s%s", folder, folder[0] ? "/" : "", global.socket) < 0)
+        return complain(STATUS_FAILED, "%s: %s", global.socket, strerror(errno));
+    return STATUS_OK;
+}
+
+static int connect_private(const struct start_options *o, const char *model,
+                           struct llm_connection **ret)
+{
+    CLEANUP(freep) char *socket = NULL, *lock_path = NULL;
     CLEANUP(closep) int lock_fd = -EBADF;
-    const char *asked = o->model ? o->model : getenv("LLMD_MODEL");
-    const char *socket = o->socket;
     struct llm_error err;
     int r, status;
 
-    if (!socket) {
-        r = llm_default_socket(&own_socket, &err);
-        if (r < 0)
-            return complain(STATUS_FAILED, "%s", err.message);
-        socket = own_socket;
-    } else if (socket[0] != '/') { /* the daemon is started in another folder */
-        CLEANUP(freep) char *folder = getcwd(NULL, 0);
-
-        if (!folder || asprintf(&own_socket, "%s/%s", folder, socket) < 0) {
-            own_socket = NULL;
-            return complain(STATUS_FAILED, "%s: %s", socket, strerror(errno));
-        }
-        socket = own_socket;
-    }
-    if (asked && asked[0]) {
-        model = realpath(asked, NULL);
-        if (!model)
-            return complain(STATUS_FAILED, "%s: %s", asked, strerror(errno));
-    }
-
+    status = find_socket(&socket);
+    if (status != STATUS_OK)
+        return status;
     r = llm_connect(ret, socket, &err);
-    if (r < 0 && !is_absent(r))
+    if (r == 0)
+        return STATUS_OK;
+    if (!is_absent(r))
         return complain(STATUS_FAILED, "%s", err.message);
-    if (r < 0 && o->no_start)
+    if (o->no_start)
         return complain(STATUS_NOT_RUNNING, "llmd does not run (%s)", err.message);
-    if (r < 0) {
-        if (asprintf(&lock_path, "%s.start", socket) < 0) {
-            lock_path = NULL;
-            return complain(STATUS_FAILED, "out of memory");
-        }
-        lock_fd = open(lock_path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-        if (lock_fd < 0)
+    if (asprintf(&lock_path, "%s.start", socket) < 0) {
+        lock_path = NULL;
+        return complain(STATUS_FAILED, "out of memory");
+    }
+    lock_fd = open(lock_path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (lock_fd < 0)
+        return complain(STATUS_FAILED, "%s: %s", lock_path, strerror(errno));
+    while (flock(lock_fd, LOCK_EX) < 0)
+        if (errno != EINTR)
             return complain(STATUS_FAILED, "%s: %s", lock_path, strerror(errno));
-        while (flock(lock_fd, LOCK_EX) < 0)
-            if (errno != EINTR)
-                return complain(STATUS_FAILED, "%s: %s", lock_path, strerror(errno));
-        status = connect_or_start_locked(socket, model, ret);
+    return connect_or_start_locked(socket, model, ret);
+}
+
+/* A file's absolute path where the argument can only be one; else the name as it is. */
+static int find_model(const char *asked, char **ret)
+{
+    if (strchr(asked, '/') || has_suffix(asked))
+        *ret = realpath(asked, NULL);
+    else
+        *ret = strdup(asked);
+    return *ret ? STATUS_OK : complain(STATUS_FAILED, "%s: %s", asked, strerror(errno));
+}
+
+static int connect_any(const struct start_options *o, const char *model,
+                       struct llm_connection **ret)
+{
+    struct llm_connection *c = NULL;
+    int status = STATUS_OK;
+
+    if (!global.socket && (global.scope == LLM_SCOPE_ANY || global.scope == LLM_SCOPE_SYSTEM))
+        status = connect_service(LLM_SCOPE_SYSTEM, &c);
+    if (status == STATUS_OK && !c && !global.socket &&
+        (global.scope == LLM_SCOPE_ANY || global.scope == LLM_SCOPE_USER))
+        status = connect_service(LLM_SCOPE_USER, &c);
+    if (status == STATUS_OK && !c && global.scope == LLM_SCOPE_SYSTEM)
+        return complain(STATUS_NOT_RUNNING, "the system's llmd does not run");
+    if (status == STATUS_OK && !c && global.scope == LLM_SCOPE_USER)
+        return complain(STATUS_NOT_RUNNING, "the user's llmd does not run");
+    if (status == STATUS_OK && !c)
+        status = connect_private(o, model, &c);
+    if (status != STATUS_OK)
+        return status;
+    sd_bus_set_allow_interactive_authorization(llm_connection_bus(c), !global.no_ask_password);
+    *ret = c;
+    return STATUS_OK;
+}
+
+int connect_or_start(const struct start_options *o, struct llm_connection **ret, char **ret_model)
+{
+    CLEANUP(freep) char *model = NULL;
+    const char *asked = o->model ? o->model : getenv("LLMD_MODEL");
+    int status;
+
+    if (asked && asked[0]) {
+        status = find_model(asked, &model);
         if (status != STATUS_OK)
             return status;
     }
-    *ret_model = TAKE_PTR(model);
-    return STATUS_OK;
+    status = connect_any(o, model, ret);
+    if (status == STATUS_OK)
+        *ret_model = TAKE_PTR(model);
+    return status;
+}
+
+int connect_running(struct llm_connection **ret)
+{
+    return connect_any(&(struct start_options){.no_start = true}, NULL, ret);
 }

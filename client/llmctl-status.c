@@ -3,54 +3,33 @@
 
 /* llmctl status: what the daemon says of itself. Never starts one. */
 
-#include <getopt.h>
 #include <inttypes.h>
 #include <stdio.h>
-#include <stdlib.h>
 
-#include "base/cleanup.h"
 #include "client/llmctl.h"
 
 static void help(void)
 {
     puts("Usage: llmctl status [OPTION...]\n"
          "Tells what runs. Status 3 when llmd does not.\n"
-         "\n"
-         "      --socket PATH   where the daemon listens\n"
-         "  -h, --help          print this and exit");
+         "\n" GLOBAL_HELP);
 }
 
 int verb_status(int argc, char **argv)
 {
-    static const struct option options[] = {
-        {"socket", required_argument, NULL, 's'},
-        {"help", no_argument, NULL, 'h'},
-        {NULL, 0, NULL, 0},
-    };
-    struct start_options start = {.no_start = true};
-    CLEANUP(freep) char *model = NULL;
+    static const struct verb_options options = {.help = help};
     struct llm_connection *connection;
     struct llm_status s;
     struct llm_error err;
-    int c, r, status;
+    int r, status;
 
-    while ((c = getopt_long(argc, argv, "h", options, NULL)) >= 0) {
-        switch (c) {
-        case 's':
-            start.socket = optarg;
-            break;
-        case 'h':
-            help();
-            return STATUS_OK;
-        default:
-            return usage_error("wrong arguments");
-        }
-    }
+    if (next_option(&options, argc, argv, &status) == OPTION_STOP)
+        return status;
     if (optind < argc)
         return usage_error("unexpected argument %s", argv[optind]);
 
-    deadlines_begin(0);
-    status = connect_or_start(&start, &connection, &model);
+    deadlines_begin(global.timeout_usec);
+    status = connect_running(&connection);
     if (status != STATUS_OK)
         return status;
     r = llm_get_status(connection, &s, &err);

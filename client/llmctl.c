@@ -1,12 +1,12 @@
 /* SPDX-FileCopyrightText: the llmd authors
  * SPDX-License-Identifier: Apache-2.0 */
 
-/* llmctl: the verbs, and how a process of the command line ends. */
+/* llmctl: the verbs, what they say, and how a process of the command line ends. */
 
 #include "client/llmctl.h"
 
 #include <errno.h>
-#include <poll.h>
+#include <json-c/json.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -15,13 +15,10 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#include "base/checked.h"
 #include "base/standard-fds.h"
 
-static const struct {
-    const char *name;
-    int (*run)(int argc, char **argv);
-    const char *help;
-} verbs[] = {
+static const struct verb verbs[] = {
     {"run", verb_run, "answer one prompt"},
     {"status", verb_status, "tell what the daemon does"},
 };
@@ -33,15 +30,25 @@ static volatile sig_atomic_t held;
 static const char timeout_text[] = "llmctl: no answer within the time given\n";
 static sigset_t mask_while_waiting;
 
+/* ---- messages and output ---- */
+
+static void say(const char *format, va_list ap, const char *end)
+    __attribute__((format(printf, 1, 0), nonnull(1)));
+
+static void say(const char *format, va_list ap, const char *end)
+{
+    fputs("llmctl: ", stderr);
+    vfprintf(stderr, format, ap);
+    fputs(end, stderr);
+}
+
 int complain(int status, const char *format, ...)
 {
     va_list ap;
 
-    fputs("llmctl: ", stderr);
     va_start(ap, format);
-    vfprintf(stderr, format, ap);
+    say(format, ap, "\n");
     va_end(ap);
-    fputc('\n', stderr);
     return status;
 }
 
@@ -49,12 +56,21 @@ int usage_error(const char *format, ...)
 {
     va_list ap;
 
-    fputs("llmctl: ", stderr);
     va_start(ap, format);
-    vfprintf(stderr, format, ap);
+    say(format, ap, "; see llmctl --help\n");
     va_end(ap);
-    fputs("; see llmctl --help\n", stderr);
     return STATUS_USAGE;
+}
+
+void note(const char *format, ...)
+{
+    va_list ap;
+
+    if (global.quiet)
+        return;
+    va_start(ap, format);
+    say(format, ap, "\n");
+    va_end(ap);
 }
 
 int status_of(int r)
@@ -71,6 +87,28 @@ int status_of(int r)
     }
 }
 
+bool colours_on(int fd)
+{
+    const char *none = getenv("NO_COLOR"), *terminal = getenv("TERM");
+
+    return isatty(fd) && !(none && none[0]) && terminal && strcmp(terminal, "dumb") != 0;
+}
+
+int json_print(struct json_object *o)
+{
+    int flags = global.json == JSON_PRETTY ? JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED
+                                           : JSON_C_TO_STRING_PLAIN;
+    const char *text = json_object_to_json_string_ext(o, flags | JSON_C_TO_STRING_NOSLASHESCAPE);
+
+    if (!text)
+        return complain(STATUS_FAILED, "out of memory");
+    if (puts(text) == EOF)
+        return complain(STATUS_FAILED, "cannot write: %s", strerror(errno));
+    return STATUS_OK;
+}
+
+/* ---- interruption ---- */
+
 static void on_signal(int signal_number)
 {
     int status = signal_number == SIGALRM ? STATUS_TIMEOUT : STATUS_INTERRUPTED;
@@ -86,12 +124,13 @@ static void on_signal(int signal_number)
 
 void deadlines_begin(uint64_t timeout_usec)
 {
-    struct sigaction action = {.sa_handler = on_signal};
+    struct sigaction action = {.sa_handler = on_signal}, before;
     struct itimerval timer = {
         .it_value = {(time_t)(timeout_usec / 1000000), (suseconds_t)(timeout_usec % 1000000)},
     };
 
-    sigaction(SIGINT, &action, NULL);
+    if (sigaction(SIGINT, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+        sigaction(SIGINT, &action, NULL);
     sigaction(SIGALRM, &action, NULL);
     setitimer(ITIMER_REAL, &timer, NULL);
 }
@@ -100,6 +139,8 @@ void deadlines_hold(void)
 {
     sigset_t block;
 
+    if (held)
+        return;
     sigemptyset(&block);
     sigaddset(&block, SIGINT);
     sigaddset(&block, SIGALRM);
@@ -107,55 +148,149 @@ void deadlines_hold(void)
     held = 1;
 }
 
+void deadlines_release(void)
+{
+    if (!held)
+        return;
+    held = 0;
+    sigprocmask(SIG_SETMASK, &mask_while_waiting, NULL);
+}
+
+int deadlines_poll(struct pollfd *fds, nfds_t n)
+{
+    if (ppoll(fds, n, NULL, held ? &mask_while_waiting : NULL) < 0) {
+        if (errno != EINTR)
+            return complain(STATUS_FAILED, "poll: %s", strerror(errno));
+        for (nfds_t i = 0; i < n; i++)
+            fds[i].revents = 0;
+    }
+    return passed;
+}
+
 int deadlines_wait(int fd, short events)
 {
     struct pollfd p = {.fd = fd, .events = events};
 
-    if (ppoll(&p, 1, NULL, held ? &mask_while_waiting : NULL) < 0 && errno != EINTR)
-        return complain(STATUS_FAILED, "poll: %s", strerror(errno));
-    return passed;
+    return deadlines_poll(&p, 1);
 }
+
+/* ---- verbs ---- */
+
+/* Insertions, deletions, replacements and swaps of neighbours that lead from one word to the other,
+ * as long as both have fewer than 24 letters; else 24. */
+static size_t distance(const char *a, const char *b)
+{
+    enum { MOST = 24 };
+    size_t n = strlen(a), m = strlen(b), d[MOST][MOST];
+
+    if (n >= MOST || m >= MOST)
+        return MOST;
+    for (size_t i = 0; i <= n; i++)
+        for (size_t j = 0; j <= m; j++) {
+            if (i == 0 || j == 0) {
+                d[i][j] = i + j;
+                continue;
+            }
+            d[i][j] = d[i - 1][j - 1] + (a[i - 1] != b[j - 1]);
+            d[i][j] = MIN(d[i][j], MIN(d[i - 1][j], d[i][j - 1]) + 1);
+            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1])
+                d[i][j] = MIN(d[i][j], d[i - 2][j - 2] + 1);
+        }
+    return d[n][m];
+}
+
+static const struct verb *nearest(const struct verb_table *table, const char *name)
+{
+    const struct verb *best = NULL;
+    size_t least = strlen(name) < 4 ? 2 : 3; /* so many are another word */
+
+    for (size_t i = 0; i < table->n; i++) {
+        size_t d = distance(name, table->verbs[i].name);
+
+        if (d < least) {
+            least = d;
+            best = &table->verbs[i];
+        }
+    }
+    return best;
+}
+
+int verb_dispatch(const struct verb_table *table, int argc, char **argv)
+{
+    /* "+": what follows the verb's name is the verb's */
+    const struct verb_options options = {.letters = "+", .help = table->help};
+    const struct verb *near;
+    int c, first, status = STATUS_FAILED;
+    char *name;
+
+    c = next_option(&options, argc, argv, &status);
+    if (c == OPTION_STOP)
+        return status;
+    first = optind;
+    if (first >= argc)
+        return table->run ? table->run(argc, argv) : usage_error("no %s is given", table->what);
+    name = argv[first];
+    argv[first] = argv[0]; /* for what getopt_long() has to say */
+    optind = 0;            /* begin anew */
+    for (size_t i = 0; i < table->n; i++)
+        if (strcmp(name, table->verbs[i].name) == 0)
+            return table->verbs[i].run(argc - first, argv + first);
+    near = nearest(table, name);
+    if (near)
+        return usage_error("unknown %s %s (did you mean %s?)", table->what, name, near->name);
+    return usage_error("unknown %s %s", table->what, name);
+}
+
+void verb_table_print(const struct verb_table *table)
+{
+    for (size_t i = 0; i < table->n; i++)
+        printf("  %-10s %s\n", table->verbs[i].name, table->verbs[i].help);
+}
+
+static void help(void);
+
+static const struct verb_table table = {
+    .what = "command",
+    .verbs = verbs,
+    .n = N_VERBS,
+    .help = help,
+};
 
 static void help(void)
 {
-    puts("Usage: llmctl COMMAND [OPTION...]\n"
-         "Talks to llmd, the local language model. Starts a private one if none runs.\n"
+    puts("Usage: llmctl [OPTION...] COMMAND [OPTION...]\n"
+         "Talks to llmd, the local language model: the system's, else the user's, else a private\n"
+         "one, which commands that need a model start.\n"
          "\n"
          "Commands:");
-    for (size_t i = 0; i < N_VERBS; i++)
-        printf("  %-10s %s\n", verbs[i].name, verbs[i].help);
+    verb_table_print(&table);
     puts("\n"
-         "  -h, --help     print this and exit\n"
-         "      --version  print the version and exit\n"
+         "Options of all commands:\n"
+         "      --system               the system's daemon only\n"
+         "      --user                 the user's daemon only\n"
+         "      --private              a private daemon of this user, started on demand\n"
+         "      --socket=PATH          the daemon that listens there\n"
+         "      --session=ID           the session that is meant, by its number\n"
+         "      --json[=MODE]          JSON on standard output: short, pretty or off\n"
+         "      --no-pager             do not page long lists\n"
+         "      --no-legend            no headings and sums around lists\n"
+         "  -q, --quiet                no notes on standard error, only errors\n"
+         "      --no-ask-password      never ask for authorisation\n"
+         "      --timeout=SECONDS      give up after that time\n"
+         "  -h, --help                 print this and exit\n"
+         "      --version              print the version and exit\n"
          "\n"
          "llmctl COMMAND --help tells about one command; see also llmctl(1).");
 }
 
 int main(int argc, char **argv)
 {
-    int status = -1;
+    int status;
 
     standard_fds_fill();
-    if (argc < 2) {
-        status = usage_error("no command");
-    } else if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
-        help();
-        status = STATUS_OK;
-    } else if (strcmp(argv[1], "--version") == 0) {
-        puts("llmctl " LLMD_VERSION);
-        status = STATUS_OK;
-    } else if (argv[1][0] == '-') {
-        status = usage_error("unknown option %s before the command", argv[1]);
-    } else {
-        const char *name = argv[1];
-
-        argv[1] = (char[]){"llmctl"}; /* for what getopt_long() has to say */
-        for (size_t i = 0; i < N_VERBS && status < 0; i++)
-            if (strcmp(name, verbs[i].name) == 0)
-                status = verbs[i].run(argc - 1, argv + 1);
-        if (status < 0)
-            status = usage_error("unknown command %s", name);
-    }
+    if (argc > 0)
+        argv[0] = (char[]){"llmctl"};
+    status = argc > 0 ? verb_dispatch(&table, argc, argv) : usage_error("no command is given");
     if (fflush(stdout) == EOF && status == STATUS_OK)
         status = complain(STATUS_FAILED, "cannot write: %s", strerror(errno));
     return status;

@@ -62,7 +62,9 @@ class Home:
 
     def popen(self, *args, **kw):
         kw.setdefault("stdin", subprocess.DEVNULL)
-        return subprocess.Popen([kw.pop("program", LLMCTL), *args], stdout=kw.pop("stdout", subprocess.PIPE), stderr=subprocess.PIPE,
+        # An installed daemon must not answer in the place of ours.
+        scope = [] if kw.pop("any_scope", False) else ["--private"]
+        return subprocess.Popen([kw.pop("program", LLMCTL), *scope, *args], stdout=kw.pop("stdout", subprocess.PIPE), stderr=subprocess.PIPE,
                                 env=kw.pop("env", self.env), **kw)
 
     def call(self, *args, data=None, **kw):
@@ -190,6 +192,54 @@ def complaints():
         # The daemon that runs now serves another model than this one.
         other = shutil.copy(model, os.path.join(h.path, "other.llmd"))
         complaint(h.call("run", "--model", other, "x"), 1, other, "'chat'")
+
+
+@test
+def global_options():
+    with Home() as h:
+        # Before the command, after it, among its arguments.
+        for args in (["--timeout=0.2", "run"], ["run", "--timeout", "0.2"], ["run", "x", "--timeout=0.2", "y"]):
+            p = h.popen(*args, stdin=subprocess.PIPE)
+            assert p.wait(PATIENCE) == 124, args
+            p.communicate()
+        for args in (["--system", "status"], ["status", "--system"], ["--user", "run", "x"]):
+            complaint(h.call(*args), 2, "exclude each other")
+            if not os.path.exists("/run/llmd"):
+                complaint(h.call(*args, any_scope=True), 3, "does not run")
+        complaint(h.call("--socket=/x", "status", "--user", any_scope=True), 2, "--socket excludes")
+        for args in (["--json=loud", "status"], ["status", "--session="], ["--timeout=inf", "status"], ["--timeout", "-1", "run", "x"]):
+            complaint(h.call(*args), 2, "wants", "--help")
+        complaint(h.call("statsu"), 2, "did you mean status?", "--help")
+        complaint(h.call("stat"), 2, "did you mean status?")
+        complaint(h.call("xyzzy"), 2, "unknown command xyzzy;")
+        complaint(h.call(), 2, "no command")
+        assert h.starts() == []
+        for args in (["--version"], ["run", "--version"], ["status", "--version", "x"]):
+            status, out, err = h.call(*args)
+            assert status == 0 and re.fullmatch(r"llmctl \d+\.\d+\.\d+\n", out) and err == "", (args, out, err)
+        assert h.call("--quiet", "-q", "--no-pager", "--no-legend", "--no-ask-password", "--json=off", "run",
+                      "--max-tokens=1", "x")[0] == 0
+
+
+@test
+def interrupt_that_the_parent_ignores():
+    with Home() as h:
+        p = h.popen("run", stdin=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+        status = f"/proc/{p.pid}/status"
+
+        def ignored():
+            lines = dict(line.split(":\t") for line in open(status) if ":\t" in line)
+            return int(lines["SigIgn"], 16) >> (signal.SIGINT - 1) & 1, int(lines["SigCgt"], 16) >> (signal.SIGALRM - 1) & 1
+
+        while not ignored()[1]:
+            pass  # until it has its own handlers
+        assert ignored()[0] == 1
+        p.send_signal(signal.SIGINT)
+        p.stdin.write(b"x")
+        p.stdin.close()
+        assert p.wait(PATIENCE) == 0
+        p.stdout.close()
+        p.stderr.close()
 
 
 @test
