@@ -277,7 +277,7 @@ int client_session_new(struct client_session **ret, struct session_set *set, uin
     s->context_max = context > 0 ? context : set->context_max;
     if (s->context_max == 0)
         s->context_max = config->context_max;
-    if (timeline_new(&s->timeline, s->context_max) < 0) {
+    if (timeline_new(&s->timeline, &(struct timeline_options){.n_ctx = s->context_max}) < 0) {
         free(s);
         return error_set(err, ENOMEM, "out of memory");
     }

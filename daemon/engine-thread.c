@@ -33,8 +33,9 @@
 #include "ipc/bus-error.h"
 #include "ipc/record.h"
 
-#define STEP_ROWS 256u         /* of all jobs together */
-#define PREFILL_ROWS_LEAST 16u /* of all prompts together; fewer would waste each reading of the \
+#define STEP_ROWS 256u /* of all jobs together */
+#define PREFILL_ROWS_LEAST                                                                       \
+    16u                        /* of all prompts together; fewer would waste each reading of the \
                                 */
 #define PREFILL_ROWS_MOST 256u /* weights */
 #define STEP_USEC 200000u      /* what a step with a prompt in it should take */
@@ -46,8 +47,8 @@ struct timeline {
 
     /* engine thread */
     struct session *session;
-    bool open_turn; /* the model's last turn has no end in the session */
-    uint32_t tail;  /* a token that was sampled and given out, but not evaluated */
+    enum chat_position position;
+    uint32_t tail; /* a token that was sampled and given out, but not evaluated */
     bool has_tail;
 
     struct timeline *next; /* engine_thread::closing */
@@ -110,7 +111,7 @@ static void emit(struct engine_thread *t, struct job *j, const struct record *re
 {
     int r = 0;
 
-    if (j->cut)
+    if (j->work.cut)
         return;
     pthread_mutex_lock(&t->mutex);
     if (j->request.format == JOB_RECORDS)
@@ -120,14 +121,14 @@ static void emit(struct engine_thread *t, struct job *j, const struct record *re
     announce(t, j);
     pthread_mutex_unlock(&t->mutex);
     if (r < 0)
-        j->cut = true;
+        j->work.cut = true;
 }
 
 static void emit_usage(struct engine_thread *t, struct job *j)
 {
     struct generation_usage u;
 
-    generation_usage(j->generation, &u);
+    generation_usage(j->work.generation, &u);
     emit(t, j,
          &(struct record){.type = RECORD_USAGE,
                           .prompt_tokens = u.prompt_tokens,
@@ -145,9 +146,9 @@ static void emit_error(struct engine_thread *t, struct job *j, int code, const s
         .message = err->text[0] ? err->text : strerror(abs(code)),
     };
 
-    if (code == -EMSGSIZE && j->prompt_tokens > 0) {
+    if (code == -EMSGSIZE && j->work.prompt_tokens > 0) {
         record.has_sizes = true;
-        record.requested = j->prompt_tokens;
+        record.requested = j->work.prompt_tokens;
         record.available = tl->n_ctx > used ? tl->n_ctx - used : 0;
     }
     emit(t, j, &record);
@@ -156,7 +157,9 @@ static void emit_error(struct engine_thread *t, struct job *j, int code, const s
 /* The job leaves the engine thread; the caller has taken it out of active or never put it there. */
 static void let_go(struct engine_thread *t, struct job *j)
 {
-    j->generation = generation_free(j->generation);
+    if (j->work.generation)
+        generation_usage(j->work.generation, &j->usage);
+    j->work.generation = generation_free(j->work.generation);
     pthread_mutex_lock(&t->mutex);
     j->finished = true;
     announce(t, j);
@@ -172,24 +175,26 @@ static void note_tokens(struct timeline *tl)
 
 static void finish_error(struct engine_thread *t, struct job *j, int code, const struct error *err)
 {
-    if (j->generation)
-        generation_cancel(j->generation);
+    if (j->work.generation)
+        generation_cancel(j->work.generation);
     note_tokens(j->timeline);
+    j->result = code;
+    j->error = *err;
     emit_error(t, j, code, err);
     let_go(t, j);
 }
 
 static void finish_stopped(struct engine_thread *t, struct job *j)
 {
-    if (j->generation) {
-        generation_cancel(j->generation);
+    enum job_stop why = atomic_load(&j->stop);
+
+    j->end_reason = why == JOB_SHUTDOWN ? "shutdown" : why == JOB_CLOSED ? "closed" : "cancelled";
+    if (j->work.generation) {
+        generation_cancel(j->work.generation);
         emit_usage(t, j);
     }
     note_tokens(j->timeline);
-    emit(t, j,
-         &(struct record){.type = RECORD_END,
-                          .reason =
-                              atomic_load(&j->stop) == JOB_SHUTDOWN ? "shutdown" : "cancelled"});
+    emit(t, j, &(struct record){.type = RECORD_END, .reason = j->end_reason});
     let_go(t, j);
 }
 
@@ -197,15 +202,16 @@ static void finish_well(struct engine_thread *t, struct job *j, enum finish_reas
 {
     struct timeline *tl = j->timeline;
 
+    j->end_reason = finish_reason_name(reason);
     emit_usage(t, j);
-    emit(t, j, &(struct record){.type = RECORD_END, .reason = finish_reason_name(reason)});
+    emit(t, j, &(struct record){.type = RECORD_END, .reason = j->end_reason});
     /*
      * The session has everything but the last token. Where that one belongs to the answer, it goes
      * before the next prompt; the end of the turn is the chat template's business.
      */
-    tl->open_turn = true;
-    tl->has_tail = reason == FINISH_LENGTH && j->n_sampled > 0;
-    tl->tail = j->last_id;
+    tl->position = CHAT_OPEN_MODEL;
+    tl->has_tail = reason == FINISH_LENGTH && j->work.n_sampled > 0;
+    tl->tail = j->work.last_id;
     note_tokens(tl);
     let_go(t, j);
 }
@@ -247,9 +253,8 @@ static int encode_prompt(struct engine_thread *t, struct job *j, struct token_ar
         return error_set(err, EOPNOTSUPP,
                          "the model's vocabulary has no turns: it takes raw prompts only");
     r = chat_encode(tokenizer, messages, q->n_messages,
-                    &(struct chat_options){
-                        .continuing = continuing, .open_turn = tl->open_turn, .generate = true},
-                    ids, err);
+                    &(struct chat_options){.position = tl->position, .generate = true}, ids, NULL,
+                    err);
     return r == -EINVAL ? -EBADF : r; /* what can be wrong is the order of the roles */
 }
 
@@ -299,14 +304,14 @@ static int begin(struct engine_thread *t, struct job *j, struct error *err)
     if (r == 0) {
         uint32_t used = session_n_tokens(tl->session);
 
-        j->prompt_tokens = (uint32_t)MIN(ids.n, UINT32_MAX);
+        j->work.prompt_tokens = (uint32_t)MIN(ids.n, UINT32_MAX);
         if (ids.n > tl->n_ctx - used)
             r = error_set(err, EMSGSIZE,
                           "the prompt has %zu tokens and the session has room for %u of %u", ids.n,
                           tl->n_ctx - used, tl->n_ctx);
         else
-            r = generation_new(&j->generation, tl->session, ids.data, ids.n, &j->request.options,
-                               err);
+            r = generation_new(&j->work.generation, tl->session, ids.data, ids.n,
+                               &j->request.options, err);
     }
     if (ids.data)
         explicit_bzero(ids.data, ids.n * sizeof(ids.data[0]));
@@ -357,7 +362,7 @@ static void emit_delta(struct engine_thread *t, struct job *j, const struct gene
         if (record.n_top > 0)
             texts = calloc(record.n_top, room);
         if (record.n_top > 0 && !texts) {
-            j->cut = true;
+            j->work.cut = true;
             return;
         }
         for (size_t i = 0; i < record.n_top; i++) {
@@ -388,12 +393,12 @@ static void after_step(struct engine_thread *t, struct job *j, const struct step
         finish_error(t, j, item->ret_error, &err);
         return;
     }
-    generation_advance(j->generation, item->n_tokens);
+    generation_advance(j->work.generation, item->n_tokens);
     note_tokens(j->timeline);
     if (item->wanted == LOGITS_NONE)
         return;
 
-    r = generation_accept(j->generation, item->ret_logits, &delta);
+    r = generation_accept(j->work.generation, item->ret_logits, &delta);
     if (r < 0) {
         remove_active(t, j);
         if (r == -EDOM)
@@ -401,10 +406,10 @@ static void after_step(struct engine_thread *t, struct job *j, const struct step
         finish_error(t, j, r, &err);
         return;
     }
-    j->last_id = delta.sample.id;
-    j->n_sampled++;
+    j->work.last_id = delta.sample.id;
+    j->work.n_sampled++;
     emit_delta(t, j, &delta);
-    if (j->cut) {
+    if (j->work.cut) {
         remove_active(t, j);
         finish_error(t, j, -ENOMEM, &err);
     } else if (delta.finish != FINISH_NONE) {
@@ -436,7 +441,7 @@ static size_t choose(struct engine_thread *t, uint32_t *ret_prefill)
         for (size_t i = 0; i < t->n_active && left > 0; i++) {
             struct job *j = t->active[(t->first + i) % t->n_active];
             size_t n_pending;
-            const uint32_t *pending = generation_pending(j->generation, &n_pending);
+            const uint32_t *pending = generation_pending(j->work.generation, &n_pending);
             uint32_t n = (uint32_t)MIN(n_pending, left);
             bool last = n == n_pending;
 
@@ -555,7 +560,10 @@ static void start_job(struct engine_thread *t, struct job *j)
         finish_stopped(t, j);
         return;
     }
-    r = begin(t, j, &err);
+    if (j->request.kind != JOB_GENERATE)
+        r = error_set(&err, EOPNOTSUPP, "only generate is there yet");
+    else
+        r = begin(t, j, &err);
     if (r < 0)
         finish_error(t, j, r, &err);
 }
@@ -567,7 +575,7 @@ static void close_timeline(struct engine_thread *t, struct timeline *tl)
 
         if (j->timeline == tl) {
             remove_active(t, j);
-            atomic_store(&j->stop, JOB_CANCELLED);
+            atomic_compare_exchange_strong(&j->stop, &(int){JOB_GOES_ON}, JOB_CLOSED);
             finish_stopped(t, j);
         } else {
             i++;
@@ -747,13 +755,13 @@ void engine_thread_kv_bytes(struct engine_thread *t, uint64_t *ret_used, uint64_
     pthread_mutex_unlock(&t->mutex);
 }
 
-int timeline_new(struct timeline **ret, uint32_t n_ctx)
+int timeline_new(struct timeline **ret, const struct timeline_options *options)
 {
     struct timeline *tl = calloc(1, sizeof(*tl));
 
     if (!tl)
         return -ENOMEM;
-    tl->n_ctx = n_ctx;
+    tl->n_ctx = options->n_ctx;
     *ret = tl;
     return 0;
 }

@@ -10,6 +10,11 @@
  * A job is its submitter's again when engine_thread_news() says that it is finished.
  * Every function here is for the loop thread, and none waits for a step of the model, except
  * engine_thread_new() (for the engine's start) and engine_thread_free() (for its end).
+ *
+ * Memory: a pool of KV pages serves all timelines. When it runs short, those without a job give
+ * theirs back, the least recently used first, then requests wait in the queue again, and go on
+ * later where they were. What had been given back is computed again, to the same bits, so nobody
+ * notices but by the time it takes; a request fails (-ENOBUFS) only when it alone does not fit.
  */
 
 #include <stdbool.h>
@@ -36,15 +41,48 @@ const char *engine_thread_description(const struct engine_thread *t);
 /* Bytes in KV pages after the last step; the limit. */
 void engine_thread_kv_bytes(struct engine_thread *t, uint64_t *ret_used, uint64_t *ret_max);
 
-/*
- * timeline: an engine session as the loop may hold it: by name. The session itself is made by the
- * first job. n_ctx as session_new(), already checked. 0, -ENOMEM
- */
-int timeline_new(struct timeline **ret, uint32_t n_ctx);
-uint32_t timeline_n_tokens(const struct timeline *tl); /* after the last step */
+/* KV of all timelines of the account; what two of them share counts for both. */
+uint64_t engine_thread_account_kv_bytes(struct engine_thread *t, uint64_t account);
 
-/* Takes it over; jobs of it that are still there are stopped first. */
+/* The account's share in comparison with others' (engine/scheduler.h). 1 to 10000; 100 if not set
+ */
+void engine_thread_set_weight(struct engine_thread *t, uint64_t account, uint32_t weight);
+
+struct engine_statistics {
+    /* totals since the start */
+    uint64_t requests; /* generate and append that came back, however they ended */
+    uint64_t requests_cancelled, requests_failed;
+    uint64_t prompt_tokens, completion_tokens;
+    uint64_t steps, preemptions;
+    uint64_t kv_given_back; /* sessions whose KV was given up for others */
+    /* now */
+    uint32_t queued, running;
+    uint64_t kv_bytes_used, kv_bytes_max;
+    double prefill_rate, decode_rate; /* tokens per second over the last 10 s of work */
+};
+void engine_thread_get_statistics(struct engine_thread *t, struct engine_statistics *ret);
+
+/* Whether it has nothing to do, or has done something since this was last asked: the watchdog's. */
+bool engine_thread_is_alive(struct engine_thread *t);
+
+/*
+ * What is certain about a request before it is submitted, so that the method call can say it rather
+ * than the stream: options that the model cannot take, roles out of order, a prompt that cannot fit
+ * by its size alone (other prompts that do not fit are found when they are tokenised). tl: NULL for
+ * a measure of what stands alone. Its timeline must be idle. Cheap.
+ * 0, -EINVAL, -EBADF (roles, empty prompt), -EOPNOTSUPP, -EMSGSIZE
+ */
+int engine_thread_check(struct engine_thread *t, struct timeline *tl, const struct job_request *q,
+                        struct error *err);
+
+/* Takes it over; jobs of it that are still there are stopped first (and still come back). */
 void engine_thread_close(struct engine_thread *t, struct timeline *tl);
+
+/*
+ * Between two `queued` or `progress` records of a job at least so much time passes, and so much
+ * before the first. 250 ms unless told otherwise; for tests.
+ */
+void engine_thread_set_record_interval(struct engine_thread *t, uint64_t usec);
 
 /* The job is the engine thread's until engine_thread_news() says that it is finished. */
 void engine_thread_submit(struct engine_thread *t, struct job *j);
@@ -56,9 +94,10 @@ void engine_thread_stop(struct engine_thread *t, struct job *j, enum job_stop wh
 int engine_thread_fd(const struct engine_thread *t);
 
 /*
- * The next job with news since it was last returned here, oldest first; NULL: no more, and the
- * descriptor is readable again only after others. *ret_finished: the engine thread has let it go,
- * and it will not be returned again; what it still holds is to be taken, then it is to be freed.
+ * The next job with news (output, its timeline's state or queue position has changed, finished)
+ * since it was last returned here, oldest first; NULL: no more, and the descriptor is readable
+ * again only after others. *ret_finished: the engine thread has let it go, and it will not be
+ * returned again; what it still holds is to be taken, then it is to be freed.
  */
 struct job *engine_thread_news(struct engine_thread *t, bool *ret_finished);
 

@@ -20,6 +20,9 @@ void job_request_done(struct job_request *r)
         free(r->stop[i]);
     free(r->stop);
     free(r->bias);
+    if (r->saved.data)
+        explicit_bzero(r->saved.data, r->saved.n);
+    buffer_done(&r->saved);
     *r = (struct job_request){0};
 }
 
@@ -37,12 +40,24 @@ int job_new(struct job **ret, uint64_t id, struct timeline *timeline, struct job
     return 0;
 }
 
+static void wipe_ids(struct token_array *ids)
+{
+    if (ids->data)
+        explicit_bzero(ids->data, ids->n * sizeof(ids->data[0]));
+    free(ids->data);
+    *ids = (struct token_array){0};
+}
+
 struct job *job_free(struct job *j)
 {
     if (!j)
         return NULL;
-    assert(!j->generation && !j->has_news && !j->stream && !j->session);
+    assert(!j->work.generation && !j->has_news && !j->stream && !j->session && !j->fork);
     job_request_done(&j->request);
+    wipe_ids(&j->ids);
+    if (j->saved.data)
+        explicit_bzero(j->saved.data, j->saved.n);
+    buffer_done(&j->saved);
     buffer_done(&j->out);
     free(j);
     return NULL;
@@ -51,4 +66,9 @@ struct job *job_free(struct job *j)
 void job_freep(struct job **j)
 {
     *j = job_free(*j);
+}
+
+bool job_kind_streams(enum job_kind kind)
+{
+    return kind == JOB_GENERATE || kind == JOB_APPEND;
 }

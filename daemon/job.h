@@ -15,14 +15,28 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/error.h"
+#include "daemon/timeline.h"
 #include "engine/chat.h"
 #include "engine/generation.h"
+#include "engine/tokenizer.h"
 #include "ipc/buffer.h"
 
 struct client_session;
 struct generation;
 struct stream;
-struct timeline;
+
+enum job_kind {
+    JOB_GENERATE, /* with a stream */
+    JOB_APPEND,   /* with a stream; the prompt is computed, nothing is generated */
+    /* Without a stream: the answer is in the job when it comes back. */
+    JOB_MEASURE, /* the one kind that may be submitted while the timeline has another job, or
+                    without a timeline */
+    JOB_FORK,
+    JOB_REWIND,
+    JOB_SAVE,
+    JOB_RESTORE,
+};
 
 enum job_format {
     JOB_RECORDS, /* ipc/record.h */
@@ -34,6 +48,7 @@ enum job_stop {
     JOB_GOES_ON,
     JOB_CANCELLED,
     JOB_SHUTDOWN,
+    JOB_CLOSED, /* its timeline was */
 };
 
 struct job_message {
@@ -44,42 +59,79 @@ struct job_message {
 
 /* What is asked. options.stop and options.sampler.bias point to what is owned here. */
 struct job_request {
+    enum job_kind kind;
+
+    /* generate, append, measure */
     struct job_message *messages;
     size_t n_messages;
     bool raw; /* one message, its text without template */
     enum job_format format;
-    struct generation_options options;
-    char **stop;             /* [options.n_stop] */
-    struct logit_bias *bias; /* [options.sampler.n_bias] */
+    struct generation_options options; /* generate */
+    char **stop;                       /* [options.n_stop] */
+    struct logit_bias *bias;           /* [options.sampler.n_bias] */
+
+    uint64_t account;             /* measure without a timeline: for whom */
+    struct timeline_options fork; /* of the new timeline; n_ctx 0: as its parent's */
+    uint32_t rewind_to;           /* tokens to keep */
+    struct buffer saved;          /* restore: what a JOB_SAVE gave, or anything else */
 };
 
 void job_request_done(struct job_request *r);
 
-struct job {
-    uint64_t id;
-    struct job_request request;
-    struct timeline *timeline; /* lives longer: it is closed through the same queue */
-    atomic_int stop;           /* enum job_stop; any thread, by engine_thread_stop() */
-
-    /* guarded by engine_thread::mutex */
-    struct buffer out; /* encoded, not yet taken by the loop */
-    bool finished;     /* the engine thread no longer knows it */
-    bool has_news;     /* in engine_thread::news */
-    struct job *next;  /* engine_thread::submitted, then ::news */
-
-    /* engine thread */
+struct job_work {
     struct generation *generation;
     uint32_t prompt_tokens; /* what it asks for, for ContextFull */
     uint32_t last_id;       /* sampled last; meaningful when n_sampled > 0 */
     uint32_t n_sampled;
     bool cut; /* output was lost for want of memory: no proper end may follow */
+};
+
+struct job {
+    uint64_t id;
+    struct job_request request;
+    struct timeline *timeline; /* lives longer: it is closed through the same queue; NULL: none */
+    atomic_int stop;           /* enum job_stop; any thread, by engine_thread_stop() */
+
+    /*
+     * The answer, the loop's once the job came back. With a stream, `result` is negative when the
+     * stream ended with an error record. Kinds without one are answered -ECANCELED, -ESHUTDOWN or
+     * -ESRCH when they were stopped.
+     */
+    int result;                    /* 0 or -errno */
+    struct error error;            /* text for result < 0, or empty */
+    const char *end_reason;        /* static, as in the `end` record; NULL: result says why */
+    struct generation_usage usage; /* generate, append; also of those that were cancelled */
+    uint32_t n_tokens;             /* measure: of the prompt; rewind, restore: in the session now */
+    struct timeline *fork;         /* JOB_FORK: the loop takes it (and closes it) */
+    struct buffer saved;           /* JOB_SAVE: what is to be written */
+
+    /* guarded by engine_thread::mutex */
+    struct buffer out;         /* encoded, not yet taken by the loop */
+    bool finished;             /* the engine thread no longer knows it */
+    bool has_news;             /* in engine_thread::news */
+    struct job *next;          /* engine_thread::submitted, then ::news; prompt_thread's */
+    struct job *timeline_next; /* timeline::jobs */
+
+    /* The prompt thread's until it hands the job on, then the engine thread's. */
+    struct token_array ids;      /* the prompt */
+    enum chat_position position; /* submitted from, later where it ends */
+    bool has_tail;
+    uint32_t tail, room; /* tokens: submitted from */
+
+    struct job_work work; /* engine thread */
 
     /* loop thread; NULL once gone */
     struct stream *stream;
     struct client_session *session;
+    /* Called by the loop's side when the job has come back, before it is freed; NULL: nobody. */
+    void (*on_finished)(struct job *j, void *userdata);
+    void *userdata;
 };
 
-/* Takes the request over. */
+/* Takes the request over. timeline: NULL for a JOB_MEASURE of what stands alone. 0, -ENOMEM */
 int job_new(struct job **ret, uint64_t id, struct timeline *timeline, struct job_request *request);
 struct job *job_free(struct job *j); /* not while the engine thread has it */
 void job_freep(struct job **j);
+
+/* Whether a stream belongs to it. */
+bool job_kind_streams(enum job_kind kind);

@@ -100,7 +100,7 @@ static void expect(const struct tokenizer *t, const struct chat_message *m, size
     uint32_t before = 7;
 
     assert(token_array_append(&ids, &before, 1) == 0); /* it appends */
-    assert(chat_encode(t, m, n, &options, &ids, &err) == 0);
+    assert(chat_encode(t, m, n, &options, &ids, NULL, &err) == 0);
     render(&ids, got);
     if (strncmp(got, "{NNN}", 5) != 0 || strcmp(got + 5, expected) != 0) {
         fprintf(stderr, "expected %s\n     got %s\n", expected, got);
@@ -115,7 +115,7 @@ static void refuse(const struct tokenizer *t, const struct chat_message *m, size
     struct token_array ids = {0};
     struct error err = {{0}};
 
-    assert(chat_encode(t, m, n, &options, &ids, &err) == -EINVAL);
+    assert(chat_encode(t, m, n, &options, &ids, NULL, &err) == -EINVAL);
     if (!strstr(err.text, because)) {
         fprintf(stderr, "expected '%s', got '%s'\n", because, err.text);
         assert(!"another message");
@@ -123,12 +123,67 @@ static void refuse(const struct tokenizer *t, const struct chat_message *m, size
     assert(ids.n == 0);
 }
 
+/* Whatever is appended in pieces is what had been appended at once. */
+static void positions(const struct tokenizer *t)
+{
+    struct chat_message m[4] = {MESSAGE(CHAT_SYSTEM, "Be brief."), MESSAGE(CHAT_USER, "Hello"),
+                                MESSAGE(CHAT_MODEL, "Hi"), MESSAGE(CHAT_USER, "So?")};
+    static const enum chat_position ends[] = {CHAT_OPEN_USER, CHAT_AFTER_USER, CHAT_AFTER_MODEL,
+                                              CHAT_AFTER_USER};
+    struct token_array whole = {0}, pieces = {0};
+    struct chat_options none = {0}, options = {0};
+    enum chat_position position;
+    atomic_int cancelled = 1;
+    struct error err;
+    char big[10000];
+
+    assert(chat_encode(t, m, 4, &none, &whole, &position, &err) == 0);
+    assert(position == CHAT_AFTER_USER);
+    for (size_t i = 0; i < 4; i++) {
+        options.generate = false;
+        assert(chat_encode(t, &m[i], 1, &options, &pieces, &options.position, &err) == 0);
+        assert(options.position == ends[i]);
+        assert(chat_position_find(t, pieces.data, pieces.n) == ends[i]);
+    }
+    assert(pieces.n == whole.n && memcmp(pieces.data, whole.data, 4 * whole.n) == 0);
+
+    /* A turn that is whole but for its newline, of either. */
+    assert(chat_position_find(t, whole.data, 0) == CHAT_START);
+    assert(chat_position_find(t, whole.data, whole.n - 1) == CHAT_CLOSED_USER);
+    assert(chat_position_find(t, whole.data, whole.n - 2) == CHAT_OPEN_USER);
+    assert(chat_position_find(t, whole.data, 1) == CHAT_OPEN_MODEL); /* <bos> alone */
+
+    /* After a user's turn it is the model's. */
+    m[2].text = "Hi";
+    refuse(t, &m[1], 1, (struct chat_options){.position = CHAT_AFTER_USER}, "must be the model's");
+    expect(t, &m[2], 2, (struct chat_options){.position = CHAT_CLOSED_USER, .generate = true},
+           "{N}<start>model{N}Hi<end>{N}<start>user{N}So?<end>{N}<start>model{N}");
+    expect(t, &m[1], 1, (struct chat_options){.position = CHAT_AFTER_MODEL, .generate = true},
+           "<start>user{N}Hello<end>{N}<start>model{N}");
+    expect(t, &m[1], 1, (struct chat_options){.position = CHAT_OPEN_USER, .generate = true},
+           "Hello<end>{N}<start>model{N}");
+
+    /* Cancelled: as if nothing had been. */
+    memset(big, 'x', sizeof(big));
+    m[1].text = big;
+    m[1].n = sizeof(big);
+    pieces.n = 1;
+    assert(chat_encode(t, m, 2, &(struct chat_options){.cancelled = &cancelled}, &pieces, NULL,
+                       &err) == -ECANCELED);
+    assert(pieces.n == 1);
+    cancelled = 0;
+    assert(chat_encode(t, m, 2, &(struct chat_options){.cancelled = &cancelled}, &pieces, NULL,
+                       &err) == 0);
+    free(whole.data);
+    free(pieces.data);
+}
+
 int main(void)
 {
     CLEANUP(tokenizer_freep) struct tokenizer *t = make(true);
     const struct chat_options generate = {.generate = true}, none = {0};
-    const struct chat_options next = {.generate = true, .continuing = true};
-    const struct chat_options cut = {.generate = true, .continuing = true, .open_turn = true};
+    const struct chat_options next = {.generate = true, .position = CHAT_CLOSED_MODEL};
+    const struct chat_options cut = {.generate = true, .position = CHAT_OPEN_MODEL};
     struct chat_message m[4];
     enum chat_role role;
 
@@ -189,9 +244,11 @@ int main(void)
     m[1] = MESSAGE(CHAT_SYSTEM, "x");
     refuse(t, m, 2, none, "message 2 must be the model's");
     m[0] = MESSAGE(CHAT_SYSTEM, "x");
-    refuse(t, m, 1, none, "no user message");
+    refuse(t, m, 1, generate, "no user message");
     m[1] = MESSAGE(CHAT_USER, "x");
     refuse(t, m, 2, next, "a system message can only begin");
+
+    positions(t);
 
     assert(chat_role_parse("assistant", &role) == 0 && role == CHAT_MODEL);
     assert(chat_role_parse("model", &role) == 0 && role == CHAT_MODEL);

@@ -19,6 +19,13 @@ size_t decoder_room(const struct tokenizer *t)
     return sizeof(((struct decoder *)0)->pending) * REPLACEMENT_SIZE + t->size_max;
 }
 
+size_t tokenizer_ids_least(const struct tokenizer *t, size_t n)
+{
+    if (n == 0)
+        return 0;
+    return t->has_bytes ? (n - 1) / t->size_max + 1 : 1; /* unknown characters in a row are one */
+}
+
 size_t decoder_finish(struct decoder *d, char *out)
 {
     size_t n = 0;

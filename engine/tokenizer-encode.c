@@ -21,6 +21,7 @@
 #include "engine/tokenizer-private.h"
 
 #define NO_SYMBOL UINT32_MAX
+#define CANCEL_WORK 4096u /* steps of the work between two looks; well below a millisecond */
 
 /* A character or what merged so far, at buffer[start .. start + size). size 0: merged away. */
 struct symbol {
@@ -47,7 +48,18 @@ struct encoder {
     struct pair *heap; /* [0] is the next to merge; children of i at 2 i + 1, 2 i + 2 */
     size_t n_heap, heap_allocated;
     bool after_unknown; /* unknown characters in a row are one unknown piece */
+    const atomic_int *cancelled;
+    uint32_t work; /* since cancelled was looked at */
 };
+
+/* To be called for each character or merge. */
+static int check_cancelled(struct encoder *e)
+{
+    if (++e->work < CANCEL_WORK || !e->cancelled)
+        return 0;
+    e->work = 0;
+    return atomic_load_explicit(e->cancelled, memory_order_relaxed) ? -ECANCELED : 0;
+}
 
 /* Room for n elements of size bytes in the growing array *data; -ENOMEM leaves it as it was. */
 static int reserve(void **data, size_t *allocated, size_t n, size_t size)
@@ -168,6 +180,9 @@ static int merge_all(struct encoder *e)
         r = consider(e, i - 1, i);
         if (r < 0)
             return r;
+        r = check_cancelled(e);
+        if (r < 0)
+            return r;
     }
     while (e->n_heap > 0) {
         struct pair pair = heap_pop(e);
@@ -180,6 +195,9 @@ static int merge_all(struct encoder *e)
          */
         if (left->size == 0 || right->size == 0 || left->size + right->size != pair.size)
             continue;
+        r = check_cancelled(e);
+        if (r < 0)
+            return r;
         left->size = pair.size;
         left->id = pair.id;
         left->next = right->next;
@@ -331,6 +349,9 @@ static int encode(struct encoder *e, const char *text, size_t n,
         size_t size;
         uint32_t id = tokenizer_match(t, e->buffer + at, e->size - at, options->special, &size);
 
+        r = check_cancelled(e);
+        if (r < 0)
+            return r;
         if (id == TOKENIZER_NONE) {
             uint32_t next = at + (uint32_t)utf8_next(e->buffer + at, e->size - at, &code);
 
@@ -360,7 +381,7 @@ static int encode(struct encoder *e, const char *text, size_t n,
 int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n,
                      const struct encode_options *options, struct token_array *ids)
 {
-    struct encoder e = {.t = t, .ids = ids};
+    struct encoder e = {.t = t, .ids = ids, .cancelled = options->cancelled};
     size_t before = ids->n;
     int r;
 

@@ -10,6 +10,7 @@
  * tokenizer.model, tokenizer.json or GGUF and which a model file carries as blobs.
  */
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -67,6 +68,7 @@ uint32_t tokenizer_find(const struct tokenizer *t, const char *text, size_t n);
 struct encode_options {
     bool bos;     /* put bos first, if the vocabulary wants one (add_bos) */
     bool special; /* control pieces written in the text (<bos>, <start_of_turn>) become their ids */
+    const atomic_int *cancelled; /* looked at now and then: not 0 ends it; NULL: cannot be */
 };
 
 /* A growing array of ids, zero-initialised. free(ids.data) at the end. */
@@ -78,7 +80,7 @@ struct token_array {
 /*
  * Appends the ids of text[0..n); invalid UTF-8 is read as U+FFFD, NUL is a character like others.
  * Time O(n log n). On failure the array is as before.
- * 0, -ENOMEM, -EOVERFLOW (more than 2^31 bytes, or 2^32 when each space counts three)
+ * 0, -ENOMEM, -ECANCELED, -EOVERFLOW (more than 2^31 bytes, or 2^32 when each space counts three)
  */
 int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n,
                      const struct encode_options *options, struct token_array *ids);
@@ -110,6 +112,9 @@ struct decoder {
 size_t decoder_push(struct decoder *d, const struct tokenizer *t, uint32_t id, bool special,
                     char *out);
 size_t decoder_room(const struct tokenizer *t);
+
+/* Text of n bytes has at least so many ids: no piece, and no character, stands for more bytes. */
+size_t tokenizer_ids_least(const struct tokenizer *t, size_t n);
 
 /* End of the stream: an incomplete character becomes U+FFFD, one per byte. At most 12 bytes. */
 size_t decoder_finish(struct decoder *d, char *out);

@@ -136,10 +136,10 @@ static void test_chat(const struct tokenizer *t)
     struct token_array ids = {0};
     struct error err;
 
-    assert(chat_encode(t, &user, 1, &options, &ids, &err) == 0);
+    assert(chat_encode(t, &user, 1, &options, &ids, NULL, &err) == 0);
     expect_ids("chat", &ids, "2 105 2364 107 9259 106 107 105 4368 107");
     ids.n = 0;
-    assert(chat_encode(t, (struct chat_message[]){system, user}, 2, &options, &ids, &err) == 0);
+    assert(chat_encode(t, (struct chat_message[]){system, user}, 2, &options, &ids, NULL, &err) == 0);
     expect_ids("chat with system", &ids,
                "2 105 2364 107 3048 659 496 11045 16326 236761 108 9259 106 107 105 4368 107");
     free(ids.data);

@@ -88,7 +88,7 @@ static int start(struct attempt *a, struct engine *e, const struct skill_case *c
                              &ids);
     else
         r = chat_encode(t, c->messages, c->n_messages, &(struct chat_options){.generate = true},
-                        &ids, err);
+                        &ids, NULL, err);
     if (r == 0 && ids.n == 0)
         r = error_set(err, EINVAL, "the prompt is empty");
     if (r == 0)
