@@ -86,6 +86,16 @@ static bool to_event(const struct record *record, struct llm_event *ret)
         e.requested = record->requested;
         e.available = record->available;
         break;
+    case RECORD_QUEUED:
+        e.type = LLM_QUEUED;
+        e.position = record->position;
+        e.estimated_usec = record->estimated_usec;
+        break;
+    case RECORD_PROGRESS:
+        e.type = LLM_PROGRESS;
+        e.done = record->done;
+        e.total = record->total;
+        break;
     }
     *ret = e;
     return true;

@@ -106,6 +106,14 @@ static void compare(const char *line, size_t n, const struct record *record)
             assert(json_object_get_uint64(member(o, "available")) == record->available);
         }
         break;
+    case RECORD_QUEUED:
+        assert(json_object_get_int64(member(o, "position")) == record->position);
+        assert(json_object_get_uint64(member(o, "estimated_usec")) == record->estimated_usec);
+        break;
+    case RECORD_PROGRESS:
+        assert(json_object_get_uint64(member(o, "done")) == record->done);
+        assert(json_object_get_uint64(member(o, "total")) == record->total);
+        break;
     }
     json_object_put(o);
     json_tokener_free(tokener);

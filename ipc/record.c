@@ -175,6 +175,26 @@ static int write_error(struct buffer *out, const struct record *record)
     return put(out, "}\n");
 }
 
+static int write_queued(struct buffer *out, const struct record *record)
+{
+    int r;
+
+    if ((r = put_unsigned(out, "{\"type\":\"queued\",\"position\":", record->position)) < 0 ||
+        (r = put_unsigned(out, ",\"estimated_usec\":", record->estimated_usec)) < 0)
+        return r;
+    return put(out, "}\n");
+}
+
+static int write_progress(struct buffer *out, const struct record *record)
+{
+    int r;
+
+    if ((r = put_unsigned(out, "{\"type\":\"progress\",\"done\":", record->done)) < 0 ||
+        (r = put_unsigned(out, ",\"total\":", record->total)) < 0)
+        return r;
+    return put(out, "}\n");
+}
+
 int record_write(struct buffer *out, const struct record *record)
 {
     size_t n = out->n;
@@ -195,6 +215,12 @@ int record_write(struct buffer *out, const struct record *record)
         break;
     case RECORD_ERROR:
         r = write_error(out, record);
+        break;
+    case RECORD_QUEUED:
+        r = write_queued(out, record);
+        break;
+    case RECORD_PROGRESS:
+        r = write_progress(out, record);
         break;
     }
     if (r < 0)
@@ -511,6 +537,10 @@ enum member {
     M_MESSAGE = 1 << 11,
     M_REQUESTED = 1 << 12,
     M_AVAILABLE = 1 << 13,
+    M_POSITION = 1 << 14,
+    M_ESTIMATED_USEC = 1 << 15,
+    M_DONE = 1 << 16,
+    M_TOTAL = 1 << 17,
 };
 
 static bool is(const struct text *key, const char *name)
@@ -539,6 +569,10 @@ static unsigned member_of(const struct text *key)
         {"message", M_MESSAGE},
         {"requested", M_REQUESTED},
         {"available", M_AVAILABLE},
+        {"position", M_POSITION},
+        {"estimated_usec", M_ESTIMATED_USEC},
+        {"done", M_DONE},
+        {"total", M_TOTAL},
     };
 
     for (size_t i = 0; i < ARRAY_SIZE(members); i++)
@@ -634,6 +668,14 @@ static int parse_member(struct cursor *c, unsigned member, struct record *record
         return parse_u64(c, &record->requested);
     case M_AVAILABLE:
         return parse_u64(c, &record->available);
+    case M_POSITION:
+        return parse_u32(c, &record->position);
+    case M_ESTIMATED_USEC:
+        return parse_u64(c, &record->estimated_usec);
+    case M_DONE:
+        return parse_u64(c, &record->done);
+    case M_TOTAL:
+        return parse_u64(c, &record->total);
     default:
         return skip_value(c, 1);
     }
@@ -645,6 +687,8 @@ static int finish(struct record *record, const struct text *type, unsigned seen)
     static const unsigned usage = M_PROMPT_TOKENS | M_COMPLETION_TOKENS | M_CACHED_TOKENS;
     static const unsigned token = M_ID | M_LOGPROB | M_ENTROPY;
     static const unsigned sizes = M_REQUESTED | M_AVAILABLE;
+    static const unsigned queued = M_POSITION | M_ESTIMATED_USEC;
+    static const unsigned progress = M_DONE | M_TOTAL;
 
     if (!(seen & M_TYPE))
         return -EBADMSG;
@@ -666,6 +710,14 @@ static int finish(struct record *record, const struct text *type, unsigned seen)
         record->has_sizes = (seen & sizes) == sizes;
         return (seen & M_NAME) && (seen & M_MESSAGE) ? 0 : -EBADMSG;
     }
+    if (is(type, "queued")) {
+        record->type = RECORD_QUEUED;
+        return (seen & queued) == queued ? 0 : -EBADMSG;
+    }
+    if (is(type, "progress")) {
+        record->type = RECORD_PROGRESS;
+        return (seen & progress) == progress ? 0 : -EBADMSG;
+    }
     record->type = RECORD_UNKNOWN;
     return 0;
 }
@@ -683,6 +735,8 @@ int record_parse(char *line, size_t n, struct record *ret)
     ret->reason = ret->name = ret->message = NULL;
     ret->has_sizes = false;
     ret->requested = ret->available = 0;
+    ret->position = 0;
+    ret->estimated_usec = ret->done = ret->total = 0;
 
     if (!take(&c, '{'))
         return -EBADMSG;

@@ -5,6 +5,8 @@
 /*
  * record: what travels through a stream, one JSON object a line:
  *
+ *     {"type":"queued","position":2,"estimated_usec":1500000}
+ *     {"type":"progress","done":512,"total":4000}
  *     {"type":"delta","text":"Hel"}
  *     {"type":"delta","text":"lo","id":523,"logprob":-0.25,"entropy":1.5,
  *      "top":[{"id":523,"logprob":-0.25,"text":"lo"},...]}          (on one line)
@@ -34,6 +36,8 @@ enum record_type {
     RECORD_USAGE,
     RECORD_END,
     RECORD_ERROR,
+    RECORD_QUEUED,
+    RECORD_PROGRESS,
 };
 
 struct record_top {
@@ -57,6 +61,9 @@ struct record {
     const char *name, *message;    /* error: NUL-terminated; no NUL within */
     bool has_sizes;                /* error: the two below are meant */
     uint64_t requested, available; /* tokens */
+    uint32_t position;             /* queued: 1 is next */
+    uint64_t estimated_usec;       /* queued: until it starts, from now; 0: not known */
+    uint64_t done, total;          /* progress: tokens of the prompt */
 };
 
 /*

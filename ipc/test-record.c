@@ -83,6 +83,11 @@ static void test_round_trip(void)
                              .requested = UINT64_MAX,
                              .available = 0};
     assert(record_write(&out, &record) == 0);
+    record = (struct record){
+        .type = RECORD_QUEUED, .position = UINT32_MAX, .estimated_usec = UINT64_MAX - 1};
+    assert(record_write(&out, &record) == 0);
+    record = (struct record){.type = RECORD_PROGRESS, .done = 512, .total = UINT64_MAX};
+    assert(record_write(&out, &record) == 0);
     record = (struct record){.type = RECORD_END, .reason = "stop"};
     assert(record_write(&out, &record) == 0);
     assert(record_write(&out, &(struct record){.type = RECORD_UNKNOWN}) == -EINVAL);
@@ -94,6 +99,10 @@ static void test_round_trip(void)
     assert(strcmp(got.name, "org.llmd.Llm1.Error.ContextFull") == 0);
     assert(strcmp(got.message, "too \"long\"") == 0);
     assert(got.has_sizes && got.requested == UINT64_MAX && got.available == 0);
+    assert(record_reader_next(&reader, &got) == 1 && got.type == RECORD_QUEUED);
+    assert(got.position == UINT32_MAX && got.estimated_usec == UINT64_MAX - 1);
+    assert(record_reader_next(&reader, &got) == 1 && got.type == RECORD_PROGRESS);
+    assert(got.done == 512 && got.total == UINT64_MAX && got.position == 0);
     assert(record_reader_next(&reader, &got) == 0 && record_reader_partial(&reader));
     assert(record_reader_feed(&reader, "\n", 1) == 0);
     assert(record_reader_next(&reader, &got) == 1 && got.type == RECORD_END);
@@ -164,6 +173,10 @@ static void test_refuse(void)
         "{\"type\":\"end\"}",
         "{\"type\":\"end\",\"reason\":\"a\\u0000b\"}",
         "{\"type\":\"error\",\"name\":\"x\"}",
+        "{\"type\":\"queued\",\"position\":1}",
+        "{\"type\":\"queued\",\"position\":4294967296,\"estimated_usec\":0}",
+        "{\"type\":\"progress\",\"done\":1}",
+        "{\"type\":\"progress\",\"done\":1,\"total\":\"2\"}",
         "{\"type\":\"end\",\"reason\":\"\",\"x\":[[[[[[[[[[[[[[[[[[[[0]]]]]]]]]]]]]]]]]]]]}",
     };
     static struct record r;
