@@ -3,8 +3,9 @@
 
 /*
  * A step: every item is checked and gets its pages, or its error; then the rows of all good items
- * go through one forward pass. What a rewound session lost is computed before, in passes of its
- * own, so that it costs the step nothing but time.
+ * go through one forward pass. Where a session has lost K and V, an item without tokens computes a
+ * chunk of them again beside everybody else's rows; before an item with new tokens all that is
+ * missing is computed, in passes of its own, so that it costs the step nothing but time.
  */
 
 #include "engine/engine.h"
@@ -153,6 +154,11 @@ void engine_memory(const struct engine *e, struct engine_memory *ret)
     };
 }
 
+uint64_t engine_kv_bytes(const struct engine *e, uint32_t n_tokens)
+{
+    return kv_cache_bytes_max(kv_pool_shape(e->pool), e->config, n_tokens, e->max_rows);
+}
+
 static uint32_t n_wanted(const struct step_item *item)
 {
     switch (item->wanted) {
@@ -175,7 +181,7 @@ static void add_rows(struct engine *e, uint32_t at, const struct session *s, uin
             .token = s->tokens[p], .pos = p, .kv = &s->kv, .wanted = to - p <= wanted};
 }
 
-/* Computes what a rewind lost, so that n_cached == n_tokens again. */
+/* Computes all that is missing, so that n_cached == n_tokens again. */
 static int catch_up(struct engine *e, struct session *s)
 {
     while (s->n_cached < s->n_tokens) {
@@ -201,6 +207,8 @@ static int prepare(struct engine *e, struct step_item *item)
     uint32_t n = s->n_tokens, end;
     int r;
 
+    if (!item->tokens)
+        return kv_cache_reserve(&s->kv, s->n_cached, s->n_cached + item->n_tokens);
     for (uint32_t i = 0; i < item->n_tokens; i++)
         if (item->tokens[i] >= e->config->vocab_size)
             return -EINVAL;
@@ -226,6 +234,9 @@ static int check_step(struct engine *e, struct step_item *items, size_t n_items)
     int r = 0;
 
     for (size_t i = 0; i < n_items; i++) {
+        if (!items[i].tokens && (items[i].wanted != LOGITS_NONE ||
+                                 items[i].n_tokens > session_n_missing(items[i].session)))
+            r = -EINVAL;
         rows += items[i].n_tokens;
         wanted += n_wanted(&items[i]);
         if (items[i].n_tokens == 0 || items[i].session->in_step || items[i].session->engine != e)
@@ -254,11 +265,12 @@ int engine_step(struct engine *e, struct step_item *items, size_t n_items)
     }
     for (size_t i = 0; i < n_items; i++) {
         const struct step_item *item = &items[i];
+        uint32_t from;
 
         if (item->ret_error < 0)
             continue;
-        add_rows(e, n, item->session, item->session->n_tokens,
-                 item->session->n_tokens + item->n_tokens, n_wanted(item));
+        from = item->tokens ? item->session->n_tokens : item->session->n_cached;
+        add_rows(e, n, item->session, from, from + item->n_tokens, n_wanted(item));
         n += item->n_tokens;
     }
     if (n == 0)
@@ -271,9 +283,10 @@ int engine_step(struct engine *e, struct step_item *items, size_t n_items)
 
         if (items[i].ret_error < 0)
             continue;
-        s->n_tokens += items[i].n_tokens;
-        s->n_cached = s->n_tokens;
-        kv_cache_trim(&s->kv, s->n_tokens, s->mark);
+        if (items[i].tokens)
+            s->n_tokens += items[i].n_tokens;
+        s->n_cached += items[i].n_tokens;
+        kv_cache_trim(&s->kv, s->n_cached, s->mark);
         if (n_wanted(&items[i]) > 0) {
             items[i].ret_logits = logits;
             logits += (size_t)n_wanted(&items[i]) * e->config->vocab_size;

@@ -58,6 +58,9 @@ struct engine_memory {
 };
 void engine_memory(const struct engine *e, struct engine_memory *ret);
 
+/* The most of the pool that a session takes on its way to n tokens, a mark included. */
+uint64_t engine_kv_bytes(const struct engine *e, uint32_t n_tokens);
+
 /* What runs, for people and logs: "cpu/avx2, 2 threads, int8 activations, f16 KV". */
 const char *engine_description(const struct engine *e);
 
@@ -75,7 +78,7 @@ int session_fork(struct session **ret, struct session *s);
 /*
  * Forgets all tokens from position n on (n <= session_n_tokens()). Where the sliding layers no
  * longer hold the window before n, the next step recomputes it from the tokens kept: exact, and
- * the only case in which a token is ever computed twice.
+ * besides session_drop_kv() the only case in which a token is ever computed twice.
  */
 void session_rewind(struct session *s, uint32_t n);
 
@@ -85,6 +88,12 @@ void session_rewind(struct session *s, uint32_t n);
  */
 #define SESSION_NO_MARK UINT32_MAX
 void session_set_mark(struct session *s, uint32_t n);
+
+/* All pages go back to the pool (those of forks stay theirs); tokens and mark stay. Whatever comes
+ * after is the same bits, once the missing tokens have been computed again. */
+void session_drop_kv(struct session *s);
+uint32_t session_n_missing(const struct session *s); /* tokens to be computed again, see step_item */
+uint64_t session_kv_bytes(const struct session *s);  /* in pages, shared ones in full */
 
 uint32_t session_n_tokens(const struct session *s);
 uint32_t session_n_ctx(const struct session *s);
@@ -100,8 +109,10 @@ enum logits_wanted {
 /* One session's share of a step. A session may appear once in a step. */
 struct step_item {
     struct session *session;
-    const uint32_t *tokens; /* [n_tokens], the next ones; each < vocab_size */
-    uint32_t n_tokens;      /* at least 1 */
+    const uint32_t *tokens; /* [n_tokens], the next ones; each < vocab_size.
+                               NULL: the first n_tokens of those missing are computed again;
+                               wanted is then LOGITS_NONE */
+    uint32_t n_tokens;      /* at least 1; of missing ones at most session_n_missing() */
     enum logits_wanted wanted;
     const float *ret_logits; /* [wanted rows][vocab_size], softcapped; engine's until next step */
     int ret_error;           /* 0; -EMSGSIZE: passes n_ctx; -ENOBUFS: the pool is full;
@@ -110,10 +121,12 @@ struct step_item {
 };
 
 /*
- * Evaluates the tokens of all items, together at most max_rows (excluding what a rewound session
- * must recompute, which is done in pieces) and max_logits wanted rows. In f32 mode, and in int8
+ * Evaluates the tokens of all items, together at most max_rows (excluding what a session
+ * whose item has new tokens must recompute before, which is done in pieces: no item at all, who
+ * drives many sessions gives items without tokens first) and max_logits wanted rows. In f32 mode, and in int8
  * mode, what one session gets does not depend on the other items.
- * 0: look at each ret_error; -EINVAL: too many rows, a session twice; -ENODEV: the device is lost
+ * 0: look at each ret_error; -EINVAL: too many rows, a session twice, more computed
+ * again than is missing; -ENODEV: the device is lost
  */
 int engine_step(struct engine *e, struct step_item *items, size_t n_items);
 

@@ -162,6 +162,10 @@ int kv_cache_init(struct kv_cache *c, struct kv_pool *pool, const struct model_c
 
 static void set_page(struct kv_layer *l, uint32_t i, struct kv_page *page)
 {
+    if (page)
+        l->n_pages++;
+    if (l->pages[i])
+        l->n_pages--;
     l->pages[i] = page;
     l->data[i] = page ? page->data : NULL;
 }
@@ -209,8 +213,10 @@ static int grow_tables(struct kv_layer *l, uint32_t n)
     if (!data)
         return -ENOMEM;
     l->data = data;
-    for (uint32_t i = l->allocated; i < allocated; i++)
-        set_page(l, i, NULL);
+    for (uint32_t i = l->allocated; i < allocated; i++) {
+        pages[i] = NULL;
+        data[i] = NULL;
+    }
     l->allocated = allocated;
     return 0;
 }
@@ -319,4 +325,38 @@ bool kv_cache_rewind(struct kv_cache *c, uint32_t n)
     for (uint32_t i = 0; i < c->n_layers; i++)
         shrink_to(c, &c->layers[i], whole ? DIV_ROUND_UP(n, KV_PAGE) : 0);
     return whole;
+}
+
+void kv_cache_drop(struct kv_cache *c)
+{
+    for (uint32_t i = 0; i < c->n_layers; i++)
+        shrink_to(c, &c->layers[i], 0);
+}
+
+uint64_t kv_cache_bytes(const struct kv_cache *c)
+{
+    uint64_t n = 0;
+
+    for (uint32_t i = 0; i < c->n_layers; i++)
+        n += c->layers[i].n_pages;
+    return n * c->pool->page_bytes;
+}
+
+/* Pages that n consecutive positions touch wherever they begin. */
+static uint64_t pages_of_run(uint64_t n)
+{
+    return n == 0 ? 0 : (n + KV_PAGE - 2) / KV_PAGE + 1;
+}
+
+uint64_t kv_cache_bytes_max(const struct kv_shape *shape, const struct model_config *config,
+                            uint32_t n, uint32_t n_rows)
+{
+    uint64_t whole = DIV_ROUND_UP((uint64_t)n, KV_PAGE), pages = 0, window = config->window;
+    /* A sliding layer has, within a step, the window before what may be rewound, that and the
+     * step's rows; and the window before the mark. */
+    uint64_t sliding = pages_of_run(window + KV_SLACK + n_rows) + pages_of_run(window);
+
+    for (uint32_t l = 0; l < config->n_layers_kv; l++)
+        pages += config->layers[l].sliding ? MIN(whole, sliding) : whole;
+    return pages * kv_page_bytes(shape);
 }

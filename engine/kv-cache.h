@@ -39,6 +39,7 @@ struct kv_layer {
     bool sliding;
     uint32_t n; /* entries of the tables: pages up to the last position reserved */
     uint32_t allocated;
+    uint32_t n_pages;       /* entries that are a page */
     struct kv_page **pages; /* [allocated], counted; NULL: dropped or not there yet */
     void **data;            /* [allocated], the same pages' memory, for kernels */
 };
@@ -70,6 +71,19 @@ void kv_cache_trim(struct kv_cache *c, uint32_t n, uint32_t mark);
  * sliding layers have lost part of it: then everything is dropped and must be computed again.
  */
 bool kv_cache_rewind(struct kv_cache *c, uint32_t n);
+
+/* Lets go of every page. */
+void kv_cache_drop(struct kv_cache *c);
+
+/* Of the pages it holds, shared ones in full. */
+uint64_t kv_cache_bytes(const struct kv_cache *c);
+
+/*
+ * The most that a cache of n tokens ever takes when steps are of at most n_rows tokens: with a mark
+ * wherever it costs most.
+ */
+uint64_t kv_cache_bytes_max(const struct kv_shape *shape, const struct model_config *config,
+                            uint32_t n, uint32_t n_rows);
 
 /* Where a token at pos finds the K and V of layer (an owner). Valid until the next reserve. */
 static inline struct kv_row kv_cache_row(const struct kv_cache *c, uint32_t layer, uint32_t pos)

@@ -102,6 +102,22 @@ void session_set_mark(struct session *s, uint32_t n)
     s->mark = n <= s->n_tokens ? n : KV_NO_MARK;
 }
 
+void session_drop_kv(struct session *s)
+{
+    kv_cache_drop(&s->kv);
+    s->n_cached = 0;
+}
+
+uint32_t session_n_missing(const struct session *s)
+{
+    return s->n_tokens - s->n_cached;
+}
+
+uint64_t session_kv_bytes(const struct session *s)
+{
+    return kv_cache_bytes(&s->kv);
+}
+
 uint32_t session_n_tokens(const struct session *s)
 {
     return s->n_tokens;

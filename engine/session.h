@@ -16,7 +16,8 @@ struct session {
     uint32_t *tokens; /* [n_allocated] */
     uint32_t n_tokens, n_allocated;
     uint32_t n_cached; /* tokens whose K and V are there: n_tokens, or fewer after a rewind that
-                          lost a window; the next step computes the rest first */
+                          lost a window or when they were dropped; steps compute the rest
+                          before anything new */
     uint32_t mark;     /* or KV_NO_MARK */
     bool in_step;      /* already part of the step being built */
     struct kv_cache kv;

@@ -262,6 +262,176 @@ static void check_rewind(struct engine *e)
     }
 }
 
+/* Computes up to n of the missing tokens again, in one step with a new token of another session. */
+static void recompute(struct session *s, uint32_t n, struct session *beside, const uint32_t *token)
+{
+    uint32_t missing = session_n_missing(s), size = session_n_tokens(s);
+    struct step_item items[2] = {{.session = s, .n_tokens = MIN(n, missing)},
+                                 {.session = beside, .tokens = token, .n_tokens = 1}};
+
+    assert(engine_step(s->engine, items, beside ? 2 : 1) == 0);
+    assert(items[0].ret_error == 0 && items[1].ret_error == 0 && !items[0].ret_logits);
+    assert(session_n_missing(s) == missing - MIN(n, missing) && session_n_tokens(s) == size);
+}
+
+static uint64_t kv_used(const struct engine *e)
+{
+    struct engine_memory memory;
+
+    engine_memory(e, &memory);
+    return memory.kv_bytes_used;
+}
+
+/* What was dropped comes back as it was, in chunks of any size and beside others. */
+static void check_drop(struct engine *e)
+{
+    static const uint32_t at[] = {1, 63, 64, 65, 141, LONGEST};
+    static const uint32_t chunks[] = {1, 7, 64, LONGEST, 0 /* all, before the next new token */};
+
+    for (size_t i = 0; i < ARRAY_SIZE(at); i++) {
+        CLEANUP(freep) float *want = run_fresh(e, tokens, at[i] + 40, LONGEST + 40);
+
+        for (size_t c = i % 2; c < ARRAY_SIZE(chunks); c += 2) {
+            CLEANUP(session_freep) struct session *s = session_on(e), *fork = NULL, *late = NULL;
+            CLEANUP(freep) float *whole = NULL, *kept = NULL, *copied = NULL;
+            struct step_item wrong = {.session = s, .n_tokens = at[i] + 1};
+            uint64_t used;
+            uint32_t n = 0;
+
+            free(run(s, tokens, at[i], 50));
+            assert(session_n_missing(s) == 0);
+            wrong.n_tokens = 1;
+            assert(engine_step(e, &wrong, 1) == -EINVAL); /* nothing is missing */
+            used = kv_used(e);
+            assert(session_kv_bytes(s) == used && used > 0);
+            assert(used <= engine_kv_bytes(e, at[i]));
+
+            assert(session_fork(&fork, s) == 0 && session_kv_bytes(fork) == used);
+            session_drop_kv(s);
+            assert(session_kv_bytes(s) == 0 && session_kv_bytes(fork) == used);
+            assert(kv_used(e) == used); /* the fork's */
+            assert(session_n_tokens(s) == at[i] && session_n_missing(s) == at[i]);
+            assert(memcmp(session_tokens(s), tokens, at[i] * sizeof(*tokens)) == 0);
+            wrong.n_tokens = at[i] + 1;
+            assert(engine_step(e, &wrong, 1) == -EINVAL);
+            wrong = (struct step_item){.session = s, .n_tokens = 1, .wanted = LOGITS_LAST};
+            assert(engine_step(e, &wrong, 1) == -EINVAL);
+            assert(session_n_missing(s) == at[i]);
+
+            for (; chunks[c] > 0 && session_n_missing(s) > 0; n++) {
+                if (n == 1)
+                    assert(session_fork(&late, s) == 0); /* half of it is back */
+                recompute(s, chunks[c], n < 20 ? fork : NULL, tokens + at[i] + n);
+            }
+            whole = run(s, tokens + at[i], 40, 13);
+            n = MIN(n, 20u);
+            kept = run(fork, tokens + at[i] + n, 40 - n, 13);
+            assert(session_n_missing(s) == 0 && same(whole, want) && same(kept, want));
+            if (late) {
+                assert(session_n_missing(late) == at[i] - chunks[c]);
+                copied = run(late, tokens + at[i], 40, 40);
+                assert(same(copied, want));
+            }
+            s = session_free(s);
+            session_drop_kv(fork);
+            late = session_free(late);
+            assert(kv_used(e) == 0);
+        }
+    }
+}
+
+/* Dropping, rewinding and marks: each order leaves what is there, and no more, to be computed. */
+static void check_drop_rewind(struct engine *e)
+{
+    static const struct {
+        uint32_t mark, computed, to, missing;
+    } cases[] = {
+        {150, LONGEST, 150, 0},  /* all is back, and so is what the mark keeps */
+        {KV_NO_MARK, LONGEST, 150, 150}, {KV_NO_MARK, LONGEST, LONGEST - KV_SLACK, 0},
+        {150, 0, 150, 150},      {150, 0, 0, 0},
+        {150, 100, 150, 50},     {150, 100, 100, 0},
+        {150, 100, 70, 0},       {150, 100, 40, 0}, /* within what a rewind may reach */
+        {3, 250, 3, 0},          {3, 1, 3, 2},
+        {3, 250, 2, 0}, /* in the page that the mark keeps */
+    };
+
+    for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+        CLEANUP(session_freep) struct session *s = session_on(e);
+        CLEANUP(freep) uint32_t *want = calloc(cases[i].to + 33, sizeof(*want));
+        CLEANUP(freep) float *l = NULL, *expected = NULL;
+
+        free(run(s, tokens, LONGEST, 64));
+        session_set_mark(s, cases[i].mark);
+        session_drop_kv(s);
+        while (LONGEST - session_n_missing(s) < cases[i].computed)
+            recompute(s, MIN(40u, cases[i].computed - (LONGEST - session_n_missing(s))), NULL, NULL);
+        session_rewind(s, cases[i].to);
+        assert(session_n_tokens(s) == cases[i].to);
+        assert(session_n_missing(s) == cases[i].missing);
+        if (cases[i].missing > 1)
+            recompute(s, cases[i].missing / 2, NULL, NULL);
+        l = run(s, tokens + 3000, 33, 8);
+        memcpy(want, tokens, cases[i].to * sizeof(*want));
+        memcpy(want + cases[i].to, tokens + 3000, 33 * sizeof(*want));
+        expected = run_fresh(e, want, cases[i].to + 33, LONGEST + 33);
+        assert(same(l, expected));
+    }
+    assert(kv_used(e) == 0);
+}
+
+/* A pool of engine_kv_bytes() is enough whatever the chunks and wherever the mark; and where it is
+ * not, computing again says so and goes on later. */
+static void check_kv_bytes(const struct model *m, const struct engine_options *options)
+{
+    struct engine_options small = *options;
+    CLEANUP(engine_freep) struct engine *e = NULL;
+    CLEANUP(session_freep) struct session *s = NULL, *other = NULL;
+    CLEANUP(freep) float *l = NULL, *want = NULL;
+    struct step_item item;
+
+    small.max_rows = 50;
+    e = engine_on(m, small);
+    assert(engine_kv_bytes(e, 0) == 0);
+    small.kv_bytes = engine_kv_bytes(e, 1000);
+    e = engine_free(e);
+    e = engine_on(m, small);
+    s = session_on(e);
+    for (uint32_t i = 0; i < 1000; i += 25) { /* a mark that stays far behind, and chunks of both */
+        if (i == 200)
+            session_set_mark(s, 200);
+        if (i % 50 == 0)
+            assert(session_eval(s, tokens + i, i % 100 ? 50 : 25, NULL) == 0);
+        else if (i % 100 == 25)
+            assert(session_eval(s, tokens + i, 25, NULL) == 0);
+    }
+    assert(session_n_tokens(s) == 1000 && session_kv_bytes(s) <= small.kv_bytes);
+
+    /* Two of them have no room; the second gets as far as it goes. */
+    other = session_on(e);
+    assert(session_eval(other, tokens, 1000, NULL) == -ENOBUFS);
+    session_drop_kv(s);
+    session_rewind(s, 500);
+    assert(session_eval(other, tokens + session_n_tokens(other),
+                        900 - session_n_tokens(other), NULL) == 0);
+    do {
+        uint32_t missing = session_n_missing(s);
+
+        item = (struct step_item){.session = s, .n_tokens = MIN(40u, missing)};
+        assert(engine_step(e, &item, 1) == 0);
+        if (item.ret_error < 0)
+            assert(session_n_missing(s) == missing && session_n_tokens(s) == 500);
+    } while (item.ret_error == 0);
+    assert(item.ret_error == -ENOBUFS && session_n_missing(s) > 0);
+    session_drop_kv(other);
+    while (session_n_missing(s) > 0)
+        recompute(s, 40, NULL, NULL);
+    l = run(s, tokens + 500, 10, 10);
+    session_drop_kv(s);
+    want = run_fresh(e, tokens, 510, 510);
+    assert(same(l, want));
+    assert(kv_used(e) == 0);
+}
+
 /* Nobody else's bits depend on the errors of an item, and the item's session stays as it was. */
 static void check_errors(const struct model *m, const struct engine_options *options)
 {
@@ -327,12 +497,15 @@ static void check_all(const struct model *m, const struct engine_options *option
     check_batch(e);
     check_skip(e);
     check_errors(m, options);
+    check_kv_bytes(m, options);
     if (brief)
         return;
     check_chunks(e);
     check_ring(e);
     check_fork(e);
     check_rewind(e);
+    check_drop(e);
+    check_drop_rewind(e);
 }
 
 /* 4: up to the window nobody can tell its size; beyond it everybody can. */
