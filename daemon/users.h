@@ -13,7 +13,7 @@
 
 #include "base/error.h"
 
-/* In all of them 0 means: no limit; the weight is 1 to USER_WEIGHT_MAX. */
+/* Of KV bytes and tokens per minute 0 means no limit; the weight is 1 to USER_WEIGHT_MAX. */
 struct user_limits {
     uint32_t max_sessions;
     uint64_t max_kv_bytes;
@@ -37,8 +37,9 @@ struct user {
     uint32_t n_connections; /* peer to peer */
     uint32_t n_clients;     /* names on the bus */
     uint32_t n_sessions;
-    uint32_t n_queued; /* as user_limits::max_queued */
-    double tokens;     /* in the bucket: may be negative, for what a request took is known late */
+    uint32_t n_streams; /* until their readers have read them */
+    uint32_t n_queued;  /* as user_limits::max_queued */
+    double tokens;      /* in the bucket: may be negative, for what a request took is known late */
     uint64_t tokens_usec; /* when it was last filled */
     struct user *next;    /* users::list */
 };
