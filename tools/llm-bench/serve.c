@@ -16,12 +16,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <systemd/sd-bus.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "client/llm.h"
+#include "ipc/names.h"
 #include "tools/common/engine-args.h"
 #include "tools/llm-bench/json.h"
 #include "tools/llm-bench/private-daemon.h"
@@ -69,6 +71,7 @@ struct first_token {
 struct results {
     struct llm_status status;
     bool two_uids;
+    uint32_t context;                     /* tokens of a session */
     uint32_t n_prompt;                    /* of the long prompt, as counted */
     struct distribution alone, disturbed; /* between tokens */
     double prefill_rate;                  /* of the long prompts meanwhile; tokens/s */
@@ -149,7 +152,7 @@ static int distribute(const struct worker_log *log, uint64_t from, uint64_t to, 
 static int start(struct bench *b, struct worker *w, enum worker_kind kind, int which,
                  uint32_t n_prompt, uint32_t n_tokens, struct error *err)
 {
-    double words = ceil(b->words_per_token * n_prompt);
+    double words = ceil(b->words_per_token * MIN(n_prompt, b->results.context - 16));
     struct worker_task task = {
         .kind = kind,
         .socket = b->socket,
@@ -251,6 +254,7 @@ static int measure_latency(struct bench *b, struct error *err)
     if (r < 0)
         goto out;
     middle = atomic_load(&w[1].log->began_at);
+    results->n_prompt = atomic_load(&w[1].log->prompt_tokens);
     n_prompts = atomic_load(&w[1].log->n_events); /* a token each */
     results->prefill_rate = (double)n_prompts * results->n_prompt / (1e-9 * (double)(to - middle));
     r = distribute(w[0].log, from, middle, false, &results->alone);
@@ -626,24 +630,33 @@ static int parse_options(struct options *o, int argc, char **argv)
     return 0;
 }
 
-/* Who is asked for, and how much its sessions hold. */
+/* Whom we measure, and how long a prompt may be: what a session holds, but for a few tokens. */
 static int look(struct bench *b, struct error *err)
 {
     struct llm_connection *c;
     struct llm_session *s;
-    struct llm_error e;
+    struct llm_error e = {.message = ""};
+    uint32_t context = 0;
     int r = llm_connect(&c, b->socket, &e);
 
     if (r < 0)
         return error_set(err, -r, "%s", e.message);
     r = llm_get_status(c, &b->results.status, &e);
-    if (r == 0) {
+    if (r >= 0)
         r = llm_session_new(&s, c, NULL, &e);
-        if (r == 0)
-            llm_session_free(s);
+    if (r >= 0) {
+        r = sd_bus_get_property_trivial(llm_connection_bus(c), llm_connection_destination(c),
+                                        llm_session_path(s), LLM_SESSION_INTERFACE, "ContextMax",
+                                        NULL, 'u', &context);
+        llm_session_free(s);
     }
     llm_disconnect(c);
-    return r < 0 ? error_set(err, -r, "%s", e.message) : 0;
+    if (r < 0)
+        return error_set(err, -r, "%s", e.message[0] ? e.message : strerror(-r));
+    if (context < 64)
+        return error_set(err, EINVAL, "sessions of %u tokens are too small to measure", context);
+    b->results.context = context;
+    return 0;
 }
 
 static int run(const struct options *o, struct error *err)
