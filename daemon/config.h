@@ -39,6 +39,8 @@ struct config {
     struct user_entry *users;  /* [n_users], by uid */
     size_t n_users;
 
+    char **files; /* [n_files], what was read, in order */
+    size_t n_files;
     uint32_t n_warnings;
 };
 
@@ -50,6 +52,9 @@ struct config {
 typedef void (*config_warning)(const char *line);
 int config_load(struct config **ret, enum service_scope scope, const char *file, config_warning say,
                 struct error *err);
+/* The same from these folders' llmd.conf and llmd.conf.d/, the first going before the others. */
+int config_load_folders(struct config **ret, const char *const *folders, size_t n_folders,
+                        config_warning say, struct error *err);
 struct config *config_free(struct config *c);
 void config_freep(struct config **c);
 
@@ -62,3 +67,13 @@ struct user_entry {
     uint32_t set; /* which of limits are its own */
     struct user_limits limits;
 };
+
+/*
+ * The names of what differs and is only looked at when the daemon starts, "Threads=, KvBytes=";
+ * 0: nothing
+ */
+size_t config_need_restart(const struct config *old, const struct config *new, char *out, size_t n);
+
+/* Also for the command line. "64M"; "90", "5min", "infinity" (0). 0, -EINVAL */
+int config_parse_bytes(const char *text, uint64_t *ret);
+int config_parse_seconds(const char *text, uint64_t *ret_usec);
