@@ -468,6 +468,7 @@ static int on_value(void *userdata, const char *section, const char *name, const
 static char *next_line(char *out, int n, void *userdata)
 {
     struct reader *r = userdata;
+    char empty[] = "", unnamed[] = "[?]";
     ssize_t length;
     char *text;
 
@@ -487,7 +488,7 @@ static char *next_line(char *out, int n, void *userdata)
     text = r->buffer;
     if (strlen(text) != (size_t)length) {
         warn(r, "the line holds a NUL byte; ignored");
-        text = (char[]){""};
+        text = empty;
     }
     if (r->line == 1 && strncmp(text, "\xef\xbb\xbf", 3) == 0)
         text += 3;
@@ -495,7 +496,7 @@ static char *next_line(char *out, int n, void *userdata)
     text[strcspn(text, "\r\n")] = 0;
     if (strlen(text) > LINE_BYTES_MAX && text[0] != '#' && text[0] != ';') {
         warn(r, "the line has more than %u bytes; ignored", LINE_BYTES_MAX);
-        text = (char[]){""};
+        text = empty;
     }
     if (text[0] == '[') {
         char *end = strchr(text, ']');
@@ -503,7 +504,7 @@ static char *next_line(char *out, int n, void *userdata)
         if (!end) {
             warn(r, "']' is missing; the section is ignored");
             r->skip = true;
-            text = (char[]){"[?]"};
+            text = unnamed;
         } else {
             *end = 0;
             enter_section(r, text + 1);
@@ -515,7 +516,7 @@ static char *next_line(char *out, int n, void *userdata)
         r->wants_value = true;
     }
     if (text[0] == '#' || text[0] == ';')
-        text = (char[]){""};
+        text = empty;
     snprintf(out, (size_t)n, "%s\n", text);
     return out;
 }

@@ -30,10 +30,10 @@ static void note(const char *line)
 
 static const char *in(const char *name)
 {
-    static char path[8][256];
+    static char path[64][256];
     static unsigned i;
 
-    i = (i + 1) % 8;
+    i = (i + 1) % 64;
     snprintf(path[i], sizeof(path[i]), "%s/%s", folder, name);
     return path[i];
 }
