@@ -24,6 +24,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "client/llmctl-output.h"
 #include "client/llmctl.h"
 
 #define MODEL_SUFFIX ".llmd"
@@ -298,12 +299,14 @@ static int start_daemon(const char *model, const char *socket)
         become_daemon(program, model, socket, log_fd, ready_write);
     close(TAKE_FD(ready_write));
 
+    status_line("starting llmd: loading %s", strrchr(model, '/') + 1);
     do {
         n = read(ready_read, answer + used, sizeof(answer) - 1 - used);
         if (n > 0)
             used += (size_t)n;
     } while ((n > 0 && used < sizeof(answer) - 1) || (n < 0 && errno == EINTR));
     answer[used] = 0;
+    status_line_clear();
     if (strcmp(answer, "READY=1\n") == 0)
         return STATUS_OK;
 

@@ -17,6 +17,7 @@
 
 #include "base/checked.h"
 #include "base/standard-fds.h"
+#include "client/llmctl-output.h"
 
 static const struct verb verbs[] = {
     {"run", verb_run, "answer one prompt"},
@@ -117,6 +118,7 @@ static void on_signal(int signal_number)
         passed = status;
         return;
     }
+    status_line_clear();
     if (status == STATUS_TIMEOUT)
         (void)!write(STDERR_FILENO, timeout_text, sizeof(timeout_text) - 1);
     _exit(status);
@@ -165,6 +167,11 @@ int deadlines_poll(struct pollfd *fds, nfds_t n)
             fds[i].revents = 0;
     }
     return passed;
+}
+
+void deadlines_clear(void)
+{
+    passed = STATUS_OK;
 }
 
 int deadlines_wait(int fd, short events)

@@ -125,6 +125,8 @@ void deadlines_release(void);
 /* poll()s. 0, STATUS_INTERRUPTED, STATUS_TIMEOUT, or a complaint was made */
 int deadlines_poll(struct pollfd *fds, nfds_t n);
 int deadlines_wait(int fd, short events); /* the same for one */
+/* Forgets an interruption that was told. */
+void deadlines_clear(void);
 
 /* ---- the daemon ---- */
 

@@ -382,6 +382,23 @@ def quiet_sigpipe():
 
 
 @test
+def answers_that_cannot_be_written():
+    with Home() as h:
+        for options in ((), ("--json",)):
+            with open("/dev/full", "wb") as full:
+                p = h.popen("run", *options, *ENDLESS[1:], "x", stdout=full)
+                _, err = p.communicate(timeout=PATIENCE)
+            assert (p.returncode, err) == (1, b"llmctl: cannot write: No space left on device\n"), (p.returncode, err)
+        # A parent that ignores SIGPIPE, as Python does.
+        p = h.popen("run", *ENDLESS, "x", restore_signals=False)
+        p.stdout.readline()
+        p.stdout.close()
+        assert p.wait(PATIENCE) == 1 and p.stderr.read() == b"llmctl: cannot write: Broken pipe\n"
+        p.stderr.close()
+        h.wait_sessions(0)
+
+
+@test
 def out_of_time():
     with Home() as h:
         h.call("run", "--max-tokens", "1", "x")  # the daemon is up
