@@ -12,17 +12,29 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <time.h>
 
+#include "base/checked.h"
 #include "base/cleanup.h"
 #include "daemon/stream.h"
+#include "daemon/users.h"
 #include "engine/model-file.h"
 #include "engine/model.h"
+#include "ipc/names.h"
 
-#define SESSIONS_MAX 64u
-#define STREAMS_MAX 256u /* those of ended requests that nobody reads included */
+/* Of the daemon; a user's own limits are in users.h. Streams of ended requests that nobody has read
+ * count too: each is a descriptor. */
+#define SESSIONS_MAX 4096u
+#define STREAMS_MAX 512u
+#define STREAMS_OF_USER_MAX 256u
+
+#define LINGER_USEC_DEFAULT (3600 * UINT64_C(1000000))
+#define BUCKETS 256u /* a power of two */
 
 struct session_set {
     sd_event *event;              /* borrowed */
@@ -32,15 +44,23 @@ struct session_set {
     uint32_t context_max;
     session_set_changed changed;
     void *userdata;
+    const struct session_observer *observer;
+    void *observer_userdata;
     uint64_t last_session_id, last_request_id;
     uint32_t n_sessions, n_jobs, n_streams;
     bool stopping;
-    struct request *requests; /* those whose stream or job is there */
+    struct session_set_totals totals;
+    struct request *requests;              /* those whose stream or job is there */
+    struct client_session *first, *last;   /* client_session::next */
+    struct client_session *by_id[BUCKETS]; /* client_session::bucket_next */
+    uint64_t linger_usec;
+    sd_event_source *linger_timer; /* the next that may be due */
 };
 
 /* What a stream's end is told with; also what lists the running requests. */
 struct request {
     struct session_set *set;
+    struct user *user;               /* who pays */
     struct job *job;                 /* NULL: has come back */
     struct stream *stream;           /* NULL: gone */
     struct request *previous, *next; /* session_set::requests */
@@ -49,10 +69,80 @@ struct request {
 struct client_session {
     struct session_set *set;
     uint64_t id;
+    char *path, *label;
+    struct user *user;
     struct timeline *timeline;
     uint32_t context_max;
-    struct job *job; /* the request that runs, or NULL */
+    enum scheduler_class class;
+    bool linger;
+    uint64_t created_usec;       /* CLOCK_REALTIME */
+    uint64_t used_usec;          /* CLOCK_MONOTONIC, when it was made or its last request ended */
+    struct job *job;             /* the request that runs, or NULL */
+    struct session_owner *owner; /* NULL: lingers */
+    struct client_session *owned_previous, *owned_next; /* session_owner::first */
+    struct client_session *previous, *next;             /* session_set::first */
+    struct client_session *bucket_next;                 /* session_set::by_id */
 };
+
+static uint64_t now_usec(clockid_t clock)
+{
+    struct timespec ts;
+
+    clock_gettime(clock, &ts);
+    return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
+}
+
+static void tell(struct client_session *s, void (*what)(void *, struct client_session *))
+{
+    if (what)
+        what(s->set->observer_userdata, s);
+}
+
+/* ---- sessions that linger ---- */
+
+static bool lingers_on(const struct client_session *s)
+{
+    return s->linger && !s->job;
+}
+
+static void arm_linger(struct session_set *set)
+{
+    uint64_t due = UINT64_MAX;
+
+    for (const struct client_session *s = set->first; s; s = s->next)
+        if (lingers_on(s))
+            due = MIN(due, s->used_usec);
+    if (!set->linger_timer)
+        return;
+    if (due == UINT64_MAX || set->linger_usec == 0) {
+        sd_event_source_set_enabled(set->linger_timer, SD_EVENT_OFF);
+    } else {
+        sd_event_source_set_time(set->linger_timer, due + set->linger_usec);
+        sd_event_source_set_enabled(set->linger_timer, SD_EVENT_ONESHOT);
+    }
+}
+
+static int on_linger_over(sd_event_source *source, uint64_t usec, void *userdata)
+{
+    struct session_set *set = userdata;
+    struct client_session *next;
+
+    (void)source;
+    (void)usec;
+    for (struct client_session *s = set->first; s; s = next) {
+        next = s->next;
+        if (lingers_on(s) && now_usec(CLOCK_MONOTONIC) - s->used_usec >= set->linger_usec)
+            client_session_free(s);
+    }
+    arm_linger(set);
+    return 0;
+}
+
+void session_set_linger_usec(struct session_set *set, uint64_t usec)
+{
+    set->linger_usec = usec;
+    arm_linger(set);
+}
 
 /* ---- requests ---- */
 
@@ -60,6 +150,7 @@ static void request_put(struct request *q)
 {
     if (q->job || q->stream)
         return;
+    user_unref(q->user);
     if (q->previous)
         q->previous->next = q->next;
     else
@@ -75,6 +166,7 @@ static void on_stream_gone(void *userdata)
     struct session_set *set = q->set;
 
     q->stream = NULL;
+    q->user->n_streams--;
     set->n_streams--;
     request_put(q);
     set->changed(set->userdata);
@@ -92,13 +184,18 @@ static struct request *request_of(struct session_set *set, const struct job *j)
 static void job_came_back(struct session_set *set, struct job *j)
 {
     struct request *q = request_of(set, j);
+    struct client_session *s = j->session;
 
-    if (j->session) {
-        j->session->job = NULL;
+    q->job = NULL;
+    q->user->n_queued--;
+    set->n_jobs--;
+    if (s) {
+        s->job = NULL;
+        s->used_usec = now_usec(CLOCK_MONOTONIC);
+        arm_linger(set);
+        tell(s, set->observer->changed);
         j->session = NULL;
     }
-    q->job = NULL;
-    set->n_jobs--;
     if (j->stream)
         stream_job_finished(j->stream); /* may end it, and with it q */
     else
@@ -140,15 +237,33 @@ static char *name_of(const char *path)
 int session_set_new(struct session_set **ret, sd_event *event, session_set_changed changed,
                     void *userdata)
 {
+    static const struct session_observer nobody = {0};
     struct session_set *set = calloc(1, sizeof(*set));
+    int r;
 
     if (!set)
         return -ENOMEM;
     set->event = event;
     set->changed = changed;
     set->userdata = userdata;
+    set->observer = &nobody;
+    set->linger_usec = LINGER_USEC_DEFAULT;
+    r = sd_event_add_time(event, &set->linger_timer, CLOCK_MONOTONIC, UINT64_MAX, 0, on_linger_over,
+                          set);
+    if (r >= 0)
+        r = sd_event_source_set_enabled(set->linger_timer, SD_EVENT_OFF);
+    if (r < 0) {
+        session_set_free(set);
+        return r;
+    }
     *ret = set;
     return 0;
+}
+
+void session_set_observe(struct session_set *set, const struct session_observer *o, void *userdata)
+{
+    set->observer = o;
+    set->observer_userdata = userdata;
 }
 
 int session_set_set_engine(struct session_set *set, struct engine_thread *t, uint32_t context_max)
@@ -191,6 +306,7 @@ struct session_set *session_set_free(struct session_set *set)
     session_set_cut_streams(set);
     assert(!set->requests);
     sd_event_source_disable_unref(set->news_source);
+    sd_event_source_disable_unref(set->linger_timer);
     free(set->model_name);
     free(set->model_path);
     free(set);
@@ -252,58 +368,178 @@ void session_set_cut_streams(struct session_set *set)
     }
 }
 
+void session_set_close_all(struct session_set *set)
+{
+    while (set->first)
+        client_session_free(set->first);
+}
+
+const struct session_set_totals *session_set_totals(const struct session_set *set)
+{
+    return &set->totals;
+}
+
+void session_set_count_refused(struct session_set *set)
+{
+    set->totals.refused++;
+}
+
+struct client_session *session_set_find(const struct session_set *set, uint64_t id)
+{
+    struct client_session *s = set->by_id[id % BUCKETS];
+
+    while (s && s->id != id)
+        s = s->bucket_next;
+    return s;
+}
+
+struct client_session *session_set_first(const struct session_set *set)
+{
+    return set->first;
+}
+
+struct client_session *client_session_next(const struct client_session *s)
+{
+    return s->next;
+}
+
+void session_owner_close_all(struct session_owner *owner)
+{
+    while (owner->first)
+        client_session_free(owner->first);
+}
+
 /* ---- one session ---- */
 
-int client_session_new(struct client_session **ret, struct session_set *set, uint32_t context,
-                       struct error *err)
+static void session_done(struct client_session *s)
 {
-    const struct model_config *config;
-    struct client_session *s;
+    user_unref(s->user);
+    free(s->path);
+    free(s->label);
+    free(s);
+}
 
+static void enter(struct client_session *s, struct session_owner *owner)
+{
+    struct session_set *set = s->set;
+
+    s->previous = set->last;
+    *(set->last ? &set->last->next : &set->first) = s;
+    set->last = s;
+    s->bucket_next = set->by_id[s->id % BUCKETS];
+    set->by_id[s->id % BUCKETS] = s;
+    if (owner) {
+        s->owner = owner;
+        s->owned_next = owner->first;
+        if (s->owned_next)
+            s->owned_next->owned_previous = s;
+        owner->first = s;
+    }
+    set->n_sessions++;
+    s->user->n_sessions++;
+}
+
+static void leave(struct client_session *s)
+{
+    struct session_set *set = s->set;
+    struct client_session **at = &set->by_id[s->id % BUCKETS];
+
+    while (*at != s)
+        at = &(*at)->bucket_next;
+    *at = s->bucket_next;
+    *(s->previous ? &s->previous->next : &set->first) = s->next;
+    *(s->next ? &s->next->previous : &set->last) = s->previous;
+    if (s->owner) {
+        *(s->owned_previous ? &s->owned_previous->owned_next : &s->owner->first) = s->owned_next;
+        if (s->owned_next)
+            s->owned_next->owned_previous = s->owned_previous;
+    }
+    set->n_sessions--;
+    s->user->n_sessions--;
+}
+
+static int check_may_have_one_more(const struct session_set *set, const struct user *user,
+                                   struct error *err)
+{
     if (set->stopping)
         return error_set(err, ESHUTDOWN, "the daemon is about to end");
     if (!set->engine)
         return error_set(err, EAGAIN, "no model is loaded; see llmctl model list");
-    config = model_config(engine_thread_model(set->engine));
-    if (context > config->context_max)
-        return error_set(err, EINVAL, "context: %u is more than the model's %u tokens", context,
-                         config->context_max);
+    if (user->n_sessions >= user->limits.max_sessions)
+        return error_set(
+            err, EDQUOT,
+            "sessions: requested 1, available 0: all %u of user %u are open; close one",
+            user->limits.max_sessions, (unsigned)user->uid);
     if (set->n_sessions >= SESSIONS_MAX)
-        return error_set(err, EDQUOT, "all %u sessions of this daemon are in use", SESSIONS_MAX);
+        return error_set(err, EDQUOT,
+                         "sessions: requested 1, available 0: all %u of this daemon are open",
+                         SESSIONS_MAX);
+    return 0;
+}
+
+int client_session_new(struct client_session **ret, struct session_set *set, struct user *user,
+                       struct session_owner *owner, const struct client_session_options *options,
+                       struct error *err)
+{
+    const struct model_config *config;
+    struct client_session *s;
+    int r;
+
+    r = check_may_have_one_more(set, user, err);
+    if (r < 0)
+        return r;
+    config = model_config(engine_thread_model(set->engine));
+    if (options->context > config->context_max)
+        return error_set(err, EINVAL, "context: requested %u, available %u: the model has no more",
+                         options->context, config->context_max);
 
     s = calloc(1, sizeof(*s));
     if (!s)
         return error_set(err, ENOMEM, "out of memory");
-    s->context_max = context > 0 ? context : set->context_max;
+    s->set = set;
+    s->id = set->last_session_id + 1;
+    s->user = user_ref(user);
+    s->label = strdup(options->label ? options->label : "");
+    if (asprintf(&s->path, "%s/%" PRIu64, LLM_SESSION_PATH, s->id) < 0)
+        s->path = NULL;
+    s->class = options->class;
+    s->linger = options->linger;
+    s->created_usec = now_usec(CLOCK_REALTIME);
+    s->used_usec = now_usec(CLOCK_MONOTONIC);
+    s->context_max = options->context > 0 ? options->context : set->context_max;
     if (s->context_max == 0)
         s->context_max = config->context_max;
-    if (timeline_new(&s->timeline, &(struct timeline_options){.n_ctx = s->context_max}) < 0) {
-        free(s);
+    if (!s->label || !s->path ||
+        timeline_new(&s->timeline, &(struct timeline_options){.n_ctx = s->context_max,
+                                                              .account = user->uid,
+                                                              .flow = s->id,
+                                                              .class = s->class}) < 0) {
+        session_done(s);
         return error_set(err, ENOMEM, "out of memory");
     }
-    s->set = set;
-    s->id = ++set->last_session_id;
-    set->n_sessions++;
+    set->last_session_id = s->id;
+    enter(s, s->linger ? NULL : owner);
+    arm_linger(set);
+    tell(s, set->observer->came);
     *ret = s;
     return 0;
 }
 
 struct client_session *client_session_free(struct client_session *s)
 {
+    struct session_set *set;
+
     if (!s)
         return NULL;
-    client_session_cancel(s);
+    set = s->set;
+    tell(s, set->observer->goes);
     if (s->job)
         s->job->session = NULL;
-    engine_thread_close(s->set->engine, s->timeline);
-    s->set->n_sessions--;
-    free(s);
+    leave(s);
+    engine_thread_close(set->engine, s->timeline);
+    session_done(s);
+    set->changed(set->userdata);
     return NULL;
-}
-
-void client_session_freep(struct client_session **s)
-{
-    *s = client_session_free(*s);
 }
 
 uint64_t client_session_id(const struct client_session *s)
@@ -311,19 +547,84 @@ uint64_t client_session_id(const struct client_session *s)
     return s->id;
 }
 
+struct user *client_session_user(const struct client_session *s)
+{
+    return s->user;
+}
+
+const char *client_session_path(const struct client_session *s)
+{
+    return s->path;
+}
+
+const char *client_session_label(const struct client_session *s)
+{
+    return s->label;
+}
+
+enum scheduler_class client_session_class(const struct client_session *s)
+{
+    return s->class;
+}
+
+bool client_session_lingers(const struct client_session *s)
+{
+    return s->linger;
+}
+
+uint64_t client_session_created_usec(const struct client_session *s)
+{
+    return s->created_usec;
+}
+
 bool client_session_is_busy(const struct client_session *s)
 {
     return s->job;
 }
 
-uint32_t client_session_context_used(const struct client_session *s)
-{
-    return timeline_n_tokens(s->timeline);
-}
-
 uint32_t client_session_context_max(const struct client_session *s)
 {
     return s->context_max;
+}
+
+void client_session_get_info(const struct client_session *s, struct client_session_info *ret)
+{
+    *ret = (struct client_session_info){
+        .state = s->job ? "busy" : "idle",
+        .context_used = timeline_n_tokens(s->timeline),
+    };
+}
+
+/* ---- its requests ---- */
+
+static int check_may_ask(const struct client_session *s, struct error *err)
+{
+    struct session_set *set = s->set;
+    struct user *user = s->user;
+
+    if (set->stopping)
+        return error_set(err, ESHUTDOWN, "the daemon is about to end");
+    if (s->job)
+        return error_set(err, EBUSY, "request %" PRIu64 " of this session still runs", s->job->id);
+    if (user->n_queued >= user->limits.max_queued)
+        return error_set(err, EDQUOT,
+                         "requests: requested 1, available 0: all %u of user %u wait or run",
+                         user->limits.max_queued, (unsigned)user->uid);
+    return user_check_tokens(user, err);
+}
+
+static int check_streams(const struct session_set *set, const struct user *user, struct error *err)
+{
+    if (user->n_streams >= STREAMS_OF_USER_MAX)
+        return error_set(err, EDQUOT,
+                         "streams: requested 1, available 0: %u of user %u wait for their readers",
+                         STREAMS_OF_USER_MAX, (unsigned)user->uid);
+    if (set->n_streams >= STREAMS_MAX)
+        return error_set(err, EDQUOT,
+                         "streams: requested 1, available 0: %u of this daemon wait for their "
+                         "readers",
+                         STREAMS_MAX);
+    return 0;
 }
 
 int client_session_generate(struct client_session *s, struct job_request *request, int *ret_fd,
@@ -334,14 +635,11 @@ int client_session_generate(struct client_session *s, struct job_request *reques
     struct request *q;
     int r;
 
-    if (set->stopping)
-        return error_set(err, ESHUTDOWN, "the daemon is about to end");
-    if (s->job)
-        return error_set(err, EBUSY, "request %llu of this session still runs",
-                         (unsigned long long)s->job->id);
-
-    if (set->n_streams >= STREAMS_MAX)
-        return error_set(err, EDQUOT, "%u streams wait for their readers", STREAMS_MAX);
+    r = check_may_ask(s, err);
+    if (r >= 0)
+        r = check_streams(set, s->user, err);
+    if (r < 0)
+        return r;
 
     if (job_new(&j, set->last_request_id + 1, s->timeline, request) < 0)
         return error_set(err, ENOMEM, "out of memory");
@@ -354,17 +652,21 @@ int client_session_generate(struct client_session *s, struct job_request *reques
         free(q);
         return error_set(err, -r, "cannot make a stream: %s", strerror(-r));
     }
+    q->user = user_ref(s->user);
     q->next = set->requests;
     if (q->next)
         q->next->previous = q;
     set->requests = q;
     set->n_streams++;
     set->n_jobs++;
+    q->user->n_streams++;
+    q->user->n_queued++;
     *ret_id = ++set->last_request_id;
 
     s->job = q->job = j;
     j->session = s;
     engine_thread_submit(set->engine, TAKE_PTR(j));
+    tell(s, set->observer->changed);
     return 0;
 }
 

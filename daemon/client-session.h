@@ -3,10 +3,11 @@
 #pragma once
 
 /*
- * client_session: a conversation as the daemon keeps it: whose timeline, which request runs. Knows
- * no bus (session-bus.c does). Loop thread.
+ * client_session: a conversation as the daemon keeps it: whose timeline, which request runs, what
+ * it has cost. Knows no bus (session-bus.c does). Loop thread.
  *
- * session_set: all of them, with what they share.
+ * session_set: all of them, with what they share. It outlives the engine: a model is exchanged by
+ * giving it another one while no session is open.
  */
 
 #include <stdbool.h>
@@ -15,16 +16,33 @@
 
 #include "base/error.h"
 #include "daemon/engine-thread.h"
+#include "engine/scheduler.h"
 
 struct client_session;
 struct session_set;
+struct user;
+struct users;
 
-/* changed: a request or a stream came or went; for whoever waits until all is quiet. */
+/* changed: a session, a request or a stream came or went; for whoever waits until all is quiet. */
 typedef void (*session_set_changed)(void *userdata);
+
+/* Who tells the clients. Called where the sessions are whole; none of it may free one. */
+struct session_observer {
+    void (*came)(void *userdata, struct client_session *s);
+    void (*goes)(void *userdata, struct client_session *s);
+    void (*changed)(void *userdata, struct client_session *s); /* its state or queue position */
+    /* Its request number `id` has ended; j tells how. Before it is idle again. */
+    void (*finished)(void *userdata, struct client_session *s, const struct job *j);
+};
 
 /* Borrows event. Has no engine yet. 0, -errno */
 int session_set_new(struct session_set **ret, sd_event *event, session_set_changed changed,
                     void *userdata);
+/* All sessions must be gone and all jobs have come back; streams that still flush are cut. */
+struct session_set *session_set_free(struct session_set *set);
+void session_set_freep(struct session_set **set);
+
+void session_set_observe(struct session_set *set, const struct session_observer *o, void *userdata);
 
 /*
  * Borrows the engine thread; NULL: there is none any more. No session may be open and all jobs must
@@ -33,14 +51,13 @@ int session_set_new(struct session_set **ret, sd_event *event, session_set_chang
  */
 int session_set_set_engine(struct session_set *set, struct engine_thread *t, uint32_t context_max);
 
-/* All sessions must be gone and all jobs have come back; streams that still flush are cut. */
-struct session_set *session_set_free(struct session_set *set);
-void session_set_freep(struct session_set **set);
+/* Lingering sessions are closed so long after their last request; 0: never. */
+void session_set_linger_usec(struct session_set *set, uint64_t usec);
 
 uint32_t session_set_n_sessions(const struct session_set *set);
 bool session_set_is_quiet(const struct session_set *set); /* neither jobs nor streams */
-struct engine_thread *session_set_engine(const struct session_set *set);
-const char *session_set_model_name(const struct session_set *set); /* "" without engine */
+struct engine_thread *session_set_engine(const struct session_set *set); /* NULL: none */
+const char *session_set_model_name(const struct session_set *set);       /* "" without */
 
 /* Whether the text names the model served: its name, or its path. */
 bool session_set_serves(const struct session_set *set, const char *model);
@@ -49,24 +66,63 @@ bool session_set_serves(const struct session_set *set, const char *model);
 void session_set_stop(struct session_set *set);
 bool session_set_is_stopping(const struct session_set *set);
 void session_set_cut_streams(struct session_set *set);
+/* Also those that linger. */
+void session_set_close_all(struct session_set *set);
+
+struct session_set_totals { /* since the start */
+    uint64_t requests, cancelled, failed, refused, prompt_tokens, completion_tokens;
+};
+const struct session_set_totals *session_set_totals(const struct session_set *set);
+void session_set_count_refused(struct session_set *set);
+
+struct client_session *session_set_find(const struct session_set *set, uint64_t id);
+struct client_session *session_set_first(const struct session_set *set); /* oldest first */
+struct client_session *client_session_next(const struct client_session *s);
+
+/* Whom sessions end with: a client. Zero-initialised. */
+struct session_owner {
+    struct client_session *first; /* client_session::owned_next */
+};
+void session_owner_close_all(struct session_owner *owner);
+
+struct client_session_options {
+    uint32_t context; /* tokens, 0: the default */
+    enum scheduler_class class;
+    const char *label; /* NULL: "" */
+    bool linger;       /* outlives the owner */
+};
 
 /*
- * context: tokens, 0: the default. 0, -EAGAIN: no model, -EINVAL: context above the model's, -EDQUOT, -ESHUTDOWN,
- * -ENOMEM
+ * Charged to the user. 0, -EINVAL: context above the model's, -EDQUOT, -EAGAIN: no model,
+ * -ESHUTDOWN, -ENOMEM
  */
-int client_session_new(struct client_session **ret, struct session_set *set, uint32_t context,
+int client_session_new(struct client_session **ret, struct session_set *set, struct user *user,
+                       struct session_owner *owner, const struct client_session_options *options,
                        struct error *err);
 struct client_session *client_session_free(struct client_session *s); /* cancels its request */
-void client_session_freep(struct client_session **s);
 
 uint64_t client_session_id(const struct client_session *s);
+struct user *client_session_user(const struct client_session *s);
+const char *client_session_path(const struct client_session *s); /* on the bus */
+const char *client_session_label(const struct client_session *s);
+enum scheduler_class client_session_class(const struct client_session *s);
+bool client_session_lingers(const struct client_session *s);
+uint64_t client_session_created_usec(const struct client_session *s); /* CLOCK_REALTIME */
 bool client_session_is_busy(const struct client_session *s);
-uint32_t client_session_context_used(const struct client_session *s);
 uint32_t client_session_context_max(const struct client_session *s);
+
+/* What clients see of it now. */
+struct client_session_info {
+    const char *state; /* static: "idle", "queued", "prefill", "decode", "paused" */
+    uint32_t context_used, queue_position;
+    uint64_t estimate_usec, kv_bytes;
+    uint64_t prompt_tokens, completion_tokens; /* totals of all requests */
+};
+void client_session_get_info(const struct client_session *s, struct client_session_info *ret);
 
 /*
  * Starts what the request asks for, which is taken over. *ret_fd: the client's end of the stream.
- * 0, -EBUSY, -ESHUTDOWN, -ENOMEM, -errno
+ * 0, -EBUSY, -EDQUOT, -ESHUTDOWN, -ENOMEM, -errno
  */
 int client_session_generate(struct client_session *s, struct job_request *request, int *ret_fd,
                             uint64_t *ret_id, struct error *err);

@@ -4,9 +4,33 @@
 #include "daemon/connection.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <stdlib.h>
 
 #include "base/cleanup.h"
+#include "daemon/bus.h"
+#include "daemon/client.h"
+#include "daemon/log.h"
+#include "daemon/service.h"
+
+/*
+ * Messages that may wait for a peer, beyond what the kernel buffers. sd-bus itself would keep some
+ * 400 000 of them.
+ */
+#define QUEUE_MAX 256u
+
+/* Messages that may have come together with the end of the authentication. */
+#define EARLY_MAX 64
+
+struct connection {
+    struct service *service; /* borrowed */
+    sd_bus *bus;
+    struct client *client;
+    sd_bus_slot *disconnected_slot, *filter_slot;
+    sd_event_source *post_source, *doom_source;
+    connection_gone gone;
+    void *userdata;
+};
 
 static int on_disconnected(sd_bus_message *m, void *userdata, sd_bus_error *error)
 {
@@ -16,6 +40,43 @@ static int on_disconnected(sd_bus_message *m, void *userdata, sd_bus_error *erro
     (void)error;
     c->gone(c, c->userdata);
     return 0;
+}
+
+static int on_doom(sd_event_source *source, void *userdata)
+{
+    struct connection *c = userdata;
+
+    (void)source;
+    log_warning("gave up a connection of process %d, user %u: it does not read its replies",
+                (int)c->client->who.pid, (unsigned)c->client->who.uid);
+    c->gone(c, c->userdata);
+    return 0;
+}
+
+static bool is_doomed(const struct connection *c)
+{
+    int enabled = SD_EVENT_OFF;
+
+    return sd_event_source_get_enabled(c->doom_source, &enabled) > 0 && enabled != SD_EVENT_OFF;
+}
+
+void connection_check_queue(struct connection *c)
+{
+    uint64_t n = 0;
+
+    if (sd_bus_get_n_queued_write(c->bus, &n) >= 0 && n > QUEUE_MAX)
+        sd_event_source_set_enabled(c->doom_source, SD_EVENT_ONESHOT);
+}
+
+/* Before each message is looked at: what earlier ones were answered with may still wait. */
+static int on_message(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+    struct connection *c = userdata;
+
+    (void)m;
+    (void)error;
+    connection_check_queue(c);
+    return is_doomed(c); /* 1: nobody else gets it */
 }
 
 /*
@@ -29,30 +90,36 @@ static int on_post(sd_event_source *source, void *userdata)
 
     if (sd_bus_is_ready(bus) > 0) {
         sd_event_source_set_enabled(source, SD_EVENT_OFF);
-        while (sd_bus_process(bus, NULL) > 0)
+        for (int i = 0; i < EARLY_MAX && sd_bus_process(bus, NULL) > 0; i++)
             ;
     }
     sd_bus_unref(bus);
     return 0;
 }
 
-static int start(struct connection *c, sd_event *event, int *fd)
+static int start(struct connection *c, int *fd, struct client_identity *who)
 {
+    struct service *s = c->service;
     sd_id128_t id;
     int r;
 
     if ((r = sd_bus_new(&c->bus)) < 0 || (r = sd_bus_set_fd(c->bus, *fd, *fd)) < 0)
         return r;
     *fd = -EBADF;
-    if ((r = sd_id128_randomize(&id)) < 0 || (r = sd_bus_set_server(c->bus, 1, id)) < 0 ||
-        (r = sd_bus_negotiate_fds(c->bus, 1)) < 0 || (r = manager_bus_add(c)) < 0 ||
+    if ((r = client_new(&c->client, s->clients, c->bus, c, who)) < 0 ||
+        (r = sd_id128_randomize(&id)) < 0 || (r = sd_bus_set_server(c->bus, 1, id)) < 0 ||
+        (r = sd_bus_negotiate_fds(c->bus, 1)) < 0 ||
+        (r = sd_bus_add_filter(c->bus, &c->filter_slot, on_message, c)) < 0 ||
+        (r = bus_serve(s, c->bus, c->client)) < 0 ||
         (r = sd_bus_match_signal(c->bus, &c->disconnected_slot, "org.freedesktop.DBus.Local",
                                  "/org/freedesktop/DBus/Local", "org.freedesktop.DBus.Local",
                                  "Disconnected", on_disconnected, c)) < 0 ||
         (r = sd_bus_start(c->bus)) < 0 ||
-        (r = sd_event_add_post(event, &c->post_source, on_post, c)) < 0)
+        (r = sd_event_add_defer(s->event, &c->doom_source, on_doom, c)) < 0 ||
+        (r = sd_event_source_set_enabled(c->doom_source, SD_EVENT_OFF)) < 0 ||
+        (r = sd_event_add_post(s->event, &c->post_source, on_post, c)) < 0)
         return r;
-    return sd_bus_attach_event(c->bus, event, SD_EVENT_PRIORITY_NORMAL);
+    return sd_bus_attach_event(c->bus, s->event, SD_EVENT_PRIORITY_NORMAL);
 }
 
 int connection_new(struct connection **ret, struct service *s, int fd, struct client_identity *who,
@@ -62,12 +129,10 @@ int connection_new(struct connection **ret, struct service *s, int fd, struct cl
     int r = -ENOMEM;
 
     if (c) {
-        c->who = *who;
-        *who = (struct client_identity){.pidfd = -EBADF};
-        c->sessions = s->sessions;
+        c->service = s;
         c->gone = gone;
         c->userdata = userdata;
-        r = start(c, s->event, &fd);
+        r = start(c, &fd, who);
     }
     closep(&fd);
     client_identity_done(who);
@@ -83,16 +148,22 @@ struct connection *connection_free(struct connection *c)
 {
     if (!c)
         return NULL;
-    while (c->objects)
-        session_bus_remove(c->objects);
     sd_event_source_disable_unref(c->post_source);
-    sd_bus_slot_unref(c->manager_slot);
+    sd_event_source_disable_unref(c->doom_source);
+    if (c->bus)
+        bus_leave(c->service, c->bus);
+    client_free(c->client);
     sd_bus_slot_unref(c->disconnected_slot);
+    sd_bus_slot_unref(c->filter_slot);
     if (c->bus) {
         sd_bus_detach_event(c->bus);
         sd_bus_close_unref(c->bus);
     }
-    client_identity_done(&c->who);
     free(c);
     return NULL;
+}
+
+bool connection_is_ready(const struct connection *c)
+{
+    return sd_bus_is_ready(c->bus) > 0;
 }

@@ -22,11 +22,14 @@
 
 #include "base/cleanup.h"
 #include "base/standard-fds.h"
+#include "daemon/authority.h"
 #include "daemon/client-session.h"
+#include "daemon/client.h"
 #include "daemon/engine-thread.h"
 #include "daemon/log.h"
 #include "daemon/server.h"
 #include "daemon/service.h"
+#include "daemon/users.h"
 #include "engine/model-file.h"
 #include "engine/model.h"
 #include "ipc/names.h"
@@ -240,7 +243,10 @@ static int serve(struct arguments *a, struct error *err)
     CLEANUP(model_freep) struct model *model = NULL;
     CLEANUP(sd_event_unrefp) sd_event *event = NULL;
     CLEANUP(engine_thread_freep) struct engine_thread *engine = NULL;
+    CLEANUP(users_freep) struct users *users = NULL;
     CLEANUP(session_set_freep) struct session_set *sessions = NULL;
+    CLEANUP(authority_freep) struct authority *authority = NULL;
+    CLEANUP(clients_freep) struct clients *clients = NULL;
     CLEANUP(server_freep) struct server *server = NULL;
     struct service service;
     struct server_options options;
@@ -281,6 +287,12 @@ static int serve(struct arguments *a, struct error *err)
     r = session_set_new(&sessions, event, server_something_went, server);
     if (r >= 0)
         r = session_set_set_engine(sessions, engine, a->context);
+    if (r >= 0)
+        r = users_new(&users, &user_limits_default);
+    if (r >= 0)
+        r = authority_new(&authority, /* ask_polkit= */ false);
+    if (r >= 0)
+        r = clients_new(&clients, &service);
     if (r < 0)
         return error_set(err, -r, "cannot set up the sessions: %s", strerror(-r));
     service = (struct service){.event = event,
@@ -289,6 +301,9 @@ static int serve(struct arguments *a, struct error *err)
                                .model = model,
                                .engine = engine,
                                .sessions = sessions,
+                               .users = users,
+                               .clients = clients,
+                               .authority = authority,
                                .server = server};
     r = server_start(server, &service, err);
     if (r < 0)

@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "daemon/client-session.h"
 #include "daemon/connection.h"
 #include "daemon/log.h"
 #include "daemon/service.h"
