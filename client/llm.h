@@ -4,7 +4,7 @@
 
 /*
  * libllm: talking to llmd from C. A thin layer over sd-bus: connect, make a session, generate, read
- * the answer as it comes. It needs libsystemd and nothing else. docs/examples/ask.c is a whole
+ * the answer as it comes. It needs libsystemd and nothing else. examples/ask.c is a whole
  * program, libllm(3) the manual.
  *
  * Functions return 0 or a positive answer, or a negative errno; where they take a struct llm_error
@@ -241,8 +241,9 @@ LLM_EXPORT void llm_stream_tap(struct llm_stream *s, llm_tap tap, void *userdata
 typedef int (*llm_callback)(const struct llm_event *event, void *userdata);
 
 /*
- * Generates and hands each event to the callback. 0: it ended well; the callback's negative
- * return; the errno of an error event, which the callback has seen too
+ * Generates and hands each event to the callback (NULL: to nobody). A signal does not end it.
+ * 0: it ended well; the callback's negative return; the errno of an error event, which the callback
+ * has seen too; -EPIPE: the daemon went away
  */
 LLM_EXPORT int llm_session_run(struct llm_session *s, const struct llm_options *options,
                                llm_callback callback, void *userdata, struct llm_error *err);
