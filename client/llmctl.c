@@ -21,6 +21,7 @@
 
 static const struct verb verbs[] = {
     {"run", verb_run, "answer one prompt"},
+    {"map", verb_map, "answer many inputs with one instruction"},
     {"status", verb_status, "tell what the daemon does"},
 };
 
@@ -100,12 +101,14 @@ int json_print(struct json_object *o)
     int flags = global.json == JSON_PRETTY ? JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED
                                            : JSON_C_TO_STRING_PLAIN;
     const char *text = json_object_to_json_string_ext(o, flags | JSON_C_TO_STRING_NOSLASHESCAPE);
+    int status;
 
     if (!text)
         return complain(STATUS_FAILED, "out of memory");
-    if (puts(text) == EOF)
+    if (fflush(stdout) == EOF)
         return complain(STATUS_FAILED, "cannot write: %s", strerror(errno));
-    return STATUS_OK;
+    status = output_put(text, strlen(text));
+    return status == STATUS_OK ? output_put("\n", 1) : status;
 }
 
 /* ---- interruption ---- */

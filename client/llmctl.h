@@ -26,6 +26,7 @@ enum status {
 /* ---- verbs ---- */
 
 /* Each returns an exit status; argv[0] is for messages, the verb's arguments begin at argv[1]. */
+int verb_map(int argc, char **argv);
 int verb_run(int argc, char **argv);
 int verb_status(int argc, char **argv);
 
