@@ -582,21 +582,22 @@ static bool add(struct json_object *o, const char *key, struct json_object *valu
 
 static bool describe(struct json_object *o, const struct item *item)
 {
+    bool failed = item->error_name[0] || item->error;
     struct json_object *part;
 
     if (!add(o, "index", json_object_new_int64((int64_t)item->index)) ||
-        !add(o, "input", json_text(&item->input)))
+        !add(o, "input", json_text(&item->input)) ||
+        (!failed && !add(o, "output", json_text(&item->output))))
         return false;
     part = json_object_new_object();
-    if (!part || !add(o, item->error_name[0] || item->error ? "error" : "usage", part))
+    if (!part || !add(o, failed ? "error" : "usage", part))
         return false;
-    if (item->error_name[0] || item->error)
+    if (failed)
         return add(part, "name", json_object_new_string(item->error_name)) &&
                add(part, "message", json_object_new_string(item->error ? item->error : ""));
     return add(part, "prompt_tokens", json_object_new_int64(item->prompt_tokens)) &&
            add(part, "completion_tokens", json_object_new_int64(item->completion_tokens)) &&
            add(part, "cached_tokens", json_object_new_int64(item->cached_tokens)) &&
-           add(o, "output", json_text(&item->output)) &&
            (!item->reason[0] || add(o, "reason", json_object_new_string(item->reason)));
 }
 
