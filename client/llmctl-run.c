@@ -7,7 +7,6 @@
  * stream, so that the daemon is told.
  */
 
-#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -15,9 +14,9 @@
 #include "base/cleanup.h"
 #include "client/llmctl-answer.h"
 #include "client/llmctl-output.h"
+#include "client/llmctl-prompt.h"
 #include "client/llmctl-request.h"
 #include "client/llmctl.h"
-#include "ipc/names.h"
 
 DEFINE_CLEANUP(struct llm_options *, llm_options_free)
 
@@ -60,52 +59,6 @@ static int parse_arguments(struct run *run, int argc, char **argv)
         return status;
     status = request_check(&run->request);
     return status == STATUS_OK ? -1 : status;
-}
-
-/* ---- the prompt ---- */
-
-static int add_to_prompt(struct run *run, const char *data, size_t n)
-{
-    if (n > LLM_PROMPT_BYTES_MAX - run->prompt.n)
-        return complain(STATUS_FAILED, "the prompt has more than %u bytes; nothing was sent",
-                        LLM_PROMPT_BYTES_MAX);
-    return buffer_append(&run->prompt, data, n) < 0 ? complain(STATUS_FAILED, "out of memory")
-                                                    : STATUS_OK;
-}
-
-static int read_prompt(struct run *run, int argc, char **argv)
-{
-    bool first = true;
-    char block[65536];
-    ssize_t n;
-    int status;
-
-    for (int i = optind; i < argc; i++) {
-        if (i > optind && (status = add_to_prompt(run, " ", 1)) != STATUS_OK)
-            return status;
-        status = add_to_prompt(run, argv[i], strlen(argv[i]));
-        if (status != STATUS_OK)
-            return status;
-    }
-    if (!run->no_stdin && !isatty(STDIN_FILENO)) {
-        while ((n = read(STDIN_FILENO, block, sizeof(block))) != 0) {
-            if (n < 0 && errno == EINTR)
-                continue;
-            if (n < 0 && errno == EBADF)
-                break; /* closed: as good as empty */
-            if (n < 0)
-                return complain(STATUS_FAILED, "cannot read standard input: %s", strerror(errno));
-            if (first && run->prompt.n > 0 && (status = add_to_prompt(run, "\n", 1)) != STATUS_OK)
-                return status;
-            first = false;
-            status = add_to_prompt(run, block, (size_t)n);
-            if (status != STATUS_OK)
-                return status;
-        }
-    }
-    if (run->prompt.n == 0)
-        return usage_error("there is no prompt");
-    return STATUS_OK;
 }
 
 /* ---- the answer ---- */
@@ -151,7 +104,7 @@ int verb_run(int argc, char **argv)
             answer.output = ANSWER_RECORDS;
         else if (isatty(STDOUT_FILENO))
             answer.output = ANSWER_TERMINAL;
-        status = read_prompt(&run, argc, argv);
+        status = prompt_read(&run.prompt, argc, argv, !run.no_stdin);
         if (status == STATUS_OK)
             status = ask(&run, &answer);
         if (answer.output == ANSWER_TERMINAL && answer.newline_due)

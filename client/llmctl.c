@@ -22,7 +22,13 @@
 static const struct verb verbs[] = {
     {"run", verb_run, "answer one prompt"},
     {"map", verb_map, "answer many inputs with one instruction"},
+    {"measure", verb_measure, "count the tokens of a prompt"},
+    {"cancel", verb_cancel, "end what sessions are doing"},
+    {"session", verb_session, "conversations that outlive a program"},
+    {"model", verb_model, "the models that the daemon has"},
+    {"quota", verb_quota, "what users may take of the daemon"},
     {"status", verb_status, "tell what the daemon does"},
+    {"is-ready", verb_is_ready, "tell by the exit status whether it answers"},
 };
 
 #define N_VERBS (sizeof(verbs) / sizeof(verbs[0]))

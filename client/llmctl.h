@@ -29,6 +29,12 @@ enum status {
 int verb_map(int argc, char **argv);
 int verb_run(int argc, char **argv);
 int verb_status(int argc, char **argv);
+int verb_is_ready(int argc, char **argv);
+int verb_session(int argc, char **argv);
+int verb_model(int argc, char **argv);
+int verb_measure(int argc, char **argv);
+int verb_cancel(int argc, char **argv);
+int verb_quota(int argc, char **argv);
 
 struct verb {
     const char *name;

@@ -11,7 +11,7 @@
 - an answer that cannot be written is an error, not a success;
 - a reader that leaves (SIGPIPE) ends the program without complaint.
 
-Subcommands named in the "Commands:" part of a program's help are held to the same.
+Subcommands named in the "Commands:" part of a program's help are held to the same, and so are theirs.
 """
 import os
 import re
@@ -74,6 +74,23 @@ def check_unwritable(command, *args):
     expect(quiet or (status > 0 and "Sanitizer" not in err), c, "with a closed stdout must end at once", status, err)
 
 
+def commands_of(text):
+    """The names in the "Commands:" part of a help."""
+    part = re.search(r"^Commands:\n((?:  .*\n)+)", text, re.M)
+    return re.findall(r"^  ([a-z][a-z-]*) ", part[1], re.M) if part else []
+
+
+def check_subcommand(command):
+    """The number of commands checked: those that it has itself, too."""
+    out = check_help(command)
+    check_complaint(command, "--no-such-option")
+    check_unwritable(command, "--help")
+    own = commands_of(out)
+    if own:
+        check_complaint(command, "no-such-command")
+    return 1 + sum(check_subcommand([*command, sub]) for sub in own)
+
+
 def check(program):
     name = os.path.basename(program)
     out = check_help([program])
@@ -85,16 +102,11 @@ def check(program):
         check_unwritable([program], flag)
     check_complaint([program], "--no-such-option")
 
-    part = re.search(r"^Commands:\n((?:  .*\n)+)", out, re.M)
-    subcommands = re.findall(r"^  ([a-z][a-z-]*) ", part[1], re.M) if part else []
-    if part:
+    subcommands = commands_of(out)
+    if subcommands:
         check_complaint([program])
         check_complaint([program], "no-such-command")
-    for sub in subcommands:
-        check_help([program, sub])
-        check_complaint([program, sub], "--no-such-option")
-        check_unwritable([program, sub], "--help")
-    return 1 + len(subcommands)
+    return 1 + sum(check_subcommand([program, sub]) for sub in subcommands)
 
 
 def main():

@@ -1,0 +1,30 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/* manager: what the daemon says of itself, for status and top. */
+
+#include "client/llmctl-bus.h"
+
+struct manager {
+    const char *version, *state, *default_model, *model;
+    char **backends;
+    double load_progress; /* 0 to 1 */
+    uint32_t sessions;
+    uint64_t kv_bytes_used, kv_bytes_max;
+
+    bool has_statistics; /* else an older daemon, and the rest is not meant */
+    uint64_t requests, requests_cancelled, requests_failed, requests_refused;
+    uint64_t prompt_tokens, completion_tokens, uptime_usec;
+    uint32_t queued, running, clients;
+    double prefill_rate, decode_rate; /* tokens a second */
+
+    sd_bus_message *messages[2]; /* what the strings are in */
+};
+
+/* Two calls that the daemon answers at once, whatever it computes. A status */
+int manager_get(struct llm_connection *c, struct manager *ret);
+void manager_done(struct manager *m);
+
+/* "system", "user", "private" or "socket". */
+const char *scope_name(const struct llm_connection *c);
