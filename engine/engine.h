@@ -89,11 +89,13 @@ void session_rewind(struct session *s, uint32_t n);
 #define SESSION_NO_MARK UINT32_MAX
 void session_set_mark(struct session *s, uint32_t n);
 
-/* All pages go back to the pool (those of forks stay theirs); tokens and mark stay. Whatever comes
- * after is the same bits, once the missing tokens have been computed again. */
+/*
+ * All pages go back to the pool (those of forks stay theirs); tokens and mark stay. Whatever comes
+ * after is the same bits, once the missing tokens have been computed again: step_item.
+ */
 void session_drop_kv(struct session *s);
-uint32_t session_n_missing(const struct session *s); /* tokens to be computed again, see step_item */
-uint64_t session_kv_bytes(const struct session *s);  /* in pages, shared ones in full */
+uint32_t session_n_missing(const struct session *s); /* tokens, behind which none is cached */
+uint64_t session_kv_bytes(const struct session *s);  /* of its pages, shared ones in full */
 
 uint32_t session_n_tokens(const struct session *s);
 uint32_t session_n_ctx(const struct session *s);
@@ -121,12 +123,12 @@ struct step_item {
 };
 
 /*
- * Evaluates the tokens of all items, together at most max_rows (excluding what a session
- * whose item has new tokens must recompute before, which is done in pieces: no item at all, who
- * drives many sessions gives items without tokens first) and max_logits wanted rows. In f32 mode, and in int8
+ * Evaluates the tokens of all items, together at most max_rows and max_logits wanted rows. Not
+ * counted is what a session must recompute before its item's new tokens, which is done in pieces:
+ * it is nothing where the driver has given items without tokens before. In f32 mode, and in int8
  * mode, what one session gets does not depend on the other items.
- * 0: look at each ret_error; -EINVAL: too many rows, a session twice, more computed
- * again than is missing; -ENODEV: the device is lost
+ * 0: look at each ret_error; -EINVAL: too many rows, a session twice, more to be computed again
+ * than is missing; -ENODEV: the device is lost
  */
 int engine_step(struct engine *e, struct step_item *items, size_t n_items);
 

@@ -4,25 +4,32 @@
 
 /*
  * scheduler: which rows of whom make up the next step. It knows neither models nor clients: it is
- * told tasks, picks rows, and is told what they took. Engine thread.
+ * told tasks, picks rows, and is told what they took. Engine thread. Nothing but scheduler_add()
+ * and scheduler_set_weight() allocates.
  *
  * A task is one request at work. It counts against an account (the daemon: a uid) and a flow (a
  * session). Work is measured in units of one decoded token; a row of a prompt costs what it was
  * measured to take in comparison. Each account has a virtual time: work received / weight
  * (virtual-time fair queueing, VTC, arXiv 2401.00588); among an account's flows likewise. An
  * account that comes back from having nothing to do starts at the least virtual time of those that
- * have, so that nobody saves up. An account whose virtual time leads that least one by more than a
- * constant is passed over until the others have caught up: two accounts with 1 and 7 greedy flows
- * get half each. Classes: idle tasks are picked only when no other is runnable; batch
- * counts as a smaller weight within its account's and between accounts.
+ * have, so that nobody saves up; after an absence of a few steps, as between two requests, a little
+ * behind. An account whose virtual time leads that least one by more than a constant is passed over
+ * until the others have caught up: two accounts with 1 and 7 greedy flows get half each. Decoding
+ * is passed over only for others that decode: it would not make a prompt any faster.
+ *
+ * Classes: idle tasks are picked only when no other is runnable, and keep accounts of their own.
+ * Batch counts as a quarter of the weight: of a flow within its account, and of an account as long
+ * as it has nothing better to run.
  *
  * Within a step decoding tasks come first; the rows left, up to a budget, go to prompts in order of
- * virtual time. The budget adapts to what steps take: where a task of another account decodes, a
- * step with prompts in it shall take at most 2.5 times one without; alone it may take 0.2 s.
+ * virtual time. The budget adapts to what steps take: where an interactive task of another account
+ * decodes, a step with prompts in it shall take at most 2.5 times one without; otherwise 0.2 s, or
+ * that if it is more.
  *
  * Admission: added tasks are queued until there is KV memory for what they need and fewer than
- * max_running run; order: class, then virtual time, then age. What waits knows its position and an
- * estimate.
+ * max_running run; order: class, then virtual time (in which each request of the account that runs
+ * or waits before counts in advance), then age. Nobody overtakes whoever lacks memory. What waits
+ * knows its position and an estimate.
  */
 
 #include <stdbool.h>
@@ -43,10 +50,12 @@ int scheduler_class_parse(const char *name, enum scheduler_class *ret); /* 0, -E
 struct scheduler_task {
     uint64_t account, flow;
     enum scheduler_class class;
-    uint32_t n_pending; /* rows that could run now: 1 decodes, more is (the rest of) a prompt */
-    bool is_prompt;     /* the rows belong to a prompt, or are computed again */
+    uint32_t n_pending; /* rows that could run now: 1 decodes, more is (the rest of) a prompt or of
+                           what is computed again; 0: nothing at the moment */
+    bool is_prompt;     /* one row may be the rest of a prompt as well: for statistics */
     bool is_blocked;   /* its reader is slow: not to be picked, and no reason to hold others back */
-    uint64_t kv_bytes; /* that it will take at most soon: prompt and some headroom; for admission */
+    uint64_t kv_bytes; /* beyond those it holds, that it will take at most soon: prompt and some
+                          headroom; for admission, so less and less while it runs */
     uint32_t max_tokens; /* it may still generate, 0: not known; for estimates */
 
     struct scheduler_entry *entry; /* the scheduler's own */
@@ -68,9 +77,16 @@ int scheduler_set_weight(struct scheduler *s, uint64_t account, uint32_t weight)
 int scheduler_add(struct scheduler *s, struct scheduler_task *task);
 void scheduler_remove(struct scheduler *s, struct scheduler_task *task); /* queued or running */
 
-/* Lets in what there is room for. Returns the next task that came from queued to running, or NULL.
+/*
+ * Lets in what there is room for. kv_bytes_free: of the pool, with what the driver could take from
+ * sessions at rest; what those that run will still take (kv_bytes) is subtracted here. When nothing
+ * runs the first is let in whatever it needs. Returns the next task that came from queued to
+ * running; call until NULL.
  */
 struct scheduler_task *scheduler_admit(struct scheduler *s, uint64_t kv_bytes_free);
+
+/* The task that scheduler_admit() considers next, NULL: none is queued. */
+struct scheduler_task *scheduler_next_queued(struct scheduler *s);
 
 /* Takes a running task back into the queue, at its place by age: it was preempted. */
 void scheduler_requeue(struct scheduler *s, struct scheduler_task *task);
@@ -78,7 +94,7 @@ void scheduler_requeue(struct scheduler *s, struct scheduler_task *task);
 /*
  * Who gives way when memory runs out for `task`: the lowest class, then the account that leads
  * most, then the youngest; never the oldest running of the highest class; NULL: nobody else runs.
- * May be `task`.
+ * May be `task`. For a task that is queued only those of a lower class, NULL: there is none.
  */
 struct scheduler_task *scheduler_victim(struct scheduler *s, const struct scheduler_task *task);
 
@@ -88,10 +104,11 @@ struct scheduler_pick {
 };
 
 /* The next step: at most max_rows rows, at most max_logits tasks whose n_rows reach n_pending.
- * picks[max_picks]. Returns how many; 0: nothing is runnable. */
+ * picks[max_picks], max_picks >= 1. Returns how many; 0: nothing is runnable. */
 size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_t max_picks);
 
-/* Charges the picks last chosen (those that failed with n_rows 0) and learns from the time. */
+/* Charges the picks last chosen (those that failed with n_rows 0) and learns from the time. Right
+ * after the step: before tasks are changed, requeued or removed. */
 void scheduler_account(struct scheduler *s, const struct scheduler_pick *picks, size_t n_picks,
                        uint64_t took_usec);
 

@@ -346,12 +346,17 @@ static void check_drop_rewind(struct engine *e)
     static const struct {
         uint32_t mark, computed, to, missing;
     } cases[] = {
-        {150, LONGEST, 150, 0},  /* all is back, and so is what the mark keeps */
-        {KV_NO_MARK, LONGEST, 150, 150}, {KV_NO_MARK, LONGEST, LONGEST - KV_SLACK, 0},
-        {150, 0, 150, 150},      {150, 0, 0, 0},
-        {150, 100, 150, 50},     {150, 100, 100, 0},
-        {150, 100, 70, 0},       {150, 100, 40, 0}, /* within what a rewind may reach */
-        {3, 250, 3, 0},          {3, 1, 3, 2},
+        {150, LONGEST, 150, 0}, /* all is back, and so is what the mark keeps */
+        {KV_NO_MARK, LONGEST, 150, 150},
+        {KV_NO_MARK, LONGEST, LONGEST - KV_SLACK, 0},
+        {150, 0, 150, 150},
+        {150, 0, 0, 0},
+        {150, 100, 150, 50},
+        {150, 100, 100, 0},
+        {150, 100, 70, 0},
+        {150, 100, 40, 0}, /* within what a rewind may reach */
+        {3, 250, 3, 0},
+        {3, 1, 3, 2},
         {3, 250, 2, 0}, /* in the page that the mark keeps */
     };
 
@@ -364,7 +369,8 @@ static void check_drop_rewind(struct engine *e)
         session_set_mark(s, cases[i].mark);
         session_drop_kv(s);
         while (LONGEST - session_n_missing(s) < cases[i].computed)
-            recompute(s, MIN(40u, cases[i].computed - (LONGEST - session_n_missing(s))), NULL, NULL);
+            recompute(s, MIN(40u, cases[i].computed - (LONGEST - session_n_missing(s))), NULL,
+                      NULL);
         session_rewind(s, cases[i].to);
         assert(session_n_tokens(s) == cases[i].to);
         assert(session_n_missing(s) == cases[i].missing);
@@ -411,8 +417,8 @@ static void check_kv_bytes(const struct model *m, const struct engine_options *o
     assert(session_eval(other, tokens, 1000, NULL) == -ENOBUFS);
     session_drop_kv(s);
     session_rewind(s, 500);
-    assert(session_eval(other, tokens + session_n_tokens(other),
-                        900 - session_n_tokens(other), NULL) == 0);
+    assert(session_eval(other, tokens + session_n_tokens(other), 900 - session_n_tokens(other),
+                        NULL) == 0);
     do {
         uint32_t missing = session_n_missing(s);
 
@@ -451,8 +457,8 @@ static void check_errors(const struct model *m, const struct engine_options *opt
     bad = session_on(e);
     assert(session_new(&tight, e, 10) == 0);
     assert(session_new(&(struct session *){NULL}, e, 8193) == -EINVAL);
-    items[0] = (struct step_item){
-        .session = bad, .tokens = wrong, .n_tokens = 2, .wanted = LOGITS_LAST};
+    items[0] =
+        (struct step_item){.session = bad, .tokens = wrong, .n_tokens = 2, .wanted = LOGITS_LAST};
     items[1] = (struct step_item){
         .session = good, .tokens = tokens, .n_tokens = 30, .wanted = LOGITS_LAST};
     items[2] = (struct step_item){.session = tight, .tokens = tokens, .n_tokens = 11};
@@ -579,8 +585,7 @@ static void check_scaling(void)
     CLEANUP(freep) float *plain = NULL;
 
     for (size_t i = 0; i < ARRAY_SIZE(names); i++) {
-        struct model_builder b = {
-            .type = WEIGHT_F32, .seed = 5, .scaled = names[i], .scale = 4};
+        struct model_builder b = {.type = WEIGHT_F32, .seed = 5, .scaled = names[i], .scale = 4};
         CLEANUP(model_freep) struct model *m = NULL;
         CLEANUP(engine_freep) struct engine *e = NULL;
         CLEANUP(freep) float *l = NULL;

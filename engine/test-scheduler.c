@@ -1,0 +1,920 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * A machine that exists in numbers only: it says what a step takes by a formula, and clients
+ * generate, wait, come and go on it. No clock is read and nothing is random but what a fixed seed
+ * gives, so that what is asserted about shares and times holds or does not.
+ */
+
+#undef NDEBUG
+#include "engine/scheduler.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/checked.h"
+#include "base/cleanup.h"
+
+#define MOST_CLIENTS 400
+
+/* ---- allocations, counted and made to fail ---- */
+
+void *__real_malloc(size_t size);
+void *__real_calloc(size_t n, size_t size);
+void *__real_reallocarray(void *p, size_t n, size_t size);
+void *__wrap_malloc(size_t size);
+void *__wrap_calloc(size_t n, size_t size);
+void *__wrap_reallocarray(void *p, size_t n, size_t size);
+
+static unsigned n_allocations, fail_at; /* fail_at: the so many-th from now, 0: none */
+
+static bool fails(void)
+{
+    n_allocations++;
+    return fail_at > 0 && --fail_at == 0;
+}
+
+void *__wrap_malloc(size_t size)
+{
+    return fails() ? NULL : __real_malloc(size);
+}
+
+void *__wrap_calloc(size_t n, size_t size)
+{
+    return fails() ? NULL : __real_calloc(n, size);
+}
+
+void *__wrap_reallocarray(void *p, size_t n, size_t size)
+{
+    return fails() ? NULL : __real_reallocarray(p, n, size);
+}
+
+static uint64_t state = 1;
+
+static uint32_t below(uint32_t n)
+{
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33) % n;
+}
+
+/* ---- the machine and its clients ---- */
+
+/* Microseconds. Memory has to be read once a step, meanwhile rows are computed. */
+struct machine {
+    double base, decode, prompt; /* the step, each row */
+    double read;                 /* at least so long */
+    uint32_t noise_percent;
+};
+
+static const struct machine slow = {.base = 90000, .decode = 10000, .prompt = 12000};
+static const struct machine fast = {.base = 900, .decode = 50, .prompt = 60};
+static const struct machine reading = {.decode = 11000, .prompt = 11000, .read = 100000};
+
+static double takes(const struct machine *m, uint32_t n_decoding, uint32_t n_prompt)
+{
+    double usec = m->base + m->decode * n_decoding + m->prompt * n_prompt;
+
+    usec = MAX(usec, m->read);
+    if (m->noise_percent > 0)
+        usec *= 1 + below(2 * m->noise_percent + 1) / 100.0 - m->noise_percent / 100.0;
+    return usec;
+}
+
+struct client {
+    struct scheduler_task task;
+    bool is_added, is_running;
+    /* what it asks for, again and again; answer 0: decodes for ever */
+    uint32_t prompt, answer, pause; /* tokens, steps */
+    uint32_t left, waits;
+
+    uint64_t decoded, prompt_rows, requests;
+    double usec; /* of steps it was in with a prompt: its part beyond the decoding */
+};
+
+struct world {
+    struct scheduler *s;
+    const struct machine *m;
+    struct scheduler_options o;
+    struct client c[MOST_CLIENTS];
+    size_t n;
+    double now;
+    /* of the last step */
+    uint32_t n_decoding, n_prompt;
+    double took;
+};
+
+static void world_init(struct world *w, const struct machine *m, uint32_t max_rows,
+                       uint32_t max_logits)
+{
+    *w = (struct world){.m = m, .o = {max_rows, max_logits, 0}};
+    assert(scheduler_new(&w->s, &w->o) == 0);
+}
+
+static struct client *client(struct world *w, uint64_t account, enum scheduler_class class,
+                             uint32_t prompt, uint32_t answer, uint32_t pause)
+{
+    struct client *c = &w->c[w->n++];
+
+    assert(w->n <= MOST_CLIENTS);
+    *c = (struct client){.prompt = prompt, .answer = answer, .pause = pause};
+    c->task = (struct scheduler_task){.account = account, .flow = w->n, .class = class};
+    return c;
+}
+
+static void ask(struct world *w, struct client *c)
+{
+    c->task.n_pending = c->prompt;
+    c->task.is_prompt = true;
+    c->left = c->answer;
+    assert(scheduler_add(w->s, &c->task) == 0);
+    c->is_added = true;
+    c->is_running = false;
+}
+
+static void leave(struct world *w, struct client *c)
+{
+    scheduler_remove(w->s, &c->task);
+    c->is_added = c->is_running = false;
+    c->waits = c->pause;
+}
+
+static void world_done(struct world *w)
+{
+    for (size_t i = 0; i < w->n; i++)
+        if (w->c[i].is_added)
+            leave(w, &w->c[i]);
+    w->s = scheduler_free(w->s);
+}
+
+/* One step of all that came; those with a pause of UINT32_MAX ask when the test says so. */
+static size_t step(struct world *w)
+{
+    struct scheduler_pick picks[MOST_CLIENTS];
+    struct scheduler_task *t;
+    unsigned allocations;
+    uint32_t rows = 0, logits = 0;
+    size_t n;
+
+    for (size_t i = 0; i < w->n; i++) {
+        struct client *c = &w->c[i];
+
+        if (c->is_added || c->pause == UINT32_MAX)
+            continue;
+        if (c->waits > 0)
+            c->waits--;
+        else
+            ask(w, c);
+    }
+    allocations = n_allocations;
+    while ((t = scheduler_admit(w->s, UINT64_MAX)))
+        ((struct client *)t)->is_running = true;
+    n = scheduler_choose(w->s, picks, MOST_CLIENTS);
+
+    w->n_decoding = w->n_prompt = 0;
+    for (size_t i = 0; i < n; i++) {
+        const struct client *c = (struct client *)picks[i].task;
+
+        assert(c->is_running && !c->task.is_blocked);
+        assert(picks[i].n_rows >= 1 && picks[i].n_rows <= c->task.n_pending);
+        for (size_t k = 0; k < i; k++)
+            assert(picks[k].task != picks[i].task);
+        rows += picks[i].n_rows;
+        logits += picks[i].n_rows == c->task.n_pending;
+        if (c->task.n_pending == 1)
+            w->n_decoding++;
+        else
+            w->n_prompt += picks[i].n_rows;
+    }
+    assert(rows <= w->o.max_rows && logits <= w->o.max_logits);
+    if (n == 0) {
+        w->now += 1000;
+        return 0;
+    }
+    w->took = takes(w->m, w->n_decoding, w->n_prompt);
+    w->now += w->took;
+    scheduler_account(w->s, picks, n, (uint64_t)w->took);
+    assert(n_allocations == allocations);
+
+    for (size_t i = 0; i < n; i++) {
+        struct client *c = (struct client *)picks[i].task;
+
+        if (c->task.is_prompt) {
+            c->prompt_rows += picks[i].n_rows;
+            if (c->task.n_pending > 1)
+                c->usec += (w->took - (w->n_decoding ? takes(w->m, w->n_decoding, 0) : 0)) *
+                           picks[i].n_rows / w->n_prompt;
+        } else {
+            c->decoded++;
+        }
+        c->task.n_pending -= picks[i].n_rows;
+        if (c->task.n_pending > 0)
+            continue;
+        c->task.is_prompt = false;
+        c->task.n_pending = 1;
+        if (c->answer > 0 && c->left-- == 0) {
+            c->requests++;
+            leave(w, c);
+        }
+    }
+    return n;
+}
+
+static void steps(struct world *w, int n)
+{
+    for (int i = 0; i < n; i++)
+        step(w);
+}
+
+static double decoded_by(const struct world *w, uint64_t account)
+{
+    double n = 0;
+
+    for (size_t i = 0; i < w->n; i++)
+        if (w->c[i].task.account == account)
+            n += (double)w->c[i].decoded;
+    return n;
+}
+
+/* Of what accounts 1 and 2 decoded. */
+static double part_of_1(const struct world *w)
+{
+    return decoded_by(w, 1) / (decoded_by(w, 1) + decoded_by(w, 2));
+}
+
+static void forget_counts(struct world *w)
+{
+    for (size_t i = 0; i < w->n; i++)
+        w->c[i].decoded = w->c[i].prompt_rows = 0;
+}
+
+static void near(double got, double want, double tolerance, const char *what)
+{
+    printf("%-50s %8.4f (%.4f)\n", what, got, want);
+    fflush(stdout);
+    assert(got >= want - tolerance && got <= want + tolerance);
+}
+
+/* ---- shares ---- */
+
+static void check_one_against_seven(const struct machine *m)
+{
+    struct world w;
+
+    world_init(&w, m, 256, 16);
+    for (int i = 0; i < 8; i++)
+        client(&w, i == 0 ? 1 : 2, CLASS_INTERACTIVE, 1, 0, 0);
+    steps(&w, 1000);
+    near(part_of_1(&w), 0.5, 0.01, "1 against 7, endless");
+    for (int i = 2; i < 8; i++) /* flows of an account are equal */
+        assert(w.c[i].decoded + 2 >= w.c[1].decoded && w.c[i].decoded <= w.c[1].decoded + 2);
+    world_done(&w);
+
+    /* Requests as programs make them: the next one some steps after the last one's end. */
+    for (uint32_t pause = 0; pause < 4; pause++) {
+        world_init(&w, m, 256, 16);
+        for (int i = 0; i < 8; i++)
+            client(&w, i == 0 ? 1 : 2, CLASS_INTERACTIVE, 30, 64, pause);
+        steps(&w, 4000);
+        near(part_of_1(&w), 0.5, 0.05, "1 against 7, requests of 30 and 64 tokens");
+        world_done(&w);
+    }
+}
+
+static void check_weights(void)
+{
+    struct world w;
+
+    world_init(&w, &slow, 256, 16);
+    assert(scheduler_set_weight(w.s, 1, 300) == 0);
+    for (int i = 0; i < 16; i++)
+        client(&w, i < 4 ? 1 : 2, CLASS_INTERACTIVE, 1, 0, 0);
+    steps(&w, 1000);
+    near(part_of_1(&w), 0.75, 0.01, "weights 300 and 100");
+
+    assert(scheduler_set_weight(w.s, 1, 100) == 0);
+    assert(scheduler_set_weight(w.s, 2, 1900) == 0);
+    steps(&w, 200);
+    forget_counts(&w);
+    steps(&w, 1000);
+    near(part_of_1(&w), 0.05, 0.01, "weights 100 and 1900");
+    world_done(&w);
+
+    /* Prompts as well: beside each other, both always have some. */
+    world_init(&w, &slow, 256, 16);
+    assert(scheduler_set_weight(w.s, 1, 200) == 0);
+    client(&w, 1, CLASS_INTERACTIVE, 500, 1, 0);
+    client(&w, 2, CLASS_INTERACTIVE, 500, 1, 0);
+    steps(&w, 3000);
+    near((double)w.c[0].prompt_rows / (double)(w.c[0].prompt_rows + w.c[1].prompt_rows), 0.667,
+         0.03, "prompts, weights 200 and 100");
+    world_done(&w);
+}
+
+static void check_batch_and_idle(void)
+{
+    struct client *c[3];
+    struct world w;
+
+    world_init(&w, &slow, 256, 16);
+    client(&w, 1, CLASS_BATCH, 1, 0, 0);
+    client(&w, 2, CLASS_INTERACTIVE, 1, 0, 0);
+    steps(&w, 1000);
+    near(part_of_1(&w), 0.2, 0.02, "an account with batch only");
+    client(&w, 1, CLASS_INTERACTIVE, 1, 0, 0); /* whoever runs both has no less for it */
+    steps(&w, 100);
+    forget_counts(&w);
+    steps(&w, 1000);
+    near(part_of_1(&w), 0.5, 0.02, "an account with both");
+    near((double)w.c[0].decoded / decoded_by(&w, 1), 0.2, 0.02, "batch within an account");
+    world_done(&w);
+
+    world_init(&w, &slow, 256, 16);
+    c[0] = client(&w, 1, CLASS_IDLE, 200, 0, 0);
+    c[1] = client(&w, 2, CLASS_BATCH, 1, 0, UINT32_MAX);
+    c[2] = client(&w, 3, CLASS_IDLE, 1, 0, 0);
+    steps(&w, 100);
+    assert(c[0]->decoded > 50 && c[2]->decoded > 90);
+    near((double)c[2]->decoded, (double)(c[0]->decoded + 100 - c[0]->decoded), 6, "idle tasks");
+    ask(&w, c[1]);
+    forget_counts(&w);
+    steps(&w, 100);
+    assert(c[0]->decoded == 0 && c[2]->decoded == 0 && c[1]->decoded >= 99);
+    c[1]->task.is_blocked = true;
+    steps(&w, 100);
+    assert(c[0]->decoded == 100 && c[2]->decoded == 100);
+    c[1]->task.is_blocked = false;
+    steps(&w, 100);
+    assert(c[0]->decoded == 100 && c[2]->decoded == 100);
+    /* What was done while nobody else wanted to is no debt: the account is as others are. */
+    forget_counts(&w);
+    client(&w, 1, CLASS_BATCH, 1, 0, 0);
+    steps(&w, 200);
+    near((double)w.c[3].decoded, 200, 6, "after idle work");
+    world_done(&w);
+}
+
+static void check_absence(void)
+{
+    struct client *away, *there[7];
+    struct world w;
+    uint64_t others;
+
+    world_init(&w, &slow, 256, 16);
+    away = client(&w, 1, CLASS_INTERACTIVE, 1, 0, UINT32_MAX);
+    ask(&w, away);
+    for (int i = 0; i < 7; i++)
+        there[i] = client(&w, 2, CLASS_INTERACTIVE, 1, 0, 0);
+    steps(&w, 100);
+    leave(&w, away);
+    steps(&w, 1000);
+    assert(there[0]->decoded > 1000); /* all of it is theirs meanwhile */
+    forget_counts(&w);
+    ask(&w, away);
+    steps(&w, 20);
+    others = (uint64_t)decoded_by(&w, 2);
+    assert(others >= 15 && others <= 26 && away->decoded >= 19);
+
+    /* Nor while its reader sleeps, and it holds nobody back. */
+    away->task.is_blocked = true;
+    forget_counts(&w);
+    steps(&w, 500);
+    assert(away->decoded == 0 && decoded_by(&w, 2) > 3490);
+    away->task.is_blocked = false;
+    forget_counts(&w);
+    steps(&w, 20);
+    others = (uint64_t)decoded_by(&w, 2);
+    assert(others >= 15 && others <= 26 && away->decoded == 20);
+
+    /* Nor while nothing is pending. */
+    away->task.n_pending = 0;
+    forget_counts(&w);
+    steps(&w, 500);
+    assert(away->decoded == 0 && decoded_by(&w, 2) > 3490);
+    away->task.n_pending = 1;
+    world_done(&w);
+
+    /* Both away, at different times: when they come back together nobody is ahead. */
+    world_init(&w, &slow, 256, 16);
+    for (int i = 0; i < 2; i++) {
+        client(&w, (uint64_t)i + 1, CLASS_INTERACTIVE, 1, 0, UINT32_MAX);
+        client(&w, (uint64_t)i + 1, CLASS_INTERACTIVE, 1, 0, UINT32_MAX);
+    }
+    ask(&w, &w.c[0]);
+    steps(&w, 500);
+    leave(&w, &w.c[0]);
+    steps(&w, 100);
+    for (int i = 0; i < 4; i++)
+        ask(&w, &w.c[i]);
+    forget_counts(&w);
+    steps(&w, 20);
+    near(part_of_1(&w), 0.5, 0.03, "together after different absences");
+    world_done(&w);
+}
+
+/* ---- time ---- */
+
+static void check_prompt_beside(const struct machine *m, uint32_t n_decoding, double slack,
+                                const char *what)
+{
+    struct client *reads;
+    double start, worst = 0, without;
+    uint64_t n_long = 0, n = 0;
+    struct world w;
+    char line[128];
+
+    world_init(&w, m, 256, 16);
+    for (uint32_t i = 0; i < n_decoding; i++)
+        client(&w, 1, CLASS_INTERACTIVE, 1, 0, 0);
+    steps(&w, 50);
+    without = MAX(m->base + m->decode * n_decoding, m->read);
+    reads = client(&w, 2, CLASS_INTERACTIVE, 4000, 10, UINT32_MAX);
+    ask(&w, reads);
+    start = w.now;
+    while (reads->prompt_rows < 4000) {
+        uint32_t pending = reads->task.n_pending;
+
+        step(&w);
+        assert(w.n_decoding >= n_decoding || pending == 1); /* decoding goes on in every step */
+        worst = MAX(worst, w.took / without);
+        n_long += w.took / without > 2.5 * (1 + slack);
+        n++;
+    }
+    snprintf(line, sizeof(line), "%s, beside %u: worst step", what, n_decoding);
+    near(worst, 2.4, 0.1 + 2.5 * slack, line);
+    assert(n_long * 100 <= n);
+    snprintf(line, sizeof(line), "%s, beside %u: time of the prompt", what, n_decoding);
+    near(reads->usec / (w.now - start), 0.53, 0.09, line);
+
+    /* Nobody is stopped to make up for that. */
+    forget_counts(&w);
+    steps(&w, 10);
+    assert(decoded_by(&w, 1) >= 9);
+    world_done(&w);
+}
+
+/* The scheduler has seen nothing at all, and both come at once. */
+static void check_cold(const struct machine *m)
+{
+    double without = MAX(m->base + m->decode, m->read), worst = 0;
+    struct world w;
+
+    world_init(&w, m, 256, 16);
+    client(&w, 1, CLASS_INTERACTIVE, 1, 0, 0);
+    client(&w, 2, CLASS_INTERACTIVE, 4000, 10, UINT32_MAX);
+    ask(&w, &w.c[1]);
+    for (int i = 0; i < 400 && w.c[1].prompt_rows < 4000; i++) {
+        step(&w);
+        worst = MAX(worst, w.took / without);
+    }
+    near(worst, 2.4, 0.5, "knowing nothing: worst step");
+    world_done(&w);
+
+    /* Prompts alone were seen, in large chunks: a row of a small one costs another time. */
+    world_init(&w, m, 256, 16);
+    client(&w, 2, CLASS_INTERACTIVE, 8000, 1, UINT32_MAX);
+    ask(&w, &w.c[0]);
+    steps(&w, 20);
+    client(&w, 1, CLASS_INTERACTIVE, 1, 0, 0);
+    worst = 0;
+    for (int i = 0; i < 100; i++) {
+        step(&w);
+        worst = MAX(worst, w.took / without);
+    }
+    near(worst, 2.4, 0.5, "knowing large chunks: worst step");
+    assert(w.c[1].decoded == 100 || w.c[1].decoded == 99);
+    world_done(&w);
+}
+
+static void check_alone(void)
+{
+    static const struct {
+        struct machine m;
+        double usec; /* expected of a step */
+    } cases[] = {
+        {{.base = 90000, .decode = 10000, .prompt = 12000}, 200000},
+        {{.base = 9000, .decode = 1000, .prompt = 1200}, 200000},
+        {{.base = 900, .decode = 100, .prompt = 60}, 256 * 60 + 900},  /* all rows there are */
+        {{.base = 500000, .decode = 10000, .prompt = 400000}, 900000}, /* not less than one */
+        {{.decode = 11000, .prompt = 11000, .read = 100000}, 200000},
+    };
+    struct world w;
+
+    for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+        world_init(&w, &cases[i].m, 256, 16);
+        client(&w, 1, CLASS_INTERACTIVE, 20000, 1, 0);
+        for (int k = 0; k < 40; k++) {
+            step(&w);
+            /* On the way as well, but for the first of all, of four rows. */
+            assert(k == 0 ? w.n_prompt <= 4 : w.took <= 1.3 * cases[i].usec);
+        }
+        near(w.took / cases[i].usec, 1, 0.1, "alone: a step, of what it should take");
+        world_done(&w);
+    }
+
+    /* Beside decoding of its own account, an answer and a prompt share the time. */
+    world_init(&w, &slow, 256, 16);
+    client(&w, 1, CLASS_INTERACTIVE, 1, 0, 0);
+    client(&w, 1, CLASS_INTERACTIVE, 2000, 10, 0);
+    steps(&w, 200);
+    assert(w.c[0].decoded > 150 && w.c[1].prompt_rows > 1000);
+    world_done(&w);
+}
+
+/* A slow step now and then, as by another program, changes no more than itself. */
+static void check_disturbed(void)
+{
+    struct machine m = slow;
+    double worst = 0;
+    struct world w;
+
+    world_init(&w, &m, 256, 16);
+    client(&w, 1, CLASS_INTERACTIVE, 1, 0, 0);
+    client(&w, 2, CLASS_INTERACTIVE, 20000, 10, 0);
+    steps(&w, 100);
+    for (int i = 0; i < 600; i++) {
+        bool disturbed = i % 37 == 5;
+
+        m.base = disturbed ? 2000000 : slow.base;
+        step(&w);
+        if (!disturbed)
+            worst = MAX(worst, w.took / 100000);
+    }
+    near(worst, 2.6, 0.4, "disturbed: worst of the other steps");
+    assert(w.c[1].prompt_rows > 1500);
+    world_done(&w);
+}
+
+/* More tasks than rows or logits: everybody has a turn. */
+static void check_limits(void)
+{
+    static const uint32_t limits[][2] = {{1, 1}, {2, 1}, {2, 2}, {16, 16}, {256, 3}, {5, 16}};
+    struct world w;
+
+    for (size_t i = 0; i < ARRAY_SIZE(limits); i++) {
+        world_init(&w, &slow, limits[i][0], limits[i][1]);
+        for (int k = 0; k < 30; k++)
+            client(&w, (uint64_t)k % 6, CLASS_INTERACTIVE, k % 3 ? 1 : 37, k % 3 ? 0 : 5, 0);
+        steps(&w, 8000);
+        for (size_t k = 0; k < w.n; k++)
+            assert(k % 3 ? w.c[k].decoded > 50 : w.c[k].requests > 1);
+        world_done(&w);
+    }
+}
+
+/* ---- admission ---- */
+
+static struct scheduler_task task(uint64_t account, uint64_t flow, enum scheduler_class class,
+                                  uint64_t kv)
+{
+    return (struct scheduler_task){
+        .account = account, .flow = flow, .class = class, .n_pending = 1, .kv_bytes = kv};
+}
+
+static void check_admission(void)
+{
+    struct scheduler_options o = {.max_rows = 64, .max_logits = 8, .max_running = 3};
+    struct scheduler_task t[8], *admitted;
+    struct scheduler_pick picks[8];
+    CLEANUP(scheduler_freep) struct scheduler *s = NULL;
+    struct scheduler_statistics st;
+    uint64_t usec, earlier;
+    size_t n;
+
+    assert(scheduler_new(&s, &o) == 0);
+    assert(!scheduler_admit(s, UINT64_MAX) && !scheduler_next_queued(s));
+    t[0] = task(1, 1, CLASS_INTERACTIVE, 60);
+    t[1] = task(1, 2, CLASS_INTERACTIVE, 50);
+    t[2] = task(1, 3, CLASS_INTERACTIVE, 1);
+    t[3] = task(2, 4, CLASS_INTERACTIVE, 1);
+    t[4] = task(3, 5, CLASS_BATCH, 1);
+    t[5] = task(4, 6, CLASS_IDLE, 1);
+    t[6] = task(5, 7, CLASS_INTERACTIVE, 1);
+    for (int i = 0; i < 6; i++)
+        assert(scheduler_add(s, &t[i]) == 0);
+    /* One's three do not all come before the other's first. */
+    assert(scheduler_position(s, &t[0], &usec) == 1 && usec == 0);
+    assert(scheduler_position(s, &t[3], &usec) == 2);
+    assert(scheduler_position(s, &t[1], &usec) == 3);
+    assert(scheduler_position(s, &t[2], &usec) == 4);
+    assert(scheduler_position(s, &t[4], &usec) == 5);
+    assert(scheduler_position(s, &t[5], &usec) == 6);
+
+    /* The first is let in though it needs more than there is; the rest has to fit beside. */
+    assert(scheduler_next_queued(s) == &t[0]);
+    assert(scheduler_admit(s, 10) == &t[0] && scheduler_position(s, &t[0], &usec) == 0);
+    assert(scheduler_admit(s, 61 - 1) == NULL);
+    assert(scheduler_admit(s, 61) == &t[3]);
+    /* t[1] has no room. Nobody overtakes it, however small. */
+    assert(scheduler_admit(s, 110) == NULL && scheduler_next_queued(s) == &t[1]);
+    t[0].kv_bytes = 59; /* it has taken some of it */
+    assert(scheduler_admit(s, 110) == &t[1]);
+    assert(scheduler_admit(s, UINT64_MAX) == NULL); /* three run */
+    t[1].kv_bytes = UINT64_MAX;
+    scheduler_get_statistics(s, &st);
+    assert(st.n_running == 3 && st.n_queued == 3 && st.n_steps == 0 && st.decode_rate == 0);
+
+    /* Estimates: nothing before a step; then by position. */
+    for (int i = 0; i < 50; i++) {
+        n = scheduler_choose(s, picks, 8);
+        assert(n >= 2 && n <= 3);
+        scheduler_account(s, picks, n, 100000);
+    }
+    scheduler_get_statistics(s, &st);
+    assert(st.n_steps == 50 && st.decode_rate > 20 && st.decode_rate <= 30);
+    earlier = 0;
+    for (int i = 0; i < 3; i++) {
+        uint32_t position = scheduler_position(s, &t[(int[]){2, 4, 5}[i]], &usec);
+
+        assert(position == (uint32_t)i + 1 && usec > 0 && usec >= earlier);
+        earlier = usec;
+    }
+    t[0].max_tokens = t[1].max_tokens = t[3].max_tokens = 2;
+    scheduler_account(s, (struct scheduler_pick[]){{&t[0], 0}}, 1, 5); /* none of it worked */
+    n = scheduler_choose(s, picks, 8);
+    scheduler_account(s, picks, n, 100000);
+    scheduler_position(s, &t[2], &usec);
+    near((double)usec, 250000, 100000, "estimate: two tokens of 0.1 s");
+
+    /* Whose account had less comes first, though younger. */
+    assert(scheduler_add(s, &t[6]) == 0);
+    assert(scheduler_position(s, &t[6], &usec) == 1);
+    scheduler_remove(s, &t[6]);
+    assert(!t[6].entry);
+
+    /* Back in the queue, at its place. */
+    scheduler_requeue(s, &t[3]);
+    assert(scheduler_position(s, &t[3], &usec) == 1); /* its account leads less than 1's */
+    assert(scheduler_position(s, &t[2], &usec) == 2);
+    t[1].kv_bytes = 0;
+    admitted = scheduler_admit(s, UINT64_MAX);
+    assert(admitted == &t[3]);
+    scheduler_requeue(s, &t[0]);
+    assert(scheduler_position(s, &t[0], &usec) == 1); /* older than t[2] */
+    assert(scheduler_position(s, &t[2], &usec) == 2);
+    for (int i = 0; i < 6; i++)
+        scheduler_remove(s, &t[i]);
+    assert(scheduler_choose(s, picks, 8) == 0);
+    scheduler_get_statistics(s, &st);
+    assert(st.n_running == 0 && st.n_queued == 0);
+}
+
+static void check_victim(void)
+{
+    struct scheduler_options o = {.max_rows = 64, .max_logits = 1};
+    struct scheduler_task t[6], queued[3];
+    struct scheduler_pick picks[1];
+    CLEANUP(scheduler_freep) struct scheduler *s = NULL;
+
+    assert(scheduler_new(&s, &o) == 0);
+    t[0] = task(1, 1, CLASS_INTERACTIVE, 0);
+    t[1] = task(2, 2, CLASS_INTERACTIVE, 0);
+    t[2] = task(2, 3, CLASS_INTERACTIVE, 0);
+    t[3] = task(3, 4, CLASS_BATCH, 0);
+    t[4] = task(4, 5, CLASS_IDLE, 0);
+    for (int i = 0; i < 5; i++) {
+        assert(scheduler_add(s, &t[i]) == 0);
+        while (scheduler_admit(s, UINT64_MAX))
+            ;
+        if (i == 0)
+            assert(!scheduler_victim(s, &t[0])); /* nobody else runs */
+    }
+    assert(scheduler_choose(s, picks, 1) == 1); /* all are at the start: who is charged leads */
+    for (int i = 0; i < 5; i++)
+        queued[i % 3] = task(9, 9, (enum scheduler_class)(i % 3), 0);
+    for (int i = 0; i < 3; i++)
+        assert(scheduler_add(s, &queued[i]) == 0);
+    assert(scheduler_victim(s, &t[0]) == &t[4]);
+    assert(scheduler_victim(s, &t[4]) == &t[4]);
+    assert(scheduler_victim(s, &queued[CLASS_INTERACTIVE]) == &t[4]);
+    assert(scheduler_victim(s, &queued[CLASS_BATCH]) == &t[4]);
+    assert(!scheduler_victim(s, &queued[CLASS_IDLE]));
+    scheduler_requeue(s, &t[4]);
+    assert(scheduler_victim(s, &t[0]) == &t[3]);
+    assert(!scheduler_victim(s, &queued[CLASS_BATCH]));
+    scheduler_requeue(s, &t[3]);
+    assert(!scheduler_victim(s, &queued[CLASS_INTERACTIVE]));
+
+    /* Of one class: the account that leads, though it is the older one, but for the oldest. */
+    assert(scheduler_victim(s, &t[0]) == &t[2]); /* nobody leads: the youngest */
+    t[5] = task(5, 6, CLASS_INTERACTIVE, 0);
+    assert(scheduler_add(s, &t[5]) == 0);
+    while (scheduler_next_queued(s) == &queued[0] || scheduler_next_queued(s) == &t[5])
+        assert(scheduler_admit(s, UINT64_MAX));
+    assert(scheduler_victim(s, &t[0]) == &t[5]);
+    for (int i = 0; i < 3; i++)
+        scheduler_account(s, (struct scheduler_pick[]){{&t[2], 1}}, 1, 1000);
+    assert(scheduler_victim(s, &t[0]) == &t[2] && scheduler_victim(s, &t[2]) == &t[2]);
+    for (int i = 0; i < 20; i++)
+        scheduler_account(s, (struct scheduler_pick[]){{&t[0], 1}}, 1, 1000);
+    assert(scheduler_victim(s, &t[0]) == &t[2]); /* the oldest never */
+    for (int i = 0; i < 6; i++)
+        scheduler_remove(s, &t[i]);
+    for (int i = 0; i < 3; i++)
+        scheduler_remove(s, &queued[i]);
+}
+
+static void check_names(void)
+{
+    static const char *const names[] = {"interactive", "batch", "idle"};
+    enum scheduler_class c;
+
+    for (int i = 0; i < 3; i++) {
+        assert(strcmp(scheduler_class_name((enum scheduler_class)i), names[i]) == 0);
+        assert(scheduler_class_parse(names[i], &c) == 0 && c == (enum scheduler_class)i);
+    }
+    c = CLASS_BATCH;
+    assert(scheduler_class_parse("Batch", &c) == -EINVAL && c == CLASS_BATCH);
+    assert(scheduler_class_parse("", &c) == -EINVAL);
+}
+
+static void check_memory(void)
+{
+    struct scheduler_options o = {.max_rows = 64, .max_logits = 8};
+    struct scheduler *s;
+    static struct scheduler_task t[200];
+    int r;
+
+    fail_at = 1;
+    assert(scheduler_new(&s, &o) == -ENOMEM);
+    assert(scheduler_new(&s, &o) == 0);
+    fail_at = 1;
+    assert(scheduler_set_weight(s, 1, 5) == -ENOMEM);
+    for (unsigned i = 0; i < ARRAY_SIZE(t); i++) {
+        t[i] = task(i / 2, i, i % 7 ? CLASS_INTERACTIVE : CLASS_IDLE, 0);
+        for (unsigned at = 1;; at++) {
+            fail_at = at;
+            r = scheduler_add(s, &t[i]);
+            if (r == 0)
+                break;
+            assert(r == -ENOMEM && fail_at == 0 && !t[i].entry);
+        }
+        fail_at = 0;
+    }
+    for (unsigned i = 0; i < ARRAY_SIZE(t); i++)
+        scheduler_remove(s, &t[i]);
+    scheduler_free(s);
+}
+
+/* ---- whatever comes ---- */
+
+static void check_random(uint64_t seed)
+{
+    enum { N = 120 };
+    static struct scheduler_task t[N];
+    bool added[N] = {false}, running[N] = {false};
+    struct scheduler_pick picks[N];
+    uint32_t n_running = 0, n_queued = 0, max_picks;
+    struct scheduler_options o;
+    struct scheduler *s;
+
+    state = seed;
+    o = (struct scheduler_options){
+        .max_rows = 1 + below(300), .max_logits = 1 + below(20), .max_running = 1 + below(80)};
+    max_picks = 1 + below(N);
+    memset(t, 0, sizeof(t));
+    assert(scheduler_new(&s, &o) == 0);
+    for (int round = 0; round < 1500; round++) {
+        uint32_t i = below(N), rows = 0, logits = 0;
+        struct scheduler_task *a;
+        struct scheduler_statistics st;
+        bool runnable = false, others = false;
+        size_t n;
+
+        switch (below(8)) {
+        case 0:
+        case 1:
+        case 2:
+            if (added[i])
+                break;
+            t[i] = task(below(6), below(20), (enum scheduler_class)below(3), below(1000));
+            t[i].n_pending = below(3) ? 1 + below(400) : 1;
+            t[i].is_prompt = true;
+            t[i].max_tokens = below(100);
+            assert(scheduler_add(s, &t[i]) == 0 && t[i].entry);
+            added[i] = true;
+            n_queued++;
+            break;
+        case 3:
+            if (!added[i] || below(3))
+                break;
+            scheduler_remove(s, &t[i]);
+            assert(!t[i].entry);
+            added[i] = false;
+            *(running[i] ? &n_running : &n_queued) -= 1;
+            running[i] = false;
+            break;
+        case 4:
+            t[i].is_blocked = below(4) == 0;
+            break;
+        case 5:
+            if (!running[i])
+                break;
+            a = scheduler_victim(s, &t[i]);
+            assert((a == NULL) == (n_running == 1));
+            if (!a)
+                break;
+            assert(running[a - t]);
+            scheduler_requeue(s, a);
+            running[a - t] = false;
+            n_running--;
+            n_queued++;
+            break;
+        case 6:
+            assert(scheduler_set_weight(s, below(8), below(12000)) == 0);
+            break;
+        case 7:
+            if (running[i])
+                t[i].n_pending = below(3);
+            break;
+        }
+        while ((a = scheduler_admit(s, below(20000)))) {
+            assert(added[a - t] && !running[a - t]);
+            running[a - t] = true;
+            n_running++;
+            n_queued--;
+        }
+        assert(n_running <= o.max_running && (n_running > 0 || n_queued == 0));
+        scheduler_get_statistics(s, &st);
+        assert(st.n_running == n_running && st.n_queued == n_queued);
+        if (added[i]) {
+            uint64_t usec;
+            uint32_t position = scheduler_position(s, &t[i], &usec);
+
+            assert((position == 0) == running[i] && position <= n_queued);
+        }
+
+        for (uint32_t k = 0; k < N; k++)
+            if (running[k] && !t[k].is_blocked && t[k].n_pending > 0) {
+                runnable = true;
+                others = others || t[k].class != CLASS_IDLE;
+            }
+        n = scheduler_choose(s, picks, max_picks);
+        assert((n > 0) == runnable && n <= max_picks);
+        for (size_t k = 0; k < n; k++) {
+            const struct scheduler_task *p = picks[k].task;
+
+            assert(running[p - t] && !p->is_blocked);
+            assert(picks[k].n_rows > 0 && picks[k].n_rows <= p->n_pending);
+            assert(p->class != CLASS_IDLE || !others);
+            rows += picks[k].n_rows;
+            logits += picks[k].n_rows == p->n_pending;
+            for (size_t l = 0; l < k; l++)
+                assert(picks[l].task != p);
+            if (below(20) == 0)
+                picks[k].n_rows = 0; /* did not work */
+        }
+        assert(rows <= o.max_rows && logits <= o.max_logits);
+        if (n > 0)
+            scheduler_account(s, picks, n, below(50) ? below(300000) : 0);
+        for (size_t k = 0; k < n; k++) {
+            struct scheduler_task *p = picks[k].task;
+
+            p->n_pending -= picks[k].n_rows;
+            if (p->n_pending == 0) {
+                p->n_pending = 1;
+                p->is_prompt = false;
+            }
+        }
+    }
+    for (uint32_t i = 0; i < N; i++)
+        if (added[i])
+            scheduler_remove(s, &t[i]);
+    scheduler_free(s);
+}
+
+int main(void)
+{
+    struct machine noisy = slow;
+
+    setbuf(stdout, NULL); /* allocates nothing later */
+    noisy.noise_percent = 10;
+    check_names();
+    check_memory();
+    check_admission();
+    check_victim();
+    check_one_against_seven(&slow);
+    check_one_against_seven(&fast);
+    check_one_against_seven(&reading);
+    check_weights();
+    check_batch_and_idle();
+    check_absence();
+    check_limits();
+    for (uint32_t n = 1; n <= 16; n += 5) {
+        check_prompt_beside(&slow, n, 0.0, "slow");
+        check_prompt_beside(&fast, n, 0.0, "fast");
+        check_prompt_beside(&reading, n, 0.2, "reading");
+        check_prompt_beside(&noisy, n, 0.2, "noisy");
+    }
+    check_cold(&slow);
+    check_cold(&fast);
+    check_cold(&reading);
+    check_alone();
+    check_disturbed();
+    for (uint64_t seed = 1; seed <= 40; seed++)
+        check_random(seed);
+    return 0;
+}
