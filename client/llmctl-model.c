@@ -300,6 +300,7 @@ static int install(struct llm_connection *c, const struct install *in, int fd)
         return status;
     if (sd_bus_message_read(reply, "o", &path) < 0)
         return complain_of_answer();
+    before_message = status_line_clear;
     status = wait_for_model(c, in, path, &changed);
     status_line_clear();
     return complain_of_interruption(in, status);

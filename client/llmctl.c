@@ -28,6 +28,8 @@ static const struct verb verbs[] = {
     {"model", verb_model, "the models that the daemon has"},
     {"quota", verb_quota, "what users may take of the daemon"},
     {"status", verb_status, "tell what the daemon does"},
+    {"top", verb_top, "show what it does as it goes"},
+    {"monitor", verb_monitor, "print what happens to sessions and models"},
     {"is-ready", verb_is_ready, "tell by the exit status whether it answers"},
 };
 
@@ -43,8 +45,12 @@ static sigset_t mask_while_waiting;
 static void say(const char *format, va_list ap, const char *end)
     __attribute__((format(printf, 1, 0), nonnull(1)));
 
+void (*before_message)(void);
+
 static void say(const char *format, va_list ap, const char *end)
 {
+    if (before_message)
+        before_message();
     fputs("llmctl: ", stderr);
     vfprintf(stderr, format, ap);
     fputs(end, stderr);

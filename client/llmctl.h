@@ -35,6 +35,8 @@ int verb_model(int argc, char **argv);
 int verb_measure(int argc, char **argv);
 int verb_cancel(int argc, char **argv);
 int verb_quota(int argc, char **argv);
+int verb_top(int argc, char **argv);
+int verb_monitor(int argc, char **argv);
 
 struct verb {
     const char *name;
@@ -101,6 +103,9 @@ bool parse_unsigned(const char *text, uint64_t most, uint64_t *ret);
 bool parse_double(const char *text, double *ret);
 
 /* ---- messages and output ---- */
+
+/* Called before each of the messages below, to make room for it on the terminal; or NULL. */
+extern void (*before_message)(void);
 
 /* "llmctl: ..." on stderr; returns the status. */
 int complain(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
