@@ -18,6 +18,7 @@
 #include "base/checked.h"
 #include "base/standard-fds.h"
 #include "client/llmctl-output.h"
+#include "ipc/bus-error.h"
 
 static const struct verb verbs[] = {
     {"run", verb_run, "answer one prompt"},
@@ -310,6 +311,7 @@ int main(int argc, char **argv)
     int status;
 
     standard_fds_fill();
+    sd_bus_error_add_map(bus_errors); /* for calls of sd-bus itself; libllm needs it not */
     if (argc > 0)
         argv[0] = (char[]){"llmctl"};
     status = argc > 0 ? verb_dispatch(&table, argc, argv) : usage_error("no command is given");
