@@ -12,7 +12,7 @@
 
 struct arguments {
     enum service_scope scope;
-    bool check_config;
+    bool check_config;       /* read the configuration, say what is wrong with it, exit */
     const char *config_file; /* NULL: where the scope has it */
     const char *model;       /* a file, or the name of a model; NULL: configured */
     const char *socket;      /* NULL: where the scope has it */
@@ -21,7 +21,7 @@ struct arguments {
     bool has_activations, has_kv_type, has_idle;
     uint64_t idle_usec;
     bool no_bus;
-    int ready_fd;
+    int ready_fd; /* -EBADF: none */
 };
 
 #define EXIT_USAGE 2

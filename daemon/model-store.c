@@ -243,13 +243,13 @@ static struct install *install_of(const struct model_store *s, const char *name)
     return i;
 }
 
-/* One file of a folder. 1: the entry changed; 0; -ENOMEM */
+/* One file of a folder. 1: it came; 2: it changed; 0; -ENOMEM */
 static int look_at(struct model_store *s, const char *folder, const char *file, bool removable)
 {
     CLEANUP(freep) char *name = strndup(file, strlen(file) - strlen(SUFFIX)), *path = NULL;
     struct entry *e;
     struct stat st;
-    int r;
+    int r, what = 2;
 
     if (!name || asprintf(&path, "%s/%s", folder, file) < 0) {
         path = NULL;
@@ -261,6 +261,7 @@ static int look_at(struct model_store *s, const char *folder, const char *file, 
     if (e && e->seen)
         return 0; /* an earlier folder has it */
     if (!e) {
+        what = 1;
         r = add_entry(s, name, &e);
         if (r < 0)
             return r == -ENOSPC ? 0 : r;
@@ -283,7 +284,7 @@ static int look_at(struct model_store *s, const char *folder, const char *file, 
         return r;
     if (install_of(s, name))
         e->model.state = MODEL_INSTALLING;
-    return 1;
+    return what;
 }
 
 static int look_into(struct model_store *s, const char *folder, bool removable, bool tell)
@@ -302,7 +303,7 @@ static int look_into(struct model_store *s, const char *folder, bool removable, 
             return r;
         if (r > 0 && tell && s->changed) {
             d->d_name[n - strlen(SUFFIX)] = 0;
-            s->changed(s->userdata, d->d_name);
+            s->changed(s->userdata, d->d_name, r == 1 ? STORE_CAME : STORE_CHANGED);
         }
     }
     return 0;
@@ -334,7 +335,7 @@ static int refresh(struct model_store *s, bool tell)
         }
         remove_entry(s, e);
         if (tell && s->changed)
-            s->changed(s->userdata, name);
+            s->changed(s->userdata, name, STORE_WENT);
     }
     return r;
 }
@@ -518,7 +519,7 @@ static void install_over(struct model_store *s, struct install *i)
             e->model.state = MODEL_FAILED;
     }
     if (s->changed)
-        s->changed(s->userdata, i->name);
+        s->changed(s->userdata, i->name, STORE_CHANGED);
     if (i->finished)
         i->finished(i->userdata, i->name, i->result);
     install_free(i);
@@ -598,6 +599,7 @@ int model_store_install(struct model_store *s, int fd, const char *name, bool re
     struct entry *e;
     sigset_t all, old;
     size_t n = 0;
+    bool came = false;
     int r;
 
     if (!model_name_valid(name))
@@ -638,7 +640,7 @@ int model_store_install(struct model_store *s, int fd, const char *name, bool re
             return error_set(err, -r, "%s: no room in the list of models", name);
         }
         e->model.path = strdup(i->path);
-        e->model.removable = true;
+        e->model.removable = came = true;
     }
     if (!e->has_file)
         e->model.bytes = i->bytes;
@@ -648,7 +650,7 @@ int model_store_install(struct model_store *s, int fd, const char *name, bool re
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (r != 0) {
         unlink(i->hidden);
-        if (!e->has_file)
+        if (came)
             remove_entry(s, e);
         return error_set(err, r, "cannot start a thread: %s", strerror(r));
     }
@@ -658,7 +660,7 @@ int model_store_install(struct model_store *s, int fd, const char *name, bool re
     started->next = s->installs;
     s->installs = started;
     if (s->changed)
-        s->changed(s->userdata, name);
+        s->changed(s->userdata, name, came ? STORE_CAME : STORE_CHANGED);
     return 0;
 }
 
@@ -689,10 +691,13 @@ int model_store_remove(struct model_store *s, const char *name, struct error *er
                              strerror(errno));
         sync_folder(s->install_folder); /* it is gone for us; after a crash it may be back */
     }
-    if (e && (!e->has_file || e->model.removable))
+    if (e && (!e->has_file || e->model.removable)) {
         remove_entry(s, e);
-    if (s->changed)
-        s->changed(s->userdata, name);
+        if (s->changed)
+            s->changed(s->userdata, name, STORE_WENT);
+    } else if (e && s->changed) {
+        s->changed(s->userdata, name, STORE_CHANGED);
+    }
     /* One of the same name in another folder is seen now. */
     return refresh(s, true) < 0 ? error_set(err, ENOMEM, "out of memory") : 0;
 }

@@ -36,8 +36,14 @@ struct stored_model {
     bool removable; /* lies in the state directory */
 };
 
-/* A model came, went or changed; not for progress. name lives until the call returns. */
-typedef void (*model_store_changed)(void *userdata, const char *name);
+enum store_change {
+    STORE_CAME,
+    STORE_WENT,
+    STORE_CHANGED, /* its state, or it is another file; not for progress */
+};
+
+/* name lives until the call returns. */
+typedef void (*model_store_changed)(void *userdata, const char *name, enum store_change what);
 
 struct model_store_options {
     sd_event *event;

@@ -1,12 +1,16 @@
 /* SPDX-FileCopyrightText: the llmd authors
  * SPDX-License-Identifier: Apache-2.0 */
 
+/*
+ * Nobody gets in by opening many connections: each uid has its own limit, which connection_new()
+ * knows; a connection whose peer has not said who it is within HANDSHAKE_USEC is closed; and where
+ * all places are taken, one that was never used is taken from the uid that has most.
+ */
+
 #include "daemon/server.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,37 +20,237 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <systemd/sd-daemon.h>
+#include <systemd/sd-event.h>
+#include <time.h>
 #include <unistd.h>
 
+#include "base/checked.h"
 #include "base/cleanup.h"
-#include "daemon/client-session.h"
+#include "daemon/client-identity.h"
 #include "daemon/connection.h"
 #include "daemon/log.h"
 #include "daemon/service.h"
+#include "daemon/users.h"
 
-#define CONNECTIONS_MAX 64u
-#define GRACE_USEC 2000000u /* for readers to take what a stopped request still has to say */
+#define INHERITED_MAX 8
+#define HANDSHAKE_USEC UINT64_C(5000000)
+#define REFUSALS_USEC UINT64_C(10000000) /* so many refusals are logged one by one in that time */
+#define REFUSALS_MAX 5u
 
-struct client {
+struct guest {
     struct server *server;
     struct connection *connection;
-    struct client *previous, *next; /* server::clients */
+    uid_t uid;
+    sd_event_source *handshake_timer;
+    bool ready;                    /* it has said who it is, or was not looked at again yet */
+    struct guest *previous, *next; /* server::guests, newest first */
 };
 
 struct server {
-    char *path;
-    int lock_fd;   /* SOCKET.lock, locked */
-    int listen_fd; /* after server_start() */
-    uint64_t idle_usec;
-
-    sd_event *event;
     struct service *service; /* borrowed */
-    sd_event_source *listen_source, *term_source, *int_source;
-    sd_event_source *idle_timer, *grace_timer;
-    struct session_set *sessions; /* borrowed */
-    struct client *clients;
-    uint32_t n_clients;
+    char *path;              /* NULL: inherited */
+    bool any_user;
+    uint32_t max_connections;
+    int lock_fd;                   /* SOCKET.lock, locked */
+    int listen_fds[INHERITED_MAX]; /* [n_listen] */
+    sd_event_source *listen_sources[INHERITED_MAX];
+    size_t n_listen;
+    struct guest *guests;
+    uint32_t n_guests;
+
+    uint64_t refusals_since; /* CLOCK_MONOTONIC */
+    uint32_t n_refusals, n_untold;
 };
+
+static uint64_t now_usec(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+}
+
+/* ---- who comes in ---- */
+
+/* Who is refused can try again at once, so the log has a limit. */
+static void say_refused(struct server *s, const struct client_identity *who, const char *why)
+{
+    uint64_t now = now_usec();
+
+    if (now - s->refusals_since >= REFUSALS_USEC) {
+        if (s->n_untold > 0)
+            log_warning("refused %u more connections", s->n_untold);
+        s->refusals_since = now;
+        s->n_refusals = s->n_untold = 0;
+    }
+    if (s->n_refusals++ >= REFUSALS_MAX) {
+        s->n_untold++;
+        return;
+    }
+    log_with(LOG_WARNING,
+             &(struct log_fields){
+                 .message_id = LOG_ID_CONNECTION_REFUSED, .has_uid = true, .uid = who->uid},
+             "refused a connection of user %d, process %d: %s", (int)who->uid, (int)who->pid, why);
+}
+
+static void guest_free(struct guest *g)
+{
+    struct server *s = g->server;
+
+    *(g->previous ? &g->previous->next : &s->guests) = g->next;
+    if (g->next)
+        g->next->previous = g->previous;
+    s->n_guests--;
+    sd_event_source_disable_unref(g->handshake_timer);
+    connection_free(g->connection);
+    free(g);
+}
+
+static void on_connection_gone(struct connection *c, void *userdata)
+{
+    struct guest *g = userdata;
+    struct service *service = g->server->service;
+
+    (void)c;
+    guest_free(g);
+    service_something_went(service);
+}
+
+static int on_handshake_late(sd_event_source *source, uint64_t usec, void *userdata)
+{
+    struct guest *g = userdata;
+
+    (void)source;
+    (void)usec;
+    if (connection_is_ready(g->connection))
+        g->ready = true;
+    else
+        on_connection_gone(g->connection, g);
+    return 0;
+}
+
+static uint32_t n_of_user(const struct server *s, uid_t uid)
+{
+    const struct user *u = users_find(s->service->users, uid);
+
+    return u ? u->n_connections : 0;
+}
+
+/* The oldest silent connection of the uid that has most; not of one that has no more than uid. */
+static bool make_place(struct server *s, uid_t uid)
+{
+    struct guest *found = NULL;
+    uint32_t most = n_of_user(s, uid);
+
+    for (struct guest *g = s->guests; g; g = g->next) {
+        uint32_t n = n_of_user(s, g->uid);
+
+        g->ready = g->ready || connection_is_ready(g->connection);
+        if (g->ready || n < most || (n == most && (!found || found->uid != g->uid)))
+            continue;
+        most = n;
+        found = g;
+    }
+    if (!found)
+        return false;
+    guest_free(found);
+    return true;
+}
+
+static void admit(struct server *s, int fd)
+{
+    CLEANUP(client_identity_done) struct client_identity who = {.pidfd = -EBADF};
+    CLEANUP(closep) int owned = fd;
+    struct guest *g;
+    int r;
+
+    r = client_identity_of_socket(&who, fd);
+    if (r < 0) {
+        who.uid = (uid_t)-1;
+        say_refused(s, &who, strerror(-r));
+        return;
+    }
+    if (!s->any_user && who.uid != geteuid()) {
+        say_refused(s, &who, "this daemon serves another user");
+        return;
+    }
+    if (s->n_guests >= s->max_connections && !make_place(s, who.uid)) {
+        say_refused(s, &who, "all connections of the daemon are in use");
+        return;
+    }
+    g = calloc(1, sizeof(*g));
+    if (!g) {
+        say_refused(s, &who, "out of memory");
+        return;
+    }
+    *g = (struct guest){.server = s, .uid = who.uid};
+    r = sd_event_add_time_relative(s->service->event, &g->handshake_timer, CLOCK_MONOTONIC,
+                                   HANDSHAKE_USEC, 0, on_handshake_late, g);
+    if (r >= 0) {
+        struct client_identity given = who; /* for the log, what it was told is kept */
+
+        who.pidfd = -EBADF;
+        r = connection_new(&g->connection, s->service, TAKE_FD(owned), &given, on_connection_gone,
+                           g);
+    }
+    if (r < 0) {
+        say_refused(s, &who,
+                    r == -EDQUOT ? "it has as many as it may (MaxConnections=)" : strerror(-r));
+        sd_event_source_disable_unref(g->handshake_timer);
+        free(g);
+        return;
+    }
+    g->next = s->guests;
+    if (g->next)
+        g->next->previous = g;
+    s->guests = g;
+    s->n_guests++;
+}
+
+static int on_accept(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+    struct server *s = userdata;
+    uint32_t before = s->n_guests;
+
+    (void)revents;
+    /* Only so many at once: others are to be served as well. */
+    for (int i = 0; i < 64; i++) {
+        int client_fd = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+
+        if (client_fd >= 0) {
+            admit(s, client_fd);
+        } else if (errno == EAGAIN) {
+            break;
+        } else if (errno != EINTR && errno != ECONNABORTED) {
+            /* Out of descriptors, it seems: until one is free again. */
+            log_warning("cannot accept a connection: %s", strerror(errno));
+            sd_event_source_set_enabled(source, SD_EVENT_OFF);
+            break;
+        }
+    }
+    if (s->n_guests != before)
+        service_something_went(s->service); /* came, rather: it is not idle now */
+    return 0;
+}
+
+void server_something_went(struct server *s)
+{
+    for (size_t i = 0; i < s->n_listen; i++)
+        if (s->listen_sources[i])
+            sd_event_source_set_enabled(s->listen_sources[i], SD_EVENT_ON);
+}
+
+uint32_t server_n_connections(const struct server *s)
+{
+    return s->n_guests;
+}
+
+void server_set_max_connections(struct server *s, uint32_t n)
+{
+    s->max_connections = n;
+}
+
+/* ---- sockets ---- */
 
 /* SOCKET.suffix, opened for flock. */
 static int open_lock(const char *path, const char *suffix, struct error *err)
@@ -73,184 +277,38 @@ static int check_place(const char *path, struct error *err)
     return 0;
 }
 
-/* From now on nobody finds us, and another may take our place. */
-static void stop_listening(struct server *s)
+/* Those of the service manager that are meant for this. */
+static int take_inherited(struct server *s, struct error *err)
 {
-    if (s->listen_fd < 0)
-        return;
-    unlink(s->path);
-    s->listen_source = sd_event_source_disable_unref(s->listen_source);
-    close(TAKE_FD(s->listen_fd));
-    close(TAKE_FD(s->lock_fd));
-}
+    char **names = NULL;
+    int n = sd_listen_fds_with_names(/* unset_environment= */ 1, &names);
 
-static void client_gone(struct connection *c, void *userdata)
-{
-    struct client *client = userdata;
-    struct server *s = client->server;
+    if (n < 0)
+        return error_set(err, -n, "cannot take inherited sockets: %s", strerror(-n));
+    for (int i = 0; i < n; i++) {
+        int fd = SD_LISTEN_FDS_START + i;
+        const char *name = names && names[i] ? names[i] : "unknown";
+        bool ours = strcmp(name, "llmd") == 0 || strcmp(name, "llmd.socket") == 0 ||
+                    strcmp(name, "unknown") == 0 || name[0] == 0;
 
-    connection_free(c);
-    if (client->previous)
-        client->previous->next = client->next;
-    else
-        s->clients = client->next;
-    if (client->next)
-        client->next->previous = client->previous;
-    s->n_clients--;
-    free(client);
-}
-
-static bool is_idle(const struct server *s)
-{
-    return s->n_clients == 0 && session_set_is_quiet(s->sessions);
-}
-
-/* After anything that may have been the last: leave, or get ready to. */
-void server_something_went(void *userdata)
-{
-    struct server *s = userdata;
-
-    if (session_set_is_stopping(s->sessions)) {
-        if (session_set_is_quiet(s->sessions))
-            sd_event_exit(s->event, 0);
-        return;
-    }
-    if (s->listen_source)
-        sd_event_source_set_enabled(s->listen_source, SD_EVENT_ON);
-    if (s->idle_usec == 0)
-        return;
-    if (!is_idle(s)) {
-        sd_event_source_set_enabled(s->idle_timer, SD_EVENT_OFF);
-    } else {
-        sd_event_source_set_time_relative(s->idle_timer, s->idle_usec);
-        sd_event_source_set_enabled(s->idle_timer, SD_EVENT_ONESHOT);
-    }
-}
-
-static void on_connection_gone(struct connection *c, void *userdata)
-{
-    struct client *client = userdata;
-    struct server *s = client->server;
-
-    client_gone(c, client);
-    server_something_went(s);
-}
-
-static void admit(struct server *s, int fd)
-{
-    CLEANUP(closep) int owned = fd;
-    CLEANUP(client_identity_done) struct client_identity peer = {.pidfd = -EBADF};
-    struct client *client;
-    int r;
-
-    r = client_identity_of_socket(&peer, fd);
-    if (r < 0 || peer.uid != geteuid()) {
-        log_warning("refused a connection of user %d", r < 0 ? -1 : (int)peer.uid);
-        return;
-    }
-    if (s->n_clients >= CONNECTIONS_MAX) {
-        log_warning("refused a connection of process %d: all %u are in use", (int)peer.pid,
-                    CONNECTIONS_MAX);
-        return;
-    }
-    client = calloc(1, sizeof(*client));
-    if (!client) {
-        log_warning("refused a connection: out of memory");
-        return;
-    }
-    client->server = s;
-    r = connection_new(&client->connection, s->service, TAKE_FD(owned), &peer, on_connection_gone,
-                       client);
-    if (r < 0) {
-        log_warning("refused a connection: %s", strerror(-r));
-        free(client);
-        return;
-    }
-    client->next = s->clients;
-    if (client->next)
-        client->next->previous = client;
-    s->clients = client;
-    s->n_clients++;
-}
-
-static int on_accept(sd_event_source *source, int fd, uint32_t revents, void *userdata)
-{
-    struct server *s = userdata;
-
-    (void)revents;
-    for (;;) {
-        int client_fd = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-
-        if (client_fd >= 0) {
-            admit(s, client_fd);
-        } else if (errno == EAGAIN) {
-            break;
-        } else if (errno != EINTR && errno != ECONNABORTED) {
-            /* Out of descriptors, it seems: until one is free again. */
-            log_warning("cannot accept a connection: %s", strerror(errno));
-            sd_event_source_set_enabled(source, SD_EVENT_OFF);
-            break;
+        if (ours && s->n_listen < INHERITED_MAX &&
+            sd_is_socket_unix(fd, SOCK_STREAM, 1, NULL, 0) > 0 &&
+            fcntl(fd, F_SETFL, O_NONBLOCK) >= 0) {
+            s->listen_fds[s->n_listen++] = fd;
+        } else {
+            log_warning("inherited descriptor %d (%s) is none of ours: a listening Unix stream "
+                        "socket named llmd is wanted; closed",
+                        fd, name);
+            close(fd);
         }
+        free(names ? names[i] : NULL);
     }
-    if (s->idle_usec > 0 && s->n_clients > 0)
-        sd_event_source_set_enabled(s->idle_timer, SD_EVENT_OFF);
+    free(names);
     return 0;
 }
 
-static int on_idle(sd_event_source *source, uint64_t usec, void *userdata)
-{
-    struct server *s = userdata;
-    CLEANUP(closep) int start_fd = -EBADF;
-
-    (void)source;
-    (void)usec;
-    if (!is_idle(s) || session_set_is_stopping(s->sessions))
-        return 0;
-    start_fd = open_lock(s->path, "start", NULL);
-    if (start_fd >= 0 && flock(start_fd, LOCK_EX | LOCK_NB) < 0) {
-        server_something_went(s); /* somebody is about to come: wait again */
-        return 0;
-    }
-    on_accept(s->listen_source, s->listen_fd, EPOLLIN, s); /* came while we made up our mind */
-    if (!is_idle(s))
-        return 0;
-    stop_listening(s);
-    log_info("nobody is here any more; leaving");
-    session_set_stop(s->sessions);
-    sd_event_exit(s->event, 0);
-    return 0;
-}
-
-static int on_grace_over(sd_event_source *source, uint64_t usec, void *userdata)
-{
-    struct server *s = userdata;
-
-    (void)source;
-    (void)usec;
-    session_set_cut_streams(s->sessions); /* its changes lead to server_something_went() */
-    return 0;
-}
-
-static int on_signal(sd_event_source *source, const struct signalfd_siginfo *info, void *userdata)
-{
-    struct server *s = userdata;
-
-    (void)source;
-    if (session_set_is_stopping(s->sessions)) {
-        session_set_cut_streams(s->sessions); /* asked twice: no grace */
-        return 0;
-    }
-    log_info("stopping (signal %u)", info->ssi_signo);
-    sd_notify(0, "STOPPING=1");
-    stop_listening(s);
-    session_set_stop(s->sessions);
-    sd_event_source_set_enabled(s->grace_timer, SD_EVENT_ONESHOT);
-    sd_event_source_set_time_relative(s->grace_timer, GRACE_USEC);
-    server_something_went(s);
-    return 0;
-}
-
-int server_new(struct server **ret, const struct server_options *options, struct error *err)
+int server_new(struct server **ret, struct service *service, const struct server_options *options,
+               struct error *err)
 {
     CLEANUP(server_freep) struct server *s = NULL;
     int r;
@@ -258,12 +316,22 @@ int server_new(struct server **ret, const struct server_options *options, struct
     s = calloc(1, sizeof(*s));
     if (!s)
         return error_set(err, ENOMEM, "out of memory");
-    s->lock_fd = s->listen_fd = -EBADF;
-    s->idle_usec = options->idle_usec;
-    if (strlen(options->socket_path) >= sizeof(((struct sockaddr_un *)NULL)->sun_path))
+    s->service = service;
+    s->any_user = options->any_user;
+    s->max_connections = options->max_connections;
+    s->lock_fd = -EBADF;
+    r = take_inherited(s, err);
+    if (r < 0)
+        return r;
+    if (s->n_listen > 0) {
+        *ret = TAKE_PTR(s);
+        return 0;
+    }
+
+    if (strlen(options->path) >= sizeof(((struct sockaddr_un *)NULL)->sun_path))
         return error_set(err, ENAMETOOLONG, "%s: the path of a socket has at most %zu bytes",
-                         options->socket_path, sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1);
-    s->path = strdup(options->socket_path);
+                         options->path, sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1);
+    s->path = strdup(options->path);
     if (!s->path)
         return error_set(err, ENOMEM, "out of memory");
     r = check_place(s->path, err);
@@ -278,7 +346,7 @@ int server_new(struct server **ret, const struct server_options *options, struct
     return 0;
 }
 
-static int start_listening(struct server *s, struct error *err)
+static int make_socket(struct server *s, struct error *err)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     CLEANUP(closep) int fd = -EBADF;
@@ -288,56 +356,67 @@ static int start_listening(struct server *s, struct error *err)
     if (fd < 0)
         return error_set(err, errno, "socket: %s", strerror(errno));
     unlink(s->path); /* what a killed one left; ours by the lock */
-    if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(fd, 64) < 0)
+    if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
+        (s->any_user && chmod(s->path, 0666) < 0) || listen(fd, 128) < 0)
         return error_set(err, errno, "%s: cannot listen: %s", s->path, strerror(errno));
-    s->listen_fd = TAKE_FD(fd);
+    s->listen_fds[s->n_listen++] = TAKE_FD(fd);
     return 0;
 }
 
-int server_start(struct server *s, struct service *service, struct error *err)
+int server_start(struct server *s, struct error *err)
 {
-    sd_event *event = service->event;
-    int r;
+    int r = 0;
 
-    s->service = service;
-    s->sessions = service->sessions;
-    s->event = sd_event_ref(event);
-    r = sd_event_add_time_relative(event, &s->idle_timer, CLOCK_MONOTONIC, s->idle_usec, 0, on_idle,
-                                   s);
-    if (r >= 0)
-        r = sd_event_add_time_relative(event, &s->grace_timer, CLOCK_MONOTONIC, 0, 0, on_grace_over,
-                                       s);
-    if (r >= 0)
-        r = sd_event_source_set_enabled(s->grace_timer, SD_EVENT_OFF);
-    if (r >= 0 && s->idle_usec == 0)
-        r = sd_event_source_set_enabled(s->idle_timer, SD_EVENT_OFF);
-    if (r >= 0)
-        r = sd_event_add_signal(event, &s->term_source, SIGTERM, on_signal, s);
-    if (r >= 0)
-        r = sd_event_add_signal(event, &s->int_source, SIGINT, on_signal, s);
-    if (r < 0)
-        return error_set(err, -r, "cannot set up the event loop: %s", strerror(-r));
-
-    r = start_listening(s, err);
-    if (r < 0)
-        return r;
-    r = sd_event_add_io(event, &s->listen_source, s->listen_fd, EPOLLIN, on_accept, s);
+    if (s->path) {
+        r = make_socket(s, err);
+        if (r < 0)
+            return r;
+    }
+    for (size_t i = 0; i < s->n_listen && r >= 0; i++)
+        r = sd_event_add_io(s->service->event, &s->listen_sources[i], s->listen_fds[i], EPOLLIN,
+                            on_accept, s);
     return r < 0 ? error_set(err, -r, "cannot set up the event loop: %s", strerror(-r)) : 0;
+}
+
+void server_stop(struct server *s)
+{
+    if (s->path && s->n_listen > 0)
+        unlink(s->path); /* an inherited one stays: who holds it starts us again */
+    while (s->n_listen > 0) {
+        s->n_listen--;
+        s->listen_sources[s->n_listen] =
+            sd_event_source_disable_unref(s->listen_sources[s->n_listen]);
+        close(TAKE_FD(s->listen_fds[s->n_listen]));
+    }
+    closep(&s->lock_fd);
+    s->lock_fd = -EBADF;
+}
+
+bool server_leave(struct server *s)
+{
+    CLEANUP(closep) int start_fd = -EBADF;
+
+    if (s->path) {
+        start_fd = open_lock(s->path, "start", NULL);
+        if (start_fd >= 0 && flock(start_fd, LOCK_EX | LOCK_NB) < 0)
+            return false;
+    }
+    for (size_t i = 0; i < s->n_listen; i++) /* who came while we made up our mind */
+        if (s->listen_sources[i])
+            on_accept(s->listen_sources[i], s->listen_fds[i], EPOLLIN, s);
+    if (s->n_guests > 0)
+        return false;
+    server_stop(s);
+    return true;
 }
 
 struct server *server_free(struct server *s)
 {
     if (!s)
         return NULL;
-    stop_listening(s);
-    while (s->clients)
-        client_gone(s->clients->connection, s->clients);
-    sd_event_source_disable_unref(s->idle_timer);
-    sd_event_source_disable_unref(s->grace_timer);
-    sd_event_source_disable_unref(s->term_source);
-    sd_event_source_disable_unref(s->int_source);
-    sd_event_unref(s->event);
-    closep(&s->lock_fd);
+    server_stop(s);
+    while (s->guests)
+        guest_free(s->guests);
     free(s->path);
     free(s);
     return NULL;

@@ -24,6 +24,7 @@ static char folder[] = "/tmp/test-model-store-XXXXXX";
 static sd_event *event;
 static unsigned n_changes;
 static char changed_name[128];
+static enum store_change last_change;
 
 static const char *in(const char *name)
 {
@@ -35,8 +36,10 @@ static const char *in(const char *name)
     return path[i];
 }
 
-static void on_change(void *userdata, const char *name)
+static void on_change(void *userdata, const char *name, enum store_change what)
 {
+    assert(what == STORE_CAME || what == STORE_WENT || what == STORE_CHANGED);
+    last_change = what;
     assert(userdata == &n_changes);
     n_changes++;
     snprintf(changed_name, sizeof(changed_name), "%s", name);
@@ -158,6 +161,7 @@ static void test_listing(void)
     assert(model_store_remove(s, "one", NULL) == -EROFS && model_store_find(s, "one"));
     assert(unlink(in("further/broken.llmd")) == 0);
     assert(model_store_refresh(s) == 0 && n_changes == 3 && strcmp(changed_name, "broken") == 0);
+    assert(last_change == STORE_WENT);
     assert(!model_store_find(s, "broken"));
     model_store_free(s);
 }
@@ -178,11 +182,12 @@ static void test_install(void)
     n_changes = 0;
     assert(lseek(fd, 7, SEEK_SET) == 7); /* where the giver's offset is does not matter */
     assert(install(s, fd, "two", false, &ending, &err) == 0 && n_changes == 1);
+    assert(last_change == STORE_CAME);
     m = model_store_find(s, "two");
     assert(m->state == MODEL_INSTALLING && m->progress <= 1);
     r = install(s, fd, "two", true, &second, &err);
     assert(r == -EBUSY);
-    assert(wait_for(&ending) == 0 && n_changes == 2);
+    assert(wait_for(&ending) == 0 && n_changes == 2 && last_change == STORE_CHANGED);
     m = model_store_find(s, "two");
     assert(m->state == MODEL_AVAILABLE && !m->failure && m->removable && m->context_max > 0);
     run("cmp", in("source"), m->path);

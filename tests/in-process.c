@@ -37,8 +37,9 @@ static void nothing(void *userdata)
     (void)userdata;
 }
 
-static void no_model_changed(void *userdata, const char *name)
+static void no_model_changed(void *userdata, const char *name, enum store_change what)
 {
+    (void)what;
     (void)userdata;
     (void)name;
 }

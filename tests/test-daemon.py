@@ -23,7 +23,7 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import dbus
-    from daemon_client import Client, Daemon, ERROR, MANAGER, ROOT, SESSION, error_of, read_all
+    from daemon_client import Client, Daemon, ERROR, MANAGER, PATIENCE, ROOT, SESSION, error_of, read_all
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
@@ -526,13 +526,16 @@ def notifies_and_keeps_secrets():
         notify.bind(path)
         canary = "Xylophon-" + os.urandom(8).hex()
         with daemon(env=dict(os.environ, NOTIFY_SOCKET=path)) as d, d.connect() as c:
-            assert notify.recv(1000) == b"READY=1"
+            notify.settimeout(PATIENCE)
+            while notify.recv(1000) != b"READY=1":  # STATUS= comes as well
+                pass
             c.create().run(prompt=canary, max_tokens=dbus.UInt32(1))
             error_of(c.create, model=canary)
             with open(f"/proc/{d.process.pid}/limits") as f:
                 assert re.search(r"^Max core file size +0 +0 ", f.read(), re.M)
             d.stop()
-            assert notify.recv(1000) == b"STOPPING=1"
+            while notify.recv(1000) != b"STOPPING=1":
+                pass
             assert canary not in d.log() and re.match(r"<6>serving ", d.log())
     os.unlink(path)
 

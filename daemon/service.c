@@ -1,0 +1,900 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * A model comes in three steps: a thread opens the file (model_loader), the loop makes an engine of
+ * it, and another thread reads it into memory (prefetch) while the engine serves already. A model
+ * that is to replace another one is opened first and waits as `next` until no session is open; so
+ * an exchange that fails leaves what was there.
+ *
+ * The daemon ends in two steps: service_stop() lets nobody in and stops all requests; when the last
+ * stream has said why, the loop ends. Readers who do not take it are cut after a grace.
+ */
+
+#include "daemon/service.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/cleanup.h"
+#include "daemon/arguments.h"
+#include "daemon/authority.h"
+#include "daemon/bus-host.h"
+#include "daemon/bus.h"
+#include "daemon/client-session.h"
+#include "daemon/client.h"
+#include "daemon/config.h"
+#include "daemon/engine-thread.h"
+#include "daemon/log.h"
+#include "daemon/model-loader.h"
+#include "daemon/model-store.h"
+#include "daemon/notify.h"
+#include "daemon/places.h"
+#include "daemon/prefetch.h"
+#include "daemon/server.h"
+#include "daemon/users.h"
+#include "engine/model-file.h"
+#include "engine/model.h"
+
+#define GRACE_USEC 2000000u    /* for readers to take what a stopped request still has to say */
+#define EXCHANGE_USEC 5000000u /* for readers of the last model's streams, before it goes */
+#define LOAD_EXTEND_USEC UINT64_C(60000000)
+
+struct service_private {
+    struct config *config;
+    struct places places;
+    struct notify *notify;
+    struct model_loader *loader;
+    struct prefetch *prefetch;
+    int prefetch_fd; /* eventfd: it has gone on */
+    char *loading;   /* what the loader opens: a name, or a path */
+    struct model *next;
+    char *next_name;
+    sd_event_source *prefetch_source, *idle_timer, *grace_timer, *exchange_timer;
+    bool ready;  /* READY=1 was said */
+    bool failed; /* a private daemon that cannot serve */
+    struct error failure;
+};
+
+static void consider_idleness(struct service *s);
+
+/* Until they are there. */
+#pragma weak bus_manager_changed
+#pragma weak bus_model_added
+#pragma weak bus_model_removed
+#pragma weak bus_model_changed
+#pragma weak engine_thread_is_alive
+#pragma weak engine_thread_set_weight
+#define bus_manager_changed(...) (bus_manager_changed ? bus_manager_changed(__VA_ARGS__) : (void)0)
+#define bus_model_added(...) (bus_model_added ? bus_model_added(__VA_ARGS__) : (void)0)
+#define bus_model_removed(...) (bus_model_removed ? bus_model_removed(__VA_ARGS__) : (void)0)
+#define bus_model_changed(...) (bus_model_changed ? bus_model_changed(__VA_ARGS__) : (void)0)
+#define engine_thread_is_alive(t) (engine_thread_is_alive ? engine_thread_is_alive(t) : false)
+
+/* ---- what others see ---- */
+
+static void show_status(struct service *s)
+{
+    struct service_private *p = s->private;
+    uint32_t n = session_set_n_sessions(s->sessions);
+
+    switch (s->state) {
+    case SERVICE_STOPPING:
+        notify_status(p->notify, "Stopping");
+        return;
+    case SERVICE_LOADING:
+        if (s->model)
+            notify_status(p->notify, "Loading %s: %d %%", s->model_name,
+                          (int)(s->load_progress * 100));
+        else
+            notify_status(p->notify, "Opening %s", p->loading ? p->loading : "the model");
+        return;
+    case SERVICE_DEGRADED:
+        if (!s->model) {
+            notify_status(p->notify, "No model: %s", s->failure ? s->failure : "none is installed");
+            return;
+        }
+        break;
+    case SERVICE_READY:
+        break;
+    }
+    notify_status(p->notify, "Serving %s: %u session%s of %u client%s%s", s->model_name, n,
+                  n == 1 ? "" : "s", clients_n(s->clients), clients_n(s->clients) == 1 ? "" : "s",
+                  s->state == SERVICE_DEGRADED ? "; another model could not be loaded" : "");
+}
+
+static void set_state(struct service *s, enum service_state state)
+{
+    if (s->state != state && s->state != SERVICE_STOPPING) {
+        s->state = state;
+        bus_manager_changed(s, BUS_STATE);
+    }
+    show_status(s);
+}
+
+static void say_ready(struct service *s)
+{
+    struct service_private *p = s->private;
+    int fd = s->arguments->ready_fd;
+
+    if (p->ready)
+        return;
+    p->ready = true;
+    notify_ready(p->notify);
+    if (fd >= 0) {
+        dprintf(fd, "READY=1\n");
+        close(fd);
+    }
+}
+
+static bool engine_is_alive(void *userdata)
+{
+    struct service *s = userdata;
+
+    return !s->engine || engine_thread_is_alive(s->engine);
+}
+
+/* ---- the model ---- */
+
+static void set_failure(struct service *s, const char *text)
+{
+    free(s->failure);
+    s->failure = text ? strdup(text) : NULL;
+}
+
+/* A file's name without folder and suffix, as the session set has it. */
+static char *name_of(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    const char *name = slash ? slash + 1 : path, *dot = strrchr(name, '.');
+
+    return dot && dot > name ? strndup(name, (size_t)(dot - name)) : strdup(name);
+}
+
+static bool is_usable(const struct stored_model *m)
+{
+    return m && m->state == MODEL_AVAILABLE;
+}
+
+/* The one called default; the only one besides demo; demo. */
+static const struct stored_model *only_model(const struct model_store *store)
+{
+    const struct stored_model *only = NULL;
+    size_t n = 0;
+
+    if (is_usable(model_store_find(store, "default")))
+        return model_store_find(store, "default");
+    for (size_t i = 0; i < model_store_n(store); i++) {
+        const struct stored_model *m = model_store_get(store, i);
+
+        if (!is_usable(m) || strcmp(m->name, "demo") == 0)
+            continue;
+        only = m;
+        n++;
+    }
+    if (n == 1)
+        return only;
+    return n == 0 && is_usable(model_store_find(store, "demo")) ? model_store_find(store, "demo")
+                                                                : NULL;
+}
+
+/* Where a name or a path leads; *ret is malloc'ed. 0, -ENOENT, -EAGAIN, -ENOMEM */
+static int path_of(struct service *s, const char *model, char **ret, struct error *err)
+{
+    const struct stored_model *m = model_store_find(s->models, model);
+
+    if (m && m->state == MODEL_INSTALLING)
+        return error_set(err, EAGAIN, "model '%s' is still being installed", m->name);
+    if (m && m->state == MODEL_FAILED)
+        return error_set(err, ENOENT, "model '%s': %s", m->name,
+                         m->failure ? m->failure : "is not usable");
+    if (!m && !strchr(model, '/') && access(model, F_OK) < 0)
+        return error_set(err, ENOENT,
+                         "there is no model '%.100s'; see llmctl model list, or install one with "
+                         "llmctl model install FILE",
+                         model);
+    *ret = strdup(m ? m->path : model);
+    return *ret ? 0 : error_set(err, ENOMEM, "out of memory");
+}
+
+/* Which model to begin with: 0: *ret_path, -ENOENT, -errno */
+static int choose_model(struct service *s, char **ret_path, struct error *err)
+{
+    const char *wanted[] = {model_store_default(s->models), s->config->model};
+    const struct stored_model *m;
+
+    if (s->arguments->model)
+        return path_of(s, s->arguments->model, ret_path, err);
+    for (size_t i = 0; i < 2; i++) {
+        if (!wanted[i])
+            continue;
+        if (path_of(s, wanted[i], ret_path, err) >= 0)
+            return 0;
+        log_warning("the default model cannot be had: %s", err ? err->text : wanted[i]);
+    }
+    m = only_model(s->models);
+    if (m) {
+        *ret_path = strdup(m->path);
+        return *ret_path ? 0 : error_set(err, ENOMEM, "out of memory");
+    }
+    if (wanted[0] || wanted[1])
+        return -ENOENT; /* err says it */
+    if (model_store_n(s->models) > 0)
+        return error_set(err, ENOENT,
+                         "several models are installed and none is the default: choose one with "
+                         "llmctl model default NAME");
+    return error_set(err, ENOENT,
+                     "no model is installed: make one with llm-import, then llmctl model install "
+                     "FILE");
+}
+
+static void take_down(struct service *s)
+{
+    struct service_private *p = s->private;
+
+    session_set_set_engine(s->sessions, NULL, 0);
+    p->prefetch = prefetch_free(p->prefetch);
+    s->engine = engine_thread_free(s->engine);
+    s->model = model_free(s->model);
+    free(s->model_name);
+    s->model_name = strdup("");
+}
+
+static void loaded(struct service *s)
+{
+    set_failure(s, NULL);
+    set_state(s, SERVICE_READY);
+    log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_READY, .model = s->model_name},
+             "serving %s with %s", model_file_path(model_get_file(s->model)),
+             engine_thread_description(s->engine));
+    say_ready(s);
+    consider_idleness(s);
+}
+
+static int on_prefetch(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+    struct service *s = userdata;
+    struct service_private *p = s->private;
+    uint64_t n;
+
+    (void)source;
+    (void)revents;
+    (void)!read(fd, &n, sizeof(n));
+    if (!p->prefetch)
+        return 0;
+    s->load_progress = prefetch_progress(p->prefetch);
+    if (!p->ready)
+        notify_extend(p->notify, LOAD_EXTEND_USEC);
+    if (!prefetch_is_over(p->prefetch)) {
+        show_status(s);
+        return 0;
+    }
+    p->prefetch = prefetch_free(p->prefetch);
+    if (s->state == SERVICE_LOADING)
+        loaded(s);
+    return 0;
+}
+
+static void set_weights(struct service *s)
+{
+    for (size_t i = 0; engine_thread_set_weight && s->engine && i < s->config->n_users; i++) {
+        struct user_limits limits;
+
+        config_limits(s->config, s->config->users[i].uid, &limits);
+        engine_thread_set_weight(s->engine, s->config->users[i].uid, limits.weight);
+    }
+}
+
+static struct engine_options engine_options(const struct service *s)
+{
+    const struct arguments *a = s->arguments;
+    const struct config *c = s->config;
+    struct engine_options o = a->engine;
+
+    if (!a->has_activations)
+        o.activations = c->activations;
+    if (!a->has_kv_type)
+        o.kv_type = c->kv_type;
+    if (!o.cpu_level)
+        o.cpu_level = c->cpu_level;
+    if (o.n_threads == 0)
+        o.n_threads = c->n_threads;
+    if (o.kv_bytes == 0)
+        o.kv_bytes = c->kv_bytes;
+    return o;
+}
+
+/* Of a model that is open. No session is. 0: it serves; -errno: there is no engine now */
+static int make_engine(struct service *s, struct model *m, struct error *err)
+{
+    struct engine_options options = engine_options(s);
+    uint32_t context = s->arguments->context, most = model_config(m)->context_max;
+    int r;
+
+    if (context > most)
+        return error_set(err, EINVAL, "--context %u: the model has %u tokens at most", context,
+                         most);
+    if (context == 0 && s->config->context > most)
+        log_warning("Context=%u: the model has %u tokens at most, which is taken",
+                    s->config->context, most);
+    else if (context == 0)
+        context = s->config->context;
+    r = engine_thread_new(&s->engine, m, &options, err);
+    if (r < 0)
+        return r;
+    r = session_set_set_engine(s->sessions, s->engine, context);
+    if (r < 0) {
+        s->engine = engine_thread_free(s->engine);
+        return error_set(err, -r, "cannot set up the sessions: %s", strerror(-r));
+    }
+    free(s->model_name);
+    s->model_name = strdup(session_set_model_name(s->sessions));
+    set_weights(s);
+    return 0;
+}
+
+static int start_serving(struct service *s, struct error *err)
+{
+    return s->scope == SCOPE_PRIVATE && !s->private->ready ? server_start(s->server, err) : 0;
+}
+
+/* s->model has an engine. */
+static void begin_serving(struct service *s)
+{
+    struct service_private *p = s->private;
+    struct error err = {0};
+    int r;
+
+    r = start_serving(s, &err);
+    if (r < 0) {
+        p->failed = true;
+        p->failure = err;
+        sd_event_exit(s->event, r);
+        return;
+    }
+    bus_manager_changed(s, BUS_MODEL);
+    s->load_progress = 0;
+    r = s->config->prefetch ? prefetch_new(&p->prefetch, s->model, p->prefetch_fd) : -EOPNOTSUPP;
+    if (r < 0 || s->scope == SCOPE_PRIVATE || p->ready) {
+        /* What is not in memory yet comes when it is wanted; nobody waits for all of it. */
+        if (r < 0)
+            s->load_progress = 1;
+        loaded(s);
+    } else {
+        set_state(s, SERVICE_LOADING);
+    }
+}
+
+static void load_failed(struct service *s, int r, const struct error *err)
+{
+    struct service_private *p = s->private;
+
+    if (s->scope == SCOPE_PRIVATE) {
+        p->failed = true;
+        p->failure = *err;
+        sd_event_exit(s->event, r);
+        return;
+    }
+    log_with(LOG_ERR, &(struct log_fields){.message_id = LOG_ID_MODEL_FAILED, .model = p->loading},
+             "%s", err->text[0] ? err->text : strerror(-r));
+    if (!s->engine)
+        set_failure(s, err->text[0] ? err->text : strerror(-r));
+    set_state(s, SERVICE_DEGRADED);
+    say_ready(s); /* others are to be able to install a better one */
+}
+
+/* `next` takes the place of what is there, which no session uses. */
+static void exchange(struct service *s)
+{
+    struct service_private *p = s->private;
+    struct model *old = NULL;
+    struct error err = {0};
+    int r;
+
+    sd_event_source_set_enabled(p->exchange_timer, SD_EVENT_OFF);
+    session_set_set_engine(s->sessions, NULL, 0);
+    p->prefetch = prefetch_free(p->prefetch);
+    s->engine = engine_thread_free(s->engine);
+    old = TAKE_PTR(s->model);
+    s->model = TAKE_PTR(p->next);
+    free(TAKE_PTR(p->next_name));
+    r = make_engine(s, s->model, &err);
+    if (r >= 0) {
+        model_free(old);
+        begin_serving(s);
+        return;
+    }
+    model_free(s->model);
+    s->model = old;
+    if (!old || make_engine(s, old, NULL) < 0)
+        take_down(s);
+    load_failed(s, r, &err);
+}
+
+static void try_exchange(struct service *s)
+{
+    struct service_private *p = s->private;
+    int enabled = SD_EVENT_OFF;
+
+    if (!p->next || session_set_n_sessions(s->sessions) > 0)
+        return;
+    if (session_set_is_quiet(s->sessions)) {
+        exchange(s);
+        return;
+    }
+    /* Somebody has yet to read what ended sessions answered. */
+    sd_event_source_get_enabled(p->exchange_timer, &enabled);
+    if (enabled == SD_EVENT_OFF) {
+        sd_event_source_set_time_relative(p->exchange_timer, EXCHANGE_USEC);
+        sd_event_source_set_enabled(p->exchange_timer, SD_EVENT_ONESHOT);
+    }
+}
+
+static int on_exchange_late(sd_event_source *source, uint64_t usec, void *userdata)
+{
+    struct service *s = userdata;
+
+    (void)source;
+    (void)usec;
+    if (s->private->next && session_set_n_sessions(s->sessions) == 0)
+        session_set_cut_streams(s->sessions); /* leads to service_something_went() */
+    return 0;
+}
+
+static void on_opened(void *userdata, struct model *m, int r, const struct error *err)
+{
+    struct service *s = userdata;
+    struct service_private *p = s->private;
+
+    p->loader = model_loader_free(p->loader);
+    if (service_is_stopping(s)) {
+        model_free(m);
+        return;
+    }
+    if (r < 0) {
+        load_failed(s, r, err);
+        return;
+    }
+    free(p->next_name);
+    p->next_name = TAKE_PTR(p->loading);
+    model_free(p->next);
+    p->next = m;
+    try_exchange(s);
+    if (p->next)
+        log_info("%s is opened; it is served when the sessions of %s are closed", p->next_name,
+                 s->model_name);
+}
+
+/* Begins to open the file; what was being opened is given up. */
+static int load(struct service *s, const char *path, struct error *err)
+{
+    struct service_private *p = s->private;
+    int r;
+
+    p->loader = model_loader_free(p->loader);
+    p->next = model_free(p->next);
+    free(p->loading);
+    p->loading = name_of(path);
+    r = model_loader_new(&p->loader, s->event, path, on_opened, s);
+    if (r < 0)
+        return error_set(err, -r, "%s: cannot be opened: %s", path, strerror(-r));
+    if (!s->engine)
+        set_state(s, SERVICE_LOADING);
+    return 0;
+}
+
+static void load_first(struct service *s)
+{
+    CLEANUP(freep) char *path = NULL;
+    struct error err = {0};
+    int r;
+
+    r = choose_model(s, &path, &err);
+    if (r >= 0)
+        r = load(s, path, &err);
+    if (r < 0)
+        load_failed(s, r, &err);
+}
+
+int service_set_default_model(struct service *s, const char *name, struct error *err)
+{
+    CLEANUP(freep) char *path = NULL;
+    struct service_private *p = s->private;
+    int r;
+
+    if (!model_store_find(s->models, name))
+        return error_set(err, ENOENT, "there is no model '%.100s'; see llmctl model list", name);
+    r = path_of(s, name, &path, err);
+    if (r < 0)
+        return r;
+    r = model_store_set_default(s->models, name, err);
+    if (r < 0)
+        return r;
+    bus_manager_changed(s, BUS_DEFAULT_MODEL);
+    if (s->engine && strcmp(s->model_name, name) == 0) {
+        p->loader = model_loader_free(p->loader); /* it was on its way out, and stays */
+        p->next = model_free(p->next);
+        return 0;
+    }
+    return load(s, path, err);
+}
+
+static void on_models_changed(void *userdata, const char *name, enum store_change what)
+{
+    struct service *s = userdata;
+    const struct stored_model *m;
+
+    if (!s->models || service_is_stopping(s))
+        return; /* while it is being made, or taken down */
+    m = model_store_find(s->models, name);
+    switch (what) {
+    case STORE_CAME:
+        bus_model_added(s, name);
+        break;
+    case STORE_WENT:
+        bus_model_removed(s, name);
+        break;
+    case STORE_CHANGED:
+        bus_model_changed(s, name);
+        break;
+    }
+    if (what != STORE_CHANGED)
+        bus_manager_changed(s, BUS_MODELS);
+    /* What a daemon without a model waits for. */
+    if (is_usable(m) && !s->engine && !s->private->loader && !s->private->next)
+        load_first(s);
+}
+
+/* ---- coming and going ---- */
+
+static bool is_idle(const struct service *s)
+{
+    const struct service_private *p = s->private;
+
+    if (clients_n(s->clients) > 0 || session_set_n_sessions(s->sessions) > 0 ||
+        !session_set_is_quiet(s->sessions) || p->loader || p->next)
+        return false;
+    for (size_t i = 0; i < model_store_n(s->models); i++)
+        if (model_store_get(s->models, i)->state == MODEL_INSTALLING)
+            return false;
+    return true;
+}
+
+static uint64_t idle_usec(const struct service *s)
+{
+    return s->arguments->has_idle ? s->arguments->idle_usec : s->config->idle_usec;
+}
+
+static void consider_idleness(struct service *s)
+{
+    sd_event_source *timer = s->private->idle_timer;
+    int enabled = SD_EVENT_OFF;
+
+    if (idle_usec(s) == 0 || !is_idle(s)) {
+        sd_event_source_set_enabled(timer, SD_EVENT_OFF);
+        return;
+    }
+    sd_event_source_get_enabled(timer, &enabled);
+    if (enabled != SD_EVENT_OFF)
+        return; /* it has been idle for a while already */
+    sd_event_source_set_time_relative(timer, idle_usec(s));
+    sd_event_source_set_enabled(timer, SD_EVENT_ONESHOT);
+}
+
+void service_something_went(struct service *s)
+{
+    if (service_is_stopping(s)) {
+        if (session_set_is_quiet(s->sessions))
+            sd_event_exit(s->event, 0);
+        return;
+    }
+    if (!s->private->idle_timer)
+        return; /* not yet complete */
+    server_something_went(s->server);
+    try_exchange(s);
+    consider_idleness(s);
+    show_status(s);
+}
+
+static void on_something_went(void *userdata)
+{
+    service_something_went(userdata);
+}
+
+static void stop(struct service *s)
+{
+    set_state(s, SERVICE_STOPPING);
+    notify_stopping(s->private->notify);
+    server_stop(s->server);
+    session_set_stop(s->sessions);
+}
+
+static int on_idle(sd_event_source *source, uint64_t usec, void *userdata)
+{
+    struct service *s = userdata;
+
+    (void)source;
+    (void)usec;
+    if (!is_idle(s) || service_is_stopping(s))
+        return 0;
+    if ((s->bus && !bus_host_leave(s->bus)) || !server_leave(s->server) || !is_idle(s)) {
+        consider_idleness(s); /* somebody is about to come, or just came */
+        return 0;
+    }
+    log_info("nobody is here any more; leaving");
+    stop(s);
+    sd_event_exit(s->event, 0);
+    return 0;
+}
+
+static int on_grace_over(sd_event_source *source, uint64_t usec, void *userdata)
+{
+    struct service *s = userdata;
+
+    (void)source;
+    (void)usec;
+    session_set_cut_streams(s->sessions); /* its changes lead to service_something_went() */
+    return 0;
+}
+
+static int on_stop_signal(sd_event_source *source, const struct signalfd_siginfo *info,
+                          void *userdata)
+{
+    struct service *s = userdata;
+
+    (void)source;
+    if (service_is_stopping(s)) {
+        session_set_cut_streams(s->sessions); /* asked twice: no grace */
+        return 0;
+    }
+    log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_STOPPING}, "stopping (signal %u)",
+             info->ssi_signo);
+    stop(s);
+    sd_event_source_set_time_relative(s->private->grace_timer, GRACE_USEC);
+    sd_event_source_set_enabled(s->private->grace_timer, SD_EVENT_ONESHOT);
+    service_something_went(s);
+    return 0;
+}
+
+/* ---- the configuration ---- */
+
+static int apply_limits(struct service *s, const struct config *old)
+{
+    struct user_limits limits;
+    int r = 0;
+
+    users_set_defaults(s->users, &s->config->limits);
+    for (size_t i = 0; i < s->config->n_users && r >= 0; i++) {
+        config_limits(s->config, s->config->users[i].uid, &limits);
+        r = users_set_limits(s->users, s->config->users[i].uid, &limits);
+    }
+    for (size_t i = 0; old && i < old->n_users && r >= 0; i++) {
+        config_limits(s->config, old->users[i].uid, &limits); /* its section may be gone */
+        r = users_set_limits(s->users, old->users[i].uid, &limits);
+    }
+    return r;
+}
+
+static void apply(struct service *s, const struct config *old)
+{
+    log_set_level(s->config->log_level);
+    if (apply_limits(s, old) < 0)
+        log_error("out of memory: not all users have the limits that the configuration gives them");
+    session_set_linger_usec(s->sessions, s->config->linger_usec);
+    server_set_max_connections(s->server, s->config->max_connections);
+    set_weights(s);
+    if (old && s->private->idle_timer) {
+        sd_event_source_set_enabled(s->private->idle_timer, SD_EVENT_OFF);
+        consider_idleness(s);
+    }
+}
+
+static void reload(struct service *s)
+{
+    CLEANUP(config_freep) struct config *config = NULL;
+    struct service_private *p = s->private;
+    struct error err = {0};
+    char restart[256];
+    int r;
+
+    r = config_load(&config, s->scope, s->arguments->config_file, NULL, &err);
+    if (r < 0 || config->n_warnings > 0) {
+        log_with(LOG_ERR, &(struct log_fields){.message_id = LOG_ID_CONFIG_REFUSED},
+                 "the configuration is left as it was: %s",
+                 r < 0 ? err.text : "something in the files is wrong, see above");
+        return;
+    }
+    if (config_need_restart(p->config, config, restart, sizeof(restart)) > 0)
+        log_notice("%s will be looked at when llmd is started the next time", restart);
+    s->config = config;
+    apply(s, p->config);
+    config_free(p->config);
+    p->config = TAKE_PTR(config);
+    if (model_store_refresh(s->models) < 0)
+        log_error("out of memory: the list of models may be old");
+    log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_CONFIG_RELOADED},
+             "the configuration was read again");
+}
+
+static int on_reload_signal(sd_event_source *source, const struct signalfd_siginfo *info,
+                            void *userdata)
+{
+    struct service *s = userdata;
+
+    (void)source;
+    (void)info;
+    if (service_is_stopping(s))
+        return 0;
+    notify_reloading(s->private->notify);
+    reload(s);
+    notify_ready(s->private->notify);
+    return 0;
+}
+
+/* ---- the whole ---- */
+
+static int new_timer(struct service *s, sd_event_source **ret, sd_event_time_handler_t handler)
+{
+    int r = sd_event_add_time_relative(s->event, ret, CLOCK_MONOTONIC, 0, 0, handler, s);
+
+    return r < 0 ? r : sd_event_source_set_enabled(*ret, SD_EVENT_OFF);
+}
+
+static int new_parts(struct service *s, struct error *err)
+{
+    struct service_private *p = s->private;
+    struct server_options server;
+    struct model_store_options store;
+    int r;
+
+    r = places_find(&p->places, s->scope, s->config, s->arguments->socket, err);
+    if (r < 0)
+        return r;
+    /* Before a model is opened, so that of two daemons one gives up at once. */
+    server = (struct server_options){.path = p->places.socket,
+                                     .any_user = s->scope == SCOPE_SYSTEM,
+                                     .max_connections = s->config->max_connections};
+    r = server_new(&s->server, s, &server, err);
+    if (r < 0)
+        return r;
+    store = (struct model_store_options){.event = s->event,
+                                         .state_dir = p->places.state,
+                                         .folders = (const char *const *)p->places.folders,
+                                         .n_folders = p->places.n_folders,
+                                         .changed = on_models_changed,
+                                         .userdata = s};
+    r = model_store_new(&s->models, &store, err);
+    if (r < 0)
+        return r;
+
+    p->prefetch_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (p->prefetch_fd < 0)
+        return error_set(err, errno, "eventfd: %s", strerror(errno));
+    if ((r = sd_event_add_io(s->event, &p->prefetch_source, p->prefetch_fd, EPOLLIN, on_prefetch,
+                             s)) < 0 ||
+        (r = notify_new(&p->notify, s->event, engine_is_alive, s)) < 0 ||
+        (r = session_set_new(&s->sessions, s->event, on_something_went, s)) < 0 ||
+        (r = users_new(&s->users, &s->config->limits)) < 0 ||
+        (r = authority_new(&s->authority, s->scope == SCOPE_SYSTEM)) < 0 ||
+        (r = clients_new(&s->clients, s)) < 0 ||
+        (r = new_timer(s, &p->grace_timer, on_grace_over)) < 0 ||
+        (r = new_timer(s, &p->exchange_timer, on_exchange_late)) < 0 ||
+        (r = new_timer(s, &p->idle_timer, on_idle)) < 0 ||
+        (r = sd_event_add_signal(s->event, NULL, SIGTERM, on_stop_signal, s)) < 0 ||
+        (r = sd_event_add_signal(s->event, NULL, SIGINT, on_stop_signal, s)) < 0 ||
+        (r = sd_event_add_signal(s->event, NULL, SIGHUP, on_reload_signal, s)) < 0)
+        return error_set(err, -r, "cannot set up the event loop: %s", strerror(-r));
+    apply(s, NULL);
+    return 0;
+}
+
+int service_new(struct service **ret, const struct arguments *arguments, struct config *config,
+                struct error *err)
+{
+    CLEANUP(service_freep) struct service *s = calloc(1, sizeof(*s));
+    int r;
+
+    if (s)
+        s->private = calloc(1, sizeof(*s->private));
+    if (!s || !s->private) {
+        config_free(config);
+        return error_set(err, ENOMEM, "out of memory");
+    }
+    s->config = s->private->config = config;
+    s->private->prefetch_fd = -EBADF;
+    s->arguments = arguments;
+    s->scope = arguments->scope;
+    s->state = SERVICE_LOADING;
+    s->model_name = strdup("");
+    r = sd_event_default(&s->event);
+    if (r < 0)
+        return error_set(err, -r, "cannot set up the event loop: %s", strerror(-r));
+    r = new_parts(s, err);
+    if (r < 0)
+        return r;
+    *ret = TAKE_PTR(s);
+    return 0;
+}
+
+int service_run(struct service *s, struct error *err)
+{
+    struct service_private *p = s->private;
+    int r;
+
+    if (s->scope != SCOPE_PRIVATE) {
+        r = server_start(s->server, err);
+        if (r < 0)
+            return r;
+        if (!s->arguments->no_bus) {
+            r = bus_host_new(&s->bus, s);
+            if (r < 0)
+                return error_set(err, -r, "cannot set up the bus: %s", strerror(-r));
+        }
+    }
+    load_first(s);
+    consider_idleness(s);
+    r = sd_event_loop(s->event);
+    if (p->failed) {
+        *err = p->failure;
+        return r < 0 ? r : -EIO;
+    }
+    return r < 0 ? error_set(err, -r, "the event loop failed: %s", strerror(-r)) : 0;
+}
+
+struct service *service_free(struct service *s)
+{
+    struct service_private *p;
+
+    if (!s)
+        return NULL;
+    p = s->private;
+    s->state = SERVICE_STOPPING;
+    if (p) {
+        model_loader_free(p->loader);
+        prefetch_free(p->prefetch);
+        model_free(p->next);
+    }
+    bus_host_free(s->bus);
+    server_free(s->server);
+    if (s->sessions)
+        session_set_close_all(s->sessions);
+    clients_free(s->clients);
+    if (s->sessions)
+        session_set_free(s->sessions);
+    authority_free(s->authority);
+    users_free(s->users);
+    engine_thread_free(s->engine);
+    model_free(s->model);
+    model_store_free(s->models);
+    if (p) {
+        notify_free(p->notify);
+        sd_event_source_disable_unref(p->prefetch_source);
+        sd_event_source_disable_unref(p->idle_timer);
+        sd_event_source_disable_unref(p->grace_timer);
+        sd_event_source_disable_unref(p->exchange_timer);
+        closep(&p->prefetch_fd);
+        places_done(&p->places);
+        config_free(p->config);
+        free(p->loading);
+        free(p->next_name);
+        free(p);
+    }
+    sd_event_unref(s->event);
+    free(s->model_name);
+    free(s->failure);
+    free(s);
+    return NULL;
+}
+
+void service_freep(struct service **s)
+{
+    *s = service_free(*s);
+}
