@@ -262,6 +262,22 @@ int chat_encode(const struct tokenizer *t, const struct chat_message *messages, 
     return 0;
 }
 
+size_t chat_ids_least(const struct tokenizer *t, const struct chat_message *messages,
+                      size_t n_messages)
+{
+    size_t least = 0;
+
+    for (size_t i = 0; i < n_messages; i++) {
+        const char *text = messages[i].text;
+        size_t n = messages[i].n;
+
+        if (messages[i].role != CHAT_SYSTEM)
+            trim(&text, &n);
+        least += tokenizer_ids_least(t, n); /* at most n: what is in memory can be counted */
+    }
+    return least;
+}
+
 enum chat_position chat_position_find(const struct tokenizer *t, const uint32_t *ids, size_t n)
 {
     const struct tokenizer_table *table = tokenizer_table(t);

@@ -66,5 +66,9 @@ int chat_encode(const struct tokenizer *t, const struct chat_message *messages, 
 int chat_check(const struct tokenizer *t, const struct chat_message *messages, size_t n_messages,
                const struct chat_options *options, struct error *err);
 
+/* As tokenizer_ids_least(), of all messages. */
+size_t chat_ids_least(const struct tokenizer *t, const struct chat_message *messages,
+                      size_t n_messages);
+
 /* Where ids that once came from here end, wherever they were cut. */
 enum chat_position chat_position_find(const struct tokenizer *t, const uint32_t *ids, size_t n);

@@ -97,6 +97,13 @@ void session_drop_kv(struct session *s);
 uint32_t session_n_missing(const struct session *s); /* tokens, behind which none is cached */
 uint64_t session_kv_bytes(const struct session *s);  /* of its pages, shared ones in full */
 
+/*
+ * An empty session's tokens, as if they had been evaluated: all of them are missing (see
+ * session_drop_kv()). 0, -EINVAL: not empty, or a token outside the vocabulary, -EMSGSIZE, -ENOMEM;
+ * then nothing has changed
+ */
+int session_set_tokens(struct session *s, const uint32_t *tokens, uint32_t n);
+
 uint32_t session_n_tokens(const struct session *s);
 uint32_t session_n_ctx(const struct session *s);
 const uint32_t *session_tokens(const struct session *s); /* [session_n_tokens()], until next step */

@@ -108,6 +108,26 @@ void session_drop_kv(struct session *s)
     s->n_cached = 0;
 }
 
+int session_set_tokens(struct session *s, const uint32_t *tokens, uint32_t n)
+{
+    int r;
+
+    if (s->n_tokens > 0)
+        return -EINVAL;
+    if (n > s->n_ctx)
+        return -EMSGSIZE;
+    for (uint32_t i = 0; i < n; i++)
+        if (tokens[i] >= s->engine->config->vocab_size)
+            return -EINVAL;
+    r = session_grow(s, n);
+    if (r < 0)
+        return r;
+    if (n > 0)
+        memcpy(s->tokens, tokens, n * sizeof(*tokens));
+    s->n_tokens = n;
+    return 0;
+}
+
 uint32_t session_n_missing(const struct session *s)
 {
     return s->n_tokens - s->n_cached;
