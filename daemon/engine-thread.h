@@ -44,9 +44,9 @@ void engine_thread_kv_bytes(struct engine_thread *t, uint64_t *ret_used, uint64_
 /* KV of all timelines of the account; what two of them share counts for both. */
 uint64_t engine_thread_account_kv_bytes(struct engine_thread *t, uint64_t account);
 
-/* The account's share in comparison with others' (engine/scheduler.h). 1 to 10000; 100 if not set
- */
-void engine_thread_set_weight(struct engine_thread *t, uint64_t account, uint32_t weight);
+/* The account's share in comparison with others' (engine/scheduler.h). 1 to 10000; 100 if not set.
+ * 0, -ENOMEM */
+int engine_thread_set_weight(struct engine_thread *t, uint64_t account, uint32_t weight);
 
 struct engine_statistics {
     /* totals since the start */

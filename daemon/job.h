@@ -78,12 +78,26 @@ struct job_request {
 
 void job_request_done(struct job_request *r);
 
+/* The engine thread's part of a job. */
 struct job_work {
+    struct job *previous, *next; /* engine_thread::active */
     struct generation *generation;
-    uint32_t prompt_tokens; /* what it asks for, for ContextFull */
-    uint32_t last_id;       /* sampled last; meaningful when n_sampled > 0 */
+    bool begun;       /* the session is there, and what follows is meant */
+    uint32_t start;   /* the session's tokens before */
+    size_t n_done;    /* append: of job::ids */
+    uint32_t last_id; /* sampled last; meaningful when n_sampled > 0 */
     uint32_t n_sampled;
     bool cut; /* output was lost for want of memory: no proper end may follow */
+
+    struct scheduler_task task;
+    bool in_scheduler; /* queued or running there */
+    bool is_running;   /* was let in */
+    bool is_paused;
+    uint32_t n_preempted;
+    uint32_t total;         /* rows of the prompt or of what is computed again; 0: none */
+    uint32_t told_left;     /* of them, when progress was told of last */
+    uint64_t noticed_usec;  /* when a record last told how it stands; at first when it came */
+    uint32_t told_position; /* in the queue; 0: none yet */
 };
 
 struct job {
@@ -100,20 +114,30 @@ struct job {
     int result;                    /* 0 or -errno */
     struct error error;            /* text for result < 0, or empty */
     const char *end_reason;        /* static, as in the `end` record; NULL: result says why */
+    bool was_stopped;              /* by engine_thread_stop() or engine_thread_close() */
     struct generation_usage usage; /* generate, append; also of those that were cancelled */
     uint32_t n_tokens;             /* measure: of the prompt; rewind, restore: in the session now */
-    struct timeline *fork;         /* JOB_FORK: the loop takes it (and closes it) */
+    struct timeline *fork;         /* JOB_FORK: the loop takes it, and closes it; NULL: failed */
     struct buffer saved;           /* JOB_SAVE: what is to be written */
 
     /* guarded by engine_thread::mutex */
     struct buffer out;         /* encoded, not yet taken by the loop */
     bool finished;             /* the engine thread no longer knows it */
     bool has_news;             /* in engine_thread::news */
-    struct job *next;          /* engine_thread::submitted, then ::news; prompt_thread's */
+    struct job *news_next;     /* engine_thread::news */
+    struct job *next;          /* engine_thread::submitted, or a list of the prompt thread */
     struct job *timeline_next; /* timeline::jobs */
 
+    struct { /* guarded by the prompt thread's mutex */
+        uint64_t account;
+        size_t bytes;
+        uint32_t passed; /* how many smaller ones went before */
+        int lane;        /* waiting there; 0: not waiting */
+    } prompt;
+
     /* The prompt thread's until it hands the job on, then the engine thread's. */
-    struct token_array ids;      /* the prompt */
+    struct token_array ids; /* the prompt */
+    size_t n_wanted;        /* tokens of it; when they do not fit, at least so many; 0: not known */
     enum chat_position position; /* submitted from, later where it ends */
     bool has_tail;
     uint32_t tail, room; /* tokens: submitted from */

@@ -1,0 +1,140 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * What the engine thread's own files share: engine-thread.c (the queues, what the loop calls),
+ * job-output.c (what goes back to the loop), job-work.c (requests: admission, steps, memory) and
+ * job-simple.c (what is done between two steps).
+ */
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "daemon/engine-thread.h"
+#include "engine/scheduler.h"
+#include "ipc/record.h"
+
+struct prompt_thread;
+
+struct timeline {
+    struct timeline_options options;
+    _Atomic uint32_t n_tokens; /* written by the engine thread, read by any */
+
+    /* guarded by engine_thread::mutex */
+    struct timeline_info info;
+    enum chat_position position; /* between two jobs */
+    bool has_tail;
+    uint32_t tail;    /* a token that was sampled and given out, but not evaluated */
+    struct job *jobs; /* submitted and not let go, by job::timeline_next */
+    bool is_listed, is_closed;
+    struct timeline *previous, *next; /* engine_thread::timelines */
+
+    /* engine thread */
+    struct session *session;
+    bool is_used;       /* a request is at work; its KV is not to be given away as an idle one's */
+    uint64_t last_used; /* engine_thread::n_uses then */
+};
+
+enum thread_state {
+    THREAD_STARTING,
+    THREAD_RUNS,
+    THREAD_FAILED,
+};
+
+struct weight_change {
+    struct weight_change *next;
+    uint64_t account;
+    uint32_t weight;
+};
+
+struct engine_thread {
+    pthread_t thread;
+    const struct model *model;
+    struct prompt_thread *prompts;
+    int news_fd; /* eventfd, written by the threads that work */
+
+    /* guards what follows, up to "engine thread", and jobs' and timelines' part of it; the prompt
+     * thread's mutex may be taken within */
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    enum thread_state state;
+    int start_result;
+    struct error *start_error; /* engine_thread_new()'s, during the start only */
+    bool quit;
+    bool wakes; /* something came in since the engine thread last looked */
+    bool sleeps;
+    uint64_t n_turns, n_turns_seen; /* for the watchdog */
+    struct job *submitted, **submitted_end;
+    struct job *news, **news_end;
+    struct timeline *timelines;
+    bool has_closed; /* some of them are */
+    struct weight_change *weights, **weights_end;
+    struct engine_statistics statistics;
+    uint64_t record_interval_usec;
+
+    /* engine thread; the options and the description are also read by the loop */
+    struct engine_options options;
+    struct engine *engine;
+    struct scheduler *scheduler;
+    char description[256];
+    bool lost;          /* the device */
+    struct job *active; /* requests, by job_work::next */
+    uint64_t n_uses;
+    uint64_t positions_usec; /* when places in the queue were last looked at */
+    bool queue_changed;      /* since then */
+    uint64_t due_usec;       /* when there will be something to say about the queue; 0: never */
+    struct scheduler_pick *picks; /* [max_rows], a step's */
+    struct step_item *items;
+    uint64_t preemptions, kv_given_back;
+};
+
+uint64_t now_usec(void);
+
+/* With the mutex held: the timeline is one of those that are known here. */
+void engine_thread_list(struct engine_thread *t, struct timeline *tl);
+
+/* ---- job-output.c ---- */
+
+/* With the mutex held: the loop is to look at the job. */
+void job_announce(struct engine_thread *t, struct job *j);
+
+void job_emit(struct engine_thread *t, struct job *j, const struct record *record);
+
+/*
+ * What the timeline's next job finds. The job must not be touched afterwards; its timeline neither,
+ * by others than the engine thread.
+ */
+void job_let_go(struct engine_thread *t, struct job *j);
+
+/* Ends of any job, which let it go. What it has done to its session is undone or stays by then. */
+void job_finish_error(struct engine_thread *t, struct job *j, int code, const struct error *err);
+void job_finish_stopped(struct engine_thread *t, struct job *j);
+
+/* Output that the client has not read keeps the request from going on. With the mutex held. */
+bool job_is_paused(const struct job *j);
+
+/* ---- job-work.c: engine thread ---- */
+
+int work_init(struct engine_thread *t, struct error *err); /* 0, -ENOMEM */
+void work_done(struct engine_thread *t);
+
+/* A tokenised request. It is let go when it is over. */
+void work_begin(struct engine_thread *t, struct job *j);
+
+/* Ends those that have been asked to. */
+void work_stop_where_asked(struct engine_thread *t);
+
+/* A step. False when there was nothing to do. */
+bool work_step(struct engine_thread *t);
+
+/* Brings what the loop sees of timelines, queue and memory up to date. */
+void work_publish(struct engine_thread *t);
+void work_publish_timeline(struct engine_thread *t, struct timeline *tl);
+
+int work_make_session(struct engine_thread *t, struct timeline *tl); /* 0, -ENOMEM */
+
+/* ---- job-simple.c: engine thread ---- */
+
+/* Fork, rewind, save, restore: done, and let go. */
+void simple_run(struct engine_thread *t, struct job *j);

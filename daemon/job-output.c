@@ -1,0 +1,157 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/* What goes from the threads that work to the loop: records, and jobs that are over. */
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/checked.h"
+#include "daemon/engine-thread-internal.h"
+#include "ipc/bus-error.h"
+#include "ipc/record.h"
+
+#define OUTPUT_PAUSE 65536 /* bytes */
+
+void job_announce(struct engine_thread *t, struct job *j)
+{
+    uint64_t one = 1;
+
+    if (j->has_news)
+        return;
+    j->has_news = true;
+    j->news_next = NULL;
+    *t->news_end = j;
+    t->news_end = &j->news_next;
+    /* Nothing to do about a failure: the counter cannot be full, the descriptor is ours. */
+    (void)!write(t->news_fd, &one, sizeof(one));
+}
+
+bool job_is_paused(const struct job *j)
+{
+    return j->out.n >= OUTPUT_PAUSE;
+}
+
+void job_emit(struct engine_thread *t, struct job *j, const struct record *record)
+{
+    int r = 0;
+
+    if (j->work.cut || !job_kind_streams(j->request.kind))
+        return;
+    pthread_mutex_lock(&t->mutex);
+    if (j->request.format == JOB_RECORDS)
+        r = record_write(&j->out, record);
+    else if (record->type == RECORD_DELTA)
+        r = buffer_append(&j->out, record->text, record->n_text);
+    job_announce(t, j);
+    pthread_mutex_unlock(&t->mutex);
+    if (r < 0)
+        j->work.cut = true;
+}
+
+static void unlink_from_timeline(struct timeline *tl, struct job *j)
+{
+    struct job **link = &tl->jobs;
+
+    while (*link != j)
+        link = &(*link)->timeline_next;
+    *link = j->timeline_next;
+    j->timeline_next = NULL;
+}
+
+/* With the mutex held. */
+static void count(struct engine_thread *t, const struct job *j)
+{
+    struct engine_statistics *s = &t->statistics;
+
+    if (!job_kind_streams(j->request.kind))
+        return;
+    s->requests++;
+    s->prompt_tokens += j->usage.prompt_tokens;
+    s->completion_tokens += j->usage.completion_tokens;
+    if (j->result < 0)
+        s->requests_failed++;
+    else if (j->was_stopped)
+        s->requests_cancelled++;
+}
+
+void job_let_go(struct engine_thread *t, struct job *j)
+{
+    struct timeline *tl = j->timeline;
+
+    pthread_mutex_lock(&t->mutex);
+    count(t, j);
+    if (tl) {
+        unlink_from_timeline(tl, j);
+        if (job_kind_streams(j->request.kind)) {
+            tl->info.prompt_tokens += j->usage.prompt_tokens;
+            tl->info.completion_tokens += j->usage.completion_tokens;
+            tl->info.state = TIMELINE_IDLE;
+            tl->info.queue_position = 0;
+            tl->info.estimate_usec = 0;
+        }
+        if (tl->is_closed && !tl->jobs) {
+            t->wakes = true; /* the engine thread frees it, whichever thread this is */
+            pthread_cond_broadcast(&t->changed);
+        }
+    }
+    j->finished = true;
+    job_announce(t, j);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+static void emit_error(struct engine_thread *t, struct job *j)
+{
+    struct record record = {
+        .type = RECORD_ERROR,
+        .name = bus_error_name(j->result),
+        .message = j->error.text[0] ? j->error.text : strerror(-j->result),
+    };
+
+    if (j->result == -EMSGSIZE && j->n_wanted > 0) {
+        record.has_sizes = true;
+        record.requested = j->n_wanted;
+        record.available = j->room;
+    }
+    job_emit(t, j, &record);
+}
+
+void job_finish_error(struct engine_thread *t, struct job *j, int code, const struct error *err)
+{
+    j->result = code;
+    if (err && err != &j->error)
+        j->error = *err;
+    emit_error(t, j);
+    job_let_go(t, j);
+}
+
+static void finish_stopped_simple(struct engine_thread *t, struct job *j, enum job_stop why)
+{
+    struct error err;
+    int code;
+
+    if (why == JOB_SHUTDOWN)
+        code = error_set(&err, ESHUTDOWN, "the daemon is about to end");
+    else if (why == JOB_CLOSED)
+        code = error_set(&err, ESRCH, "the session was closed");
+    else
+        code = error_set(&err, ECANCELED, "the request was cancelled");
+    job_finish_error(t, j, code, &err);
+}
+
+void job_finish_stopped(struct engine_thread *t, struct job *j)
+{
+    enum job_stop why = (enum job_stop)atomic_load(&j->stop);
+
+    if (!job_kind_streams(j->request.kind)) {
+        finish_stopped_simple(t, j, why);
+        return;
+    }
+    j->result = 0;
+    j->was_stopped = true;
+    j->end_reason = why == JOB_SHUTDOWN ? "shutdown" : why == JOB_CLOSED ? "closed" : "cancelled";
+    job_emit(t, j, &(struct record){.type = RECORD_END, .reason = j->end_reason});
+    job_let_go(t, j);
+}

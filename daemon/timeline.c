@@ -1,0 +1,50 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+#include "daemon/timeline.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "daemon/engine-thread-internal.h"
+
+int timeline_new(struct timeline **ret, const struct timeline_options *options)
+{
+    struct timeline *tl = calloc(1, sizeof(*tl));
+
+    if (!tl)
+        return -ENOMEM;
+    tl->options = *options;
+    *ret = tl;
+    return 0;
+}
+
+const char *timeline_state_name(enum timeline_state s)
+{
+    switch (s) {
+    case TIMELINE_IDLE:
+        return "idle";
+    case TIMELINE_QUEUED:
+        return "queued";
+    case TIMELINE_PREFILL:
+        return "prefill";
+    case TIMELINE_DECODE:
+        return "decode";
+    case TIMELINE_PAUSED:
+        return "paused";
+    }
+    return NULL;
+}
+
+void timeline_get_info(struct engine_thread *t, struct timeline *tl, struct timeline_info *ret)
+{
+    pthread_mutex_lock(&t->mutex);
+    *ret = tl->info;
+    pthread_mutex_unlock(&t->mutex);
+    ret->n_tokens = atomic_load(&tl->n_tokens);
+}
+
+uint32_t timeline_n_tokens(const struct timeline *tl)
+{
+    return atomic_load(&tl->n_tokens);
+}
