@@ -13,7 +13,8 @@ struct llm_stream {
     int fd;
     struct record_reader reader;
     struct record record;
-    bool over; /* end or error was given out */
+    struct llm_alternative top[RECORD_TOP_MAX]; /* of that record */
+    bool over;                                  /* end or error was given out */
     llm_tap tap;
     void *tap_userdata;
 };
@@ -52,8 +53,9 @@ void llm_stream_tap(struct llm_stream *s, llm_tap tap, void *userdata)
 }
 
 /* False for records that this version does not know. */
-static bool to_event(const struct record *record, struct llm_event *ret)
+static bool to_event(struct llm_stream *s, struct llm_event *ret)
 {
+    const struct record *record = &s->record;
     struct llm_event e = {0};
 
     switch (record->type) {
@@ -67,6 +69,15 @@ static bool to_event(const struct record *record, struct llm_event *ret)
         e.id = record->id;
         e.logprob = record->logprob;
         e.entropy = record->entropy;
+        for (size_t i = 0; i < record->n_top; i++)
+            s->top[i] = (struct llm_alternative){
+                .id = record->top[i].id,
+                .logprob = record->top[i].logprob,
+                .text = record->top[i].text,
+                .n_text = record->top[i].n_text,
+            };
+        e.top = s->top;
+        e.n_top = record->n_top;
         break;
     case RECORD_USAGE:
         e.type = LLM_USAGE;
@@ -110,7 +121,7 @@ int llm_stream_next(struct llm_stream *s, struct llm_event *ret)
         int r;
 
         while ((r = s->over ? 0 : record_reader_next(&s->reader, &s->record)) > 0) {
-            if (to_event(&s->record, ret)) {
+            if (to_event(s, ret)) {
                 s->over = ret->type == LLM_END || ret->type == LLM_ERROR;
                 return 1;
             }

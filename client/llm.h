@@ -200,6 +200,13 @@ enum llm_event_type {
     LLM_PROGRESS,
 };
 
+struct llm_alternative {
+    uint32_t id;
+    double logprob;
+    const char *text; /* [n_text], as a delta's */
+    size_t n_text;
+};
+
 struct llm_event {
     enum llm_event_type type;
     const char *text; /* delta: [n_text] UTF-8, may hold NUL */
@@ -207,6 +214,8 @@ struct llm_event {
     bool has_token; /* delta: id, logprob and entropy are meant */
     uint32_t id;
     double logprob, entropy;
+    const struct llm_alternative *top; /* delta: [n_top], the most probable first */
+    size_t n_top;
     uint32_t prompt_tokens, completion_tokens, cached_tokens; /* usage */
     const char *reason;                                       /* end */
     const char *name, *message;                               /* error */

@@ -11,6 +11,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -136,7 +137,9 @@ static const char whole[] =
     "{\"type\":\"of a later version\",\"x\":1}\n"
     "{\"type\":\"progress\",\"done\":512,\"total\":4000}\n"
     "{\"type\":\"delta\",\"text\":\"He\\u0000l\"}\n"
-    "{\"type\":\"delta\",\"text\":\"lo\",\"id\":5,\"logprob\":-0.5,\"entropy\":1.5}\n"
+    "{\"type\":\"delta\",\"text\":\"lo\",\"id\":5,\"logprob\":-0.5,\"entropy\":1.5,"
+    "\"top\":[{\"id\":5,\"logprob\":-0.5,\"text\":\"lo\"},"
+    "{\"id\":6,\"logprob\":null,\"text\":\"\\u0000\"}]}\n"
     "{\"type\":\"usage\",\"prompt_tokens\":3,\"completion_tokens\":4,\"cached_tokens\":5}\n"
     "{\"type\":\"end\",\"reason\":\"stop\"}\n";
 
@@ -150,8 +153,13 @@ static void read_whole(struct llm_stream *s)
     assert(e.done == 512 && e.total == 4000 && e.position == 0);
     assert(llm_stream_next(s, &e) == 1 && e.type == LLM_DELTA);
     assert(e.n_text == 4 && memcmp(e.text, "He\0l", 4) == 0 && !e.has_token);
+    assert(e.n_top == 0);
     assert(llm_stream_next(s, &e) == 1 && e.type == LLM_DELTA);
     assert(e.n_text == 2 && e.has_token && e.id == 5 && e.logprob == -0.5 && e.entropy == 1.5);
+    assert(e.n_top == 2 && e.top[0].id == 5 && e.top[0].logprob == -0.5);
+    assert(e.top[0].n_text == 2 && memcmp(e.top[0].text, "lo", 2) == 0);
+    assert(e.top[1].id == 6 && isnan(e.top[1].logprob));
+    assert(e.top[1].n_text == 1 && e.top[1].text[0] == 0);
     assert(llm_stream_next(s, &e) == 1 && e.type == LLM_USAGE);
     assert(e.prompt_tokens == 3 && e.completion_tokens == 4 && e.cached_tokens == 5);
     assert(llm_stream_next(s, &e) == 1 && e.type == LLM_END && strcmp(e.reason, "stop") == 0);
