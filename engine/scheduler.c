@@ -915,8 +915,6 @@ static void learn_prompts(struct scheduler *s, size_t n_decoding, uint32_t rows,
     double extra = MAX(usec - step, 0.0);
     double growth = s->situation == BESIDE ? 1.25 : 2;
 
-    if (c->rows > 0)
-        extra = MIN(extra, MAX(4 * rows * c->usec / c->rows, MAX(4 * step, 2 * STEP_USEC)));
     c->usec = 0.5 * c->usec + extra;
     c->rows = 0.5 * c->rows + rows;
     c->most_rows = MAX(0.9 * c->most_rows, growth * rows + 1);
