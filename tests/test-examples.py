@@ -6,6 +6,7 @@
   test-examples.py ASK ASK_PY LLMD DEMO_MODEL MAKE_CHAT_MODEL [TEST...]
 """
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import tempfile
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
-    from daemon_client import PATIENCE, Daemon
+    from daemon_client import PATIENCE, Broker, Daemon, SystemDaemon
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
@@ -71,6 +72,23 @@ def answers():
         for program in place.programs:
             status, out, err = place.call(program, QUESTION)
             assert status == 0 and ANSWER in out and err == "", (program, status, out, err)
+            wait_no_sessions(daemon)
+
+
+@test
+def answers_on_a_bus():
+    if not shutil.which("dbus-daemon"):
+        return "skipped: no dbus-daemon"
+    place = Place()
+    with Broker(place.runtime) as broker, SystemDaemon(LLMD, place.runtime, broker, model=DEMO) as daemon:
+        daemon.wait_named()
+        for program, bus in (([ASK], "SYSTEM"), ([ASK], "SESSION"), ([sys.executable, ASK_PY], "SYSTEM"),
+                             ([sys.executable, ASK_PY, "--user"], "SESSION")):
+            nowhere = dict(place.env)
+            place.env[f"DBUS_{bus}_BUS_ADDRESS"] = broker.address
+            status, out, err = place.call(program, QUESTION)
+            assert status == 0 and ANSWER in out and err == "", (program, bus, status, out, err)
+            place.env = nowhere
             wait_no_sessions(daemon)
 
 
