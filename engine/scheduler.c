@@ -322,10 +322,10 @@ static struct account *get_account(struct scheduler *s, uint64_t id, bool is_idl
     if (!a)
         return NULL;
     other = find_account(s, id, !is_idle);
-    *a = (struct account){.id = id,
-                          .is_idle = is_idle,
-                          .weight = other ? other->weight : DEFAULT_WEIGHT,
-                          .next = s->accounts};
+    a->id = id;
+    a->is_idle = is_idle;
+    a->weight = other ? other->weight : DEFAULT_WEIGHT;
+    a->next = s->accounts;
     s->accounts = a;
     return a;
 }
@@ -856,6 +856,8 @@ size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_
     for (size_t i = 0; i < s->n_running && is_idle; i++)
         is_idle = s->running[i]->account->is_idle || !is_runnable(s->running[i]);
     gather(s, is_idle, &least, &least_decoding);
+    if (s->n_running == 0)
+        return 0;
 
     /* Those that decode from the front, prompts from the back. */
     prompts = s->sorted + s->n_allocated;
