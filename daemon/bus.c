@@ -93,7 +93,11 @@ int bus_serve(struct service *s, sd_bus *bus, struct client *p2p)
         (r = sd_bus_add_object_manager(bus, new_slot(v), LLM_ROOT_PATH)) < 0 ||
         (r = sd_bus_add_fallback_vtable(bus, new_slot(v), LLM_SESSION_PATH, LLM_SESSION_INTERFACE,
                                         session_vtable, session_find, v)) < 0 ||
-        (r = sd_bus_add_node_enumerator(bus, new_slot(v), LLM_SESSION_PATH, list_sessions, v)) < 0)
+        (r = sd_bus_add_node_enumerator(bus, new_slot(v), LLM_SESSION_PATH, list_sessions, v)) <
+            0 ||
+        (r = sd_bus_add_fallback_vtable(bus, new_slot(v), LLM_MODEL_PATH, LLM_MODEL_INTERFACE,
+                                        model_vtable, model_find, v)) < 0 ||
+        (r = sd_bus_add_node_enumerator(bus, new_slot(v), LLM_MODEL_PATH, list_model_paths, v)) < 0)
         bus_leave(s, bus);
     return r < 0 ? r : 0;
 }

@@ -49,7 +49,9 @@ struct session_set {
     uint64_t last_session_id, last_request_id;
     uint32_t n_sessions, n_jobs, n_streams;
     bool stopping;
-    struct session_set_totals totals;
+    bool in_news; /* whoever waits for quiet is told at its end: it may take the engine away */
+    uint64_t n_refused;
+    struct engine_statistics past;         /* of the engines that are gone: totals */
     struct request *requests;              /* those whose stream or job is there */
     struct client_session *first, *last;   /* client_session::next */
     struct client_session *by_id[BUCKETS]; /* client_session::bucket_next */
@@ -75,10 +77,12 @@ struct client_session {
     uint32_t context_max;
     enum scheduler_class class;
     bool linger;
-    uint64_t created_usec;       /* CLOCK_REALTIME */
-    uint64_t used_usec;          /* CLOCK_MONOTONIC, when it was made or its last request ended */
-    struct job *job;             /* the request that runs, or NULL */
-    struct session_owner *owner; /* NULL: lingers */
+    uint64_t created_usec; /* CLOCK_REALTIME */
+    uint64_t used_usec;    /* CLOCK_MONOTONIC, when it was made or its last request ended */
+    struct job *job;       /* the request that runs, or NULL */
+    enum timeline_state told_state; /* what was last told */
+    uint32_t told_position;
+    struct session_owner *owner;                        /* NULL: lingers */
     struct client_session *owned_previous, *owned_next; /* session_owner::first */
     struct client_session *previous, *next;             /* session_set::first */
     struct client_session *bucket_next;                 /* session_set::by_id */
@@ -96,6 +100,36 @@ static void tell(struct client_session *s, void (*what)(void *, struct client_se
 {
     if (what)
         what(s->set->observer_userdata, s);
+}
+
+static void tell_quiet(struct session_set *set)
+{
+    if (!set->in_news)
+        set->changed(set->userdata);
+}
+
+/*
+ * As the engine thread has it. But where that has finished and the loop has yet to hear of it the
+ * session is not idle: another request would be refused.
+ */
+static void get_info(const struct client_session *s, struct timeline_info *ret)
+{
+    timeline_get_info(s->set->engine, s->timeline, ret);
+    if (s->job && ret->state == TIMELINE_IDLE)
+        ret->state = s->told_state == TIMELINE_IDLE ? TIMELINE_QUEUED : s->told_state;
+}
+
+/* News come with every token; what others see changes seldom. */
+static void tell_changed(struct client_session *s)
+{
+    struct timeline_info i;
+
+    get_info(s, &i);
+    if (i.state == s->told_state && i.queue_position == s->told_position)
+        return;
+    s->told_state = i.state;
+    s->told_position = i.queue_position;
+    tell(s, s->set->observer->changed);
 }
 
 /* ---- sessions that linger ---- */
@@ -169,7 +203,7 @@ static void on_stream_gone(void *userdata)
     q->user->n_streams--;
     set->n_streams--;
     request_put(q);
-    set->changed(set->userdata);
+    tell_quiet(set);
 }
 
 static struct request *request_of(struct session_set *set, const struct job *j)
@@ -192,10 +226,17 @@ static void job_came_back(struct session_set *set, struct job *j)
     if (s) {
         s->job = NULL;
         s->used_usec = now_usec(CLOCK_MONOTONIC);
-        arm_linger(set);
-        tell(s, set->observer->changed);
         j->session = NULL;
+        arm_linger(set);
+        tell_changed(s);
+        if (job_kind_streams(j->request.kind) && set->observer->finished)
+            set->observer->finished(set->observer_userdata, s, j);
     }
+    user_charge_tokens(q->user, (uint64_t)j->usage.prompt_tokens + j->usage.completion_tokens);
+    if (j->on_finished)
+        j->on_finished(j, j->userdata);
+    if (j->fork) /* nobody took it */
+        engine_thread_close(set->engine, TAKE_PTR(j->fork));
     if (j->stream)
         stream_job_finished(j->stream); /* may end it, and with it q */
     else
@@ -212,13 +253,19 @@ static int on_news(sd_event_source *source, int fd, uint32_t revents, void *user
     (void)source;
     (void)fd;
     (void)revents;
+    set->in_news = true;
     while ((j = engine_thread_news(set->engine, &finished))) {
-        if (finished)
+        if (finished) {
             job_came_back(set, j);
-        else if (j->stream)
+            continue;
+        }
+        if (j->session)
+            tell_changed(j->session);
+        if (j->stream)
             stream_news(j->stream);
     }
-    set->changed(set->userdata);
+    set->in_news = false;
+    tell_quiet(set);
     return 0;
 }
 
@@ -275,6 +322,7 @@ int session_set_set_engine(struct session_set *set, struct engine_thread *t, uin
     assert(set->n_sessions == 0 && set->n_jobs == 0);
     session_set_cut_streams(set); /* they would look for their job's engine */
     set->news_source = sd_event_source_disable_unref(set->news_source);
+    session_set_get_statistics(set, &set->past);
     set->engine = NULL;
     free(TAKE_PTR(set->model_name));
     free(TAKE_PTR(set->model_path));
@@ -374,14 +422,33 @@ void session_set_close_all(struct session_set *set)
         client_session_free(set->first);
 }
 
-const struct session_set_totals *session_set_totals(const struct session_set *set)
+/* Rates, and what is so now, are the engine's that is there. */
+void session_set_get_statistics(const struct session_set *set, struct engine_statistics *ret)
 {
-    return &set->totals;
+    const struct engine_statistics *past = &set->past;
+    struct engine_statistics s = {0};
+
+    if (set->engine)
+        engine_thread_get_statistics(set->engine, &s);
+    s.requests += past->requests;
+    s.requests_cancelled += past->requests_cancelled;
+    s.requests_failed += past->requests_failed;
+    s.prompt_tokens += past->prompt_tokens;
+    s.completion_tokens += past->completion_tokens;
+    s.steps += past->steps;
+    s.preemptions += past->preemptions;
+    s.kv_given_back += past->kv_given_back;
+    *ret = s;
+}
+
+uint64_t session_set_n_refused(const struct session_set *set)
+{
+    return set->n_refused;
 }
 
 void session_set_count_refused(struct session_set *set)
 {
-    set->totals.refused++;
+    set->n_refused++;
 }
 
 struct client_session *session_set_find(const struct session_set *set, uint64_t id)
@@ -458,13 +525,37 @@ static void leave(struct client_session *s)
     s->user->n_sessions--;
 }
 
-static int check_may_have_one_more(const struct session_set *set, const struct user *user,
-                                   struct error *err)
+static int check_engine(const struct session_set *set, struct error *err)
 {
     if (set->stopping)
         return error_set(err, ESHUTDOWN, "the daemon is about to end");
     if (!set->engine)
         return error_set(err, EAGAIN, "no model is loaded; see llmctl model list");
+    return 0;
+}
+
+/* What a prompt will take is known only when it is tokenised; so one may pass the limit once. */
+static int check_kv(const struct session_set *set, const struct user *user, struct error *err)
+{
+    uint64_t most = user->limits.max_kv_bytes;
+    uint64_t used = most > 0 ? engine_thread_account_kv_bytes(set->engine, user->uid) : 0;
+
+    if (used < most || most == 0)
+        return 0;
+    return error_set(err, EDQUOT,
+                     "KV bytes: requested 1 or more, available 0: user %u holds %" PRIu64
+                     " of %" PRIu64 "; close or rewind a session",
+                     (unsigned)user->uid, used, most);
+}
+
+static int check_may_have_one_more(const struct session_set *set, const struct user *user,
+                                   struct error *err)
+{
+    int r;
+
+    r = check_engine(set, err);
+    if (r < 0)
+        return r;
     if (user->n_sessions >= user->limits.max_sessions)
         return error_set(
             err, EDQUOT,
@@ -474,6 +565,44 @@ static int check_may_have_one_more(const struct session_set *set, const struct u
         return error_set(err, EDQUOT,
                          "sessions: requested 1, available 0: all %u of this daemon are open",
                          SESSIONS_MAX);
+    return check_kv(set, user, err);
+}
+
+/* timeline: taken over in every case. */
+static int new_session(struct client_session **ret, struct session_set *set, struct user *user,
+                       struct session_owner *owner, const struct client_session_options *options,
+                       struct timeline *timeline, uint64_t id, struct error *err)
+{
+    struct client_session *s = calloc(1, sizeof(*s));
+
+    if (!s || !timeline) {
+        if (timeline)
+            engine_thread_close(set->engine, timeline);
+        free(s);
+        return error_set(err, ENOMEM, "out of memory");
+    }
+    s->set = set;
+    s->id = id;
+    s->user = user_ref(user);
+    s->timeline = timeline;
+    s->label = strdup(options->label ? options->label : "");
+    if (asprintf(&s->path, "%s/%" PRIu64, LLM_SESSION_PATH, id) < 0)
+        s->path = NULL;
+    s->class = options->class;
+    s->linger = options->linger;
+    s->context_max = options->context;
+    s->created_usec = now_usec(CLOCK_REALTIME);
+    s->used_usec = now_usec(CLOCK_MONOTONIC);
+    if (!s->label || !s->path) {
+        engine_thread_close(set->engine, timeline);
+        session_done(s);
+        return error_set(err, ENOMEM, "out of memory");
+    }
+    enter(s, s->linger ? NULL : owner);
+    engine_thread_set_weight(set->engine, user->uid, user->limits.weight);
+    arm_linger(set);
+    tell(s, set->observer->came);
+    *ret = s;
     return 0;
 }
 
@@ -481,48 +610,63 @@ int client_session_new(struct client_session **ret, struct session_set *set, str
                        struct session_owner *owner, const struct client_session_options *options,
                        struct error *err)
 {
-    const struct model_config *config;
-    struct client_session *s;
+    struct client_session_options o = *options;
+    struct timeline *timeline = NULL;
+    uint32_t most;
     int r;
 
     r = check_may_have_one_more(set, user, err);
     if (r < 0)
         return r;
-    config = model_config(engine_thread_model(set->engine));
-    if (options->context > config->context_max)
+    most = model_config(engine_thread_model(set->engine))->context_max;
+    if (o.context > most)
         return error_set(err, EINVAL, "context: requested %u, available %u: the model has no more",
-                         options->context, config->context_max);
+                         o.context, most);
+    if (o.context == 0)
+        o.context = set->context_max > 0 ? set->context_max : most;
+    if (timeline_new(&timeline, &(struct timeline_options){.n_ctx = o.context,
+                                                           .account = user->uid,
+                                                           .flow = set->last_session_id + 1,
+                                                           .class = o.class}) < 0)
+        return error_set(err, ENOMEM, "out of memory");
+    return new_session(ret, set, user, owner, &o, timeline, ++set->last_session_id, err);
+}
 
-    s = calloc(1, sizeof(*s));
-    if (!s)
-        return error_set(err, ENOMEM, "out of memory");
-    s->set = set;
-    s->id = set->last_session_id + 1;
-    s->user = user_ref(user);
-    s->label = strdup(options->label ? options->label : "");
-    if (asprintf(&s->path, "%s/%" PRIu64, LLM_SESSION_PATH, s->id) < 0)
-        s->path = NULL;
-    s->class = options->class;
-    s->linger = options->linger;
-    s->created_usec = now_usec(CLOCK_REALTIME);
-    s->used_usec = now_usec(CLOCK_MONOTONIC);
-    s->context_max = options->context > 0 ? options->context : set->context_max;
-    if (s->context_max == 0)
-        s->context_max = config->context_max;
-    if (!s->label || !s->path ||
-        timeline_new(&s->timeline, &(struct timeline_options){.n_ctx = s->context_max,
-                                                              .account = user->uid,
-                                                              .flow = s->id,
-                                                              .class = s->class}) < 0) {
-        session_done(s);
-        return error_set(err, ENOMEM, "out of memory");
+int client_session_fork(struct client_session *s, const struct client_session_options *options,
+                        job_finished finished, void *userdata, struct error *err)
+{
+    struct job_request request = {
+        .kind = JOB_FORK,
+        .fork = {.account = s->user->uid,
+                 .flow = s->set->last_session_id + 1,
+                 .class = options->class},
+    };
+    int r;
+
+    r = check_may_have_one_more(s->set, s->user, err);
+    if (r >= 0)
+        r = client_session_ask(s, &request, finished, userdata, err);
+    if (r >= 0)
+        s->set->last_session_id++;
+    return r;
+}
+
+int client_session_new_forked(struct client_session **ret, struct client_session *s,
+                              struct session_owner *owner,
+                              const struct client_session_options *options, struct job *j,
+                              struct error *err)
+{
+    struct client_session_options o = *options;
+    struct timeline *timeline = TAKE_PTR(j->fork);
+    int r;
+
+    r = check_may_have_one_more(s->set, s->user, err);
+    if (r < 0) {
+        engine_thread_close(s->set->engine, timeline);
+        return r;
     }
-    set->last_session_id = s->id;
-    enter(s, s->linger ? NULL : owner);
-    arm_linger(set);
-    tell(s, set->observer->came);
-    *ret = s;
-    return 0;
+    o.context = s->context_max;
+    return new_session(ret, s->set, s->user, owner, &o, timeline, j->request.fork.flow, err);
 }
 
 struct client_session *client_session_free(struct client_session *s)
@@ -538,7 +682,7 @@ struct client_session *client_session_free(struct client_session *s)
     leave(s);
     engine_thread_close(set->engine, s->timeline);
     session_done(s);
-    set->changed(set->userdata);
+    tell_quiet(set);
     return NULL;
 }
 
@@ -550,6 +694,11 @@ uint64_t client_session_id(const struct client_session *s)
 struct user *client_session_user(const struct client_session *s)
 {
     return s->user;
+}
+
+const struct session_owner *client_session_owner(const struct client_session *s)
+{
+    return s->owner;
 }
 
 const char *client_session_path(const struct client_session *s)
@@ -589,28 +738,38 @@ uint32_t client_session_context_max(const struct client_session *s)
 
 void client_session_get_info(const struct client_session *s, struct client_session_info *ret)
 {
+    struct timeline_info i;
+
+    get_info(s, &i);
     *ret = (struct client_session_info){
-        .state = s->job ? "busy" : "idle",
-        .context_used = timeline_n_tokens(s->timeline),
+        .state = timeline_state_name(i.state),
+        .context_used = i.n_tokens,
+        .queue_position = i.queue_position,
+        .estimate_usec = i.estimate_usec,
+        .kv_bytes = i.kv_bytes,
+        .prompt_tokens = i.prompt_tokens,
+        .completion_tokens = i.completion_tokens,
     };
 }
 
 /* ---- its requests ---- */
 
-static int check_may_ask(const struct client_session *s, struct error *err)
+/* runs: the session's request, NULL: it may have one more. */
+static int check_may_ask(const struct session_set *set, struct user *user, const struct job *runs,
+                         struct error *err)
 {
-    struct session_set *set = s->set;
-    struct user *user = s->user;
+    int r;
 
     if (set->stopping)
         return error_set(err, ESHUTDOWN, "the daemon is about to end");
-    if (s->job)
-        return error_set(err, EBUSY, "request %" PRIu64 " of this session still runs", s->job->id);
+    if (runs)
+        return error_set(err, EBUSY, "request %" PRIu64 " of this session still runs", runs->id);
     if (user->n_queued >= user->limits.max_queued)
         return error_set(err, EDQUOT,
                          "requests: requested 1, available 0: all %u of user %u wait or run",
                          user->limits.max_queued, (unsigned)user->uid);
-    return user_check_tokens(user, err);
+    r = check_kv(set, user, err);
+    return r < 0 ? r : user_check_tokens(user, err);
 }
 
 static int check_streams(const struct session_set *set, const struct user *user, struct error *err)
@@ -627,46 +786,113 @@ static int check_streams(const struct session_set *set, const struct user *user,
     return 0;
 }
 
+static void list_request(struct session_set *set, struct request *q, struct user *user,
+                         struct job *j)
+{
+    q->user = user_ref(user);
+    q->job = j;
+    q->next = set->requests;
+    if (q->next)
+        q->next->previous = q;
+    set->requests = q;
+    set->n_jobs++;
+    user->n_queued++;
+}
+
+/* All that must be so for a job on this timeline. *ret_job takes the request over. */
+static int new_job(struct session_set *set, struct timeline *timeline, struct job_request *request,
+                   struct job **ret_job, struct request **ret_request, struct error *err)
+{
+    CLEANUP(freep) struct request *q = calloc(1, sizeof(*q));
+    int r;
+
+    if (!q)
+        return error_set(err, ENOMEM, "out of memory");
+    r = engine_thread_check(set->engine, timeline, request, err);
+    if (r < 0)
+        return r;
+    if (job_new(ret_job, set->last_request_id + 1, timeline, request) < 0)
+        return error_set(err, ENOMEM, "out of memory");
+    q->set = set;
+    *ret_request = TAKE_PTR(q);
+    return 0;
+}
+
 int client_session_generate(struct client_session *s, struct job_request *request, int *ret_fd,
                             uint64_t *ret_id, struct error *err)
 {
     struct session_set *set = s->set;
     CLEANUP(job_freep) struct job *j = NULL;
-    struct request *q;
+    CLEANUP(freep) struct request *q = NULL;
     int r;
 
-    r = check_may_ask(s, err);
+    r = check_may_ask(set, s->user, s->job, err);
     if (r >= 0)
         r = check_streams(set, s->user, err);
+    if (r >= 0)
+        r = new_job(set, s->timeline, request, &j, &q, err);
     if (r < 0)
         return r;
-
-    if (job_new(&j, set->last_request_id + 1, s->timeline, request) < 0)
-        return error_set(err, ENOMEM, "out of memory");
-    q = calloc(1, sizeof(*q));
-    if (!q)
-        return error_set(err, ENOMEM, "out of memory");
-    q->set = set;
     r = stream_new(&q->stream, set->event, set->engine, j, on_stream_gone, q, ret_fd);
-    if (r < 0) {
-        free(q);
+    if (r < 0)
         return error_set(err, -r, "cannot make a stream: %s", strerror(-r));
-    }
-    q->user = user_ref(s->user);
-    q->next = set->requests;
-    if (q->next)
-        q->next->previous = q;
-    set->requests = q;
     set->n_streams++;
-    set->n_jobs++;
-    q->user->n_streams++;
-    q->user->n_queued++;
+    s->user->n_streams++;
+    list_request(set, TAKE_PTR(q), s->user, j);
     *ret_id = ++set->last_request_id;
-
-    s->job = q->job = j;
+    s->job = j;
     j->session = s;
     engine_thread_submit(set->engine, TAKE_PTR(j));
-    tell(s, set->observer->changed);
+    tell_changed(s);
+    return 0;
+}
+
+int client_session_ask(struct client_session *s, struct job_request *request, job_finished finished,
+                       void *userdata, struct error *err)
+{
+    bool alone = request->kind != JOB_MEASURE;
+    struct session_set *set = s->set;
+    CLEANUP(job_freep) struct job *j = NULL;
+    CLEANUP(freep) struct request *q = NULL;
+    int r;
+
+    r = check_may_ask(set, s->user, alone ? s->job : NULL, err);
+    if (r >= 0)
+        r = new_job(set, s->timeline, request, &j, &q, err);
+    if (r < 0)
+        return r;
+    j->on_finished = finished;
+    j->userdata = userdata;
+    list_request(set, TAKE_PTR(q), s->user, j);
+    set->last_request_id++;
+    if (alone) {
+        s->job = j;
+        j->session = s;
+    }
+    engine_thread_submit(set->engine, TAKE_PTR(j));
+    return 0;
+}
+
+int session_set_measure(struct session_set *set, struct user *user, struct job_request *request,
+                        job_finished finished, void *userdata, struct error *err)
+{
+    CLEANUP(job_freep) struct job *j = NULL;
+    CLEANUP(freep) struct request *q = NULL;
+    int r;
+
+    r = check_engine(set, err);
+    if (r >= 0)
+        r = check_may_ask(set, user, NULL, err);
+    request->account = user->uid;
+    if (r >= 0)
+        r = new_job(set, NULL, request, &j, &q, err);
+    if (r < 0)
+        return r;
+    j->on_finished = finished;
+    j->userdata = userdata;
+    list_request(set, TAKE_PTR(q), user, j);
+    set->last_request_id++;
+    engine_thread_submit(set->engine, TAKE_PTR(j));
     return 0;
 }
 

@@ -31,7 +31,7 @@ struct session_observer {
     void (*came)(void *userdata, struct client_session *s);
     void (*goes)(void *userdata, struct client_session *s);
     void (*changed)(void *userdata, struct client_session *s); /* its state or queue position */
-    /* Its request number `id` has ended; j tells how. Before it is idle again. */
+    /* A request with a stream has ended; j tells how. It is idle again. */
     void (*finished)(void *userdata, struct client_session *s, const struct job *j);
 };
 
@@ -69,11 +69,10 @@ void session_set_cut_streams(struct session_set *set);
 /* Also those that linger. */
 void session_set_close_all(struct session_set *set);
 
-struct session_set_totals { /* since the start */
-    uint64_t requests, cancelled, failed, refused, prompt_tokens, completion_tokens;
-};
-const struct session_set_totals *session_set_totals(const struct session_set *set);
-void session_set_count_refused(struct session_set *set);
+/* Totals since the start of the daemon, over all engines there were; and what is so now. */
+void session_set_get_statistics(const struct session_set *set, struct engine_statistics *ret);
+uint64_t session_set_n_refused(const struct session_set *set);
+void session_set_count_refused(struct session_set *set); /* a call that a quota refused */
 
 struct client_session *session_set_find(const struct session_set *set, uint64_t id);
 struct client_session *session_set_first(const struct session_set *set); /* oldest first */
@@ -103,7 +102,8 @@ struct client_session *client_session_free(struct client_session *s); /* cancels
 
 uint64_t client_session_id(const struct client_session *s);
 struct user *client_session_user(const struct client_session *s);
-const char *client_session_path(const struct client_session *s); /* on the bus */
+const struct session_owner *client_session_owner(const struct client_session *s); /* or NULL */
+const char *client_session_path(const struct client_session *s);                  /* on the bus */
 const char *client_session_label(const struct client_session *s);
 enum scheduler_class client_session_class(const struct client_session *s);
 bool client_session_lingers(const struct client_session *s);
@@ -121,9 +121,34 @@ struct client_session_info {
 void client_session_get_info(const struct client_session *s, struct client_session_info *ret);
 
 /*
- * Starts what the request asks for, which is taken over. *ret_fd: the client's end of the stream.
- * 0, -EBUSY, -EDQUOT, -ESHUTDOWN, -ENOMEM, -errno
+ * Starts a request with a stream (generate, append), which is taken over. *ret_fd: the client's end
+ * of the stream. 0, -EBUSY, -EDQUOT, -ESHUTDOWN, -ENOMEM, what engine_thread_check() says, -errno
  */
 int client_session_generate(struct client_session *s, struct job_request *request, int *ret_fd,
                             uint64_t *ret_id, struct error *err);
+
+/*
+ * Starts one without a stream, which is taken over; finished is called when it is done, the session
+ * and whoever asked may have gone by then. Only a measure may be asked for while another request
+ * runs. 0, as above
+ */
+typedef void (*job_finished)(struct job *j, void *userdata);
+int client_session_ask(struct client_session *s, struct job_request *request, job_finished finished,
+                       void *userdata, struct error *err);
+
+/* A measure of what stands alone. 0, as above, -EAGAIN: no model */
+int session_set_measure(struct session_set *set, struct user *user, struct job_request *request,
+                        job_finished finished, void *userdata, struct error *err);
+
+/*
+ * Session.Fork: asks, and when that is finished makes the session of the job's timeline. options:
+ * the context is the parent's. 0, as client_session_ask() and client_session_new()
+ */
+int client_session_fork(struct client_session *s, const struct client_session_options *options,
+                        job_finished finished, void *userdata, struct error *err);
+int client_session_new_forked(struct client_session **ret, struct client_session *s,
+                              struct session_owner *owner,
+                              const struct client_session_options *options, struct job *j,
+                              struct error *err);
+
 void client_session_cancel(struct client_session *s);

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/cleanup.h"
 #include "daemon/connection.h"
@@ -20,7 +21,16 @@ struct clients {
     struct client *list;
     uint32_t n;
     struct served *served;
+    uint64_t start_usec; /* CLOCK_MONOTONIC */
 };
+
+static uint64_t now_usec(void)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
+}
 
 /* ---- all of them ---- */
 
@@ -31,6 +41,7 @@ int clients_new(struct clients **ret, struct service *s)
     if (!c)
         return -ENOMEM;
     c->service = s;
+    c->start_usec = now_usec();
     *ret = c;
     return 0;
 }
@@ -52,6 +63,11 @@ void clients_freep(struct clients **c)
 uint32_t clients_n(const struct clients *c)
 {
     return c->n;
+}
+
+uint64_t clients_uptime_usec(const struct clients *c)
+{
+    return now_usec() - c->start_usec;
 }
 
 struct client *clients_first(const struct clients *c)
@@ -156,8 +172,11 @@ struct client *client_free(struct client *c)
 static int on_gone(sd_bus_track *track, void *userdata)
 {
     struct client *c = userdata;
+    struct service *s = c->service;
+
     (void)track;
     client_free(c);
+    service_something_went(s);
     return 0;
 }
 

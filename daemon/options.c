@@ -20,10 +20,11 @@ struct option {
     const char *name;
     const char *signature;
     int (*read)(sd_bus_message *m, const struct option *o, void *target, struct error *err);
-    size_t offset;         /* in target, for the plain ones */
-    double least, most;    /* "d" */
-    double gap;            /* "d": values above `least` and below this are refused */
-    uint32_t most_integer; /* "u"; 0: any */
+    size_t offset;          /* in target, for the plain ones */
+    double least, most;     /* "d" */
+    double gap;             /* "d": values above `least` and below this are refused */
+    uint32_t most_integer;  /* "u", 0: any; "s": bytes */
+    uint32_t least_integer; /* "u" */
 };
 
 #define OPTIONS_MAX 32 /* of one table */
@@ -106,6 +107,8 @@ static int read_u32(sd_bus_message *m, const struct option *o, void *target, str
         return r;
     if (o->most_integer > 0 && v > o->most_integer)
         return error_set(err, EINVAL, "%s: %u is more than %u", o->name, v, o->most_integer);
+    if (v < o->least_integer)
+        return error_set(err, EINVAL, "%s: %u is less than %u", o->name, v, o->least_integer);
     *(uint32_t *)((char *)target + o->offset) = v;
     return 0;
 }
@@ -140,7 +143,20 @@ static int read_string(sd_bus_message *m, const struct option *o, void *target, 
     return *place ? 0 : -ENOMEM;
 }
 
-/* ---- Session.Generate ---- */
+static int read_path(sd_bus_message *m, const struct option *o, void *target, struct error *err)
+{
+    char **place = (char **)((char *)target + o->offset);
+    const char *v;
+    int r = sd_bus_message_read(m, "o", &v);
+
+    (void)err;
+    if (r < 0)
+        return r;
+    *place = strdup(v);
+    return *place ? 0 : -ENOMEM;
+}
+
+/* ---- what has a prompt: Session.Generate, Session.Append, Manager.Measure ---- */
 
 struct generate {
     struct job_request request;
@@ -150,6 +166,7 @@ struct generate {
     size_t n_text;
     struct generation_options options; /* request.options in the making */
     bool raw;
+    char *session; /* measure; owned */
 };
 
 static void generate_done(struct generate *g)
@@ -157,6 +174,7 @@ static void generate_done(struct generate *g)
     if (g->text)
         explicit_bzero(g->text, g->n_text);
     free(g->text);
+    free(g->session);
     job_request_done(&g->request);
 }
 
@@ -372,6 +390,20 @@ static const struct option generate_options[] = {
     {"ignore-end", "b", read_bool, OPTION(ignore_end)},
 };
 
+static const struct option append_options[] = {
+    {"prompt", "s", read_prompt},         {"prompt-fd", "h", read_prompt_fd},
+    {"messages", "a(ss)", read_messages}, {"raw", "b", read_bool, offsetof(struct generate, raw)},
+    {"format", "s", read_format},
+};
+
+static const struct option measure_options[] = {
+    {"prompt", "s", read_prompt},
+    {"prompt-fd", "h", read_prompt_fd},
+    {"messages", "a(ss)", read_messages},
+    {"raw", "b", read_bool, offsetof(struct generate, raw)},
+    {"session", "o", read_path, offsetof(struct generate, session)},
+};
+
 _Static_assert(ARRAY_SIZE(generate_options) <= OPTIONS_MAX, "read_options() counts on it");
 _Static_assert(LLM_TOP_LOGPROBS_MAX <= SAMPLER_MAX_LOGPROBS, "the bus promises no more");
 
@@ -422,16 +454,94 @@ int options_read_generate(sd_bus_message *m, const struct model_generation *defa
     return r;
 }
 
-/* ---- Manager.CreateSession ---- */
+int options_read_append(sd_bus_message *m, struct job_request *ret, struct error *err)
+{
+    struct generate g = {.request.kind = JOB_APPEND};
+    int r;
+
+    r = read_options(m, append_options, ARRAY_SIZE(append_options), &g, err);
+    if (r == 0)
+        r = combine(&g, err);
+    if (r == 0) {
+        *ret = g.request;
+        g.request = (struct job_request){0};
+    }
+    generate_done(&g);
+    return r;
+}
+
+int options_read_measure(sd_bus_message *m, struct job_request *ret, char **ret_session,
+                         struct error *err)
+{
+    struct generate g = {.request.kind = JOB_MEASURE};
+    int r;
+
+    r = read_options(m, measure_options, ARRAY_SIZE(measure_options), &g, err);
+    if (r == 0)
+        r = combine(&g, err);
+    if (r == 0) {
+        *ret = g.request;
+        g.request = (struct job_request){0};
+        *ret_session = g.session;
+        g.session = NULL;
+    }
+    generate_done(&g);
+    return r;
+}
+
+/* ---- Manager.CreateSession, Session.Fork ---- */
+
+/* People see it in lists, on terminals. */
+static int read_label(sd_bus_message *m, const struct option *o, void *target, struct error *err)
+{
+    struct session_options *s = target;
+    const char *v;
+    int r = sd_bus_message_read(m, "s", &v);
+
+    if (r < 0)
+        return r;
+    if (strlen(v) > LLM_LABEL_BYTES_MAX)
+        return error_set(err, EINVAL, "%s: %zu bytes; %u are allowed", o->name, strlen(v),
+                         LLM_LABEL_BYTES_MAX);
+    for (const char *c = v; *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            return error_set(err, EINVAL, "%s: has a control character", o->name);
+    s->label = strdup(v);
+    return s->label ? 0 : -ENOMEM;
+}
+
+static int read_class(sd_bus_message *m, const struct option *o, void *target, struct error *err)
+{
+    struct session_options *s = target;
+    const char *v;
+    int r = sd_bus_message_read(m, "s", &v);
+
+    if (r < 0)
+        return r;
+    if (scheduler_class_parse(v, &s->class) < 0)
+        return error_set(err, EINVAL, "%s: '%.32s' is neither interactive, batch nor idle", o->name,
+                         v);
+    return 0;
+}
 
 static const struct option session_table[] = {
     {"model", "s", read_string, offsetof(struct session_options, model)},
     {"context", "u", read_u32, offsetof(struct session_options, context)},
+    {"class", "s", read_class},
+    {"label", "s", read_label},
+    {"linger", "b", read_bool, offsetof(struct session_options, linger)},
+};
+
+static const struct option fork_table[] = {
+    {"class", "s", read_class},
+    {"label", "s", read_label},
+    {"linger", "b", read_bool, offsetof(struct session_options, linger)},
 };
 
 void session_options_done(struct session_options *o)
 {
     free(o->model);
+    free(o->label);
     *o = (struct session_options){0};
 }
 
@@ -446,4 +556,54 @@ int options_read_session(sd_bus_message *m, struct session_options *ret, struct 
     else
         *ret = o;
     return r;
+}
+
+int options_read_fork(sd_bus_message *m, struct session_options *io, struct error *err)
+{
+    return read_options(m, fork_table, ARRAY_SIZE(fork_table), io, err);
+}
+
+/* ---- the rest of the Manager ---- */
+
+static const struct option quota_table[] = {
+    {"max-sessions", "u", read_u32, offsetof(struct user_limits, max_sessions)},
+    {"max-kv-bytes", "t", read_u64, offsetof(struct user_limits, max_kv_bytes)},
+    {"max-queued", "u", read_u32, offsetof(struct user_limits, max_queued)},
+    {"weight", "u", read_u32, offsetof(struct user_limits, weight), .least_integer = 1,
+     .most_integer = USER_WEIGHT_MAX},
+    {"tokens-per-minute", "u", read_u32, offsetof(struct user_limits, tokens_per_minute)},
+};
+
+int options_read_quota(sd_bus_message *m, struct user_limits *io, struct error *err)
+{
+    return read_options(m, quota_table, ARRAY_SIZE(quota_table), io, err);
+}
+
+static const struct option install_table[] = {
+    {"replace", "b", read_bool, offsetof(struct install_options, replace)},
+    {"default", "b", read_bool, offsetof(struct install_options, set_default)},
+};
+
+int options_read_install(sd_bus_message *m, struct install_options *ret, struct error *err)
+{
+    struct install_options o = {0};
+    int r;
+
+    r = read_options(m, install_table, ARRAY_SIZE(install_table), &o, err);
+    if (r == 0)
+        *ret = o;
+    return r;
+}
+
+int options_read_all(sd_bus_message *m, bool *ret_all, struct error *err)
+{
+    static const struct option table[] = {{"all", "b", read_bool}};
+
+    *ret_all = false;
+    return read_options(m, table, ARRAY_SIZE(table), ret_all, err);
+}
+
+int options_read_none(sd_bus_message *m, struct error *err)
+{
+    return read_options(m, NULL, 0, NULL, err);
 }

@@ -66,19 +66,6 @@ struct service_private {
 
 static void consider_idleness(struct service *s);
 
-/* Until they are there. */
-#pragma weak bus_manager_changed
-#pragma weak bus_model_added
-#pragma weak bus_model_removed
-#pragma weak bus_model_changed
-#pragma weak engine_thread_is_alive
-#pragma weak engine_thread_set_weight
-#define bus_manager_changed(...) (bus_manager_changed ? bus_manager_changed(__VA_ARGS__) : (void)0)
-#define bus_model_added(...) (bus_model_added ? bus_model_added(__VA_ARGS__) : (void)0)
-#define bus_model_removed(...) (bus_model_removed ? bus_model_removed(__VA_ARGS__) : (void)0)
-#define bus_model_changed(...) (bus_model_changed ? bus_model_changed(__VA_ARGS__) : (void)0)
-#define engine_thread_is_alive(t) (engine_thread_is_alive ? engine_thread_is_alive(t) : false)
-
 /* ---- what others see ---- */
 
 static void show_status(struct service *s)
@@ -285,7 +272,7 @@ static int on_prefetch(sd_event_source *source, int fd, uint32_t revents, void *
 
 static void set_weights(struct service *s)
 {
-    for (size_t i = 0; engine_thread_set_weight && s->engine && i < s->config->n_users; i++) {
+    for (size_t i = 0; s->engine && i < s->config->n_users; i++) {
         struct user_limits limits;
 
         config_limits(s->config, s->config->users[i].uid, &limits);
