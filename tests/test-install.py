@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import xml.dom.minidom
 
 BUILD = os.path.abspath(sys.argv[1])
 SPLIT = sys.argv.index("--")
@@ -133,6 +134,24 @@ def manual_pages():
     for path in pages:
         p = run("groff", "-ww", "-t", "-mandoc", "-Tutf8", "-z", destdir + path)
         assert p.stderr == "", p.stderr
+
+
+@test
+def services_start_what_is_there():
+    started = []
+    units = {os.path.basename(p) for p in files("systemd")}
+    for path in files("systemd") + files("dbus-1"):
+        with open(destdir + path, encoding="utf-8") as f:
+            text = f.read()
+        for program in re.findall(r"^(?:ExecStart|ExecReload|Exec)=[-@:+!|]*(/\S+)", text, re.M):
+            assert os.access(destdir + program, os.X_OK) or program == "/bin/false", (path, program)
+            started.append(program)
+        for unit in re.findall(r"^(?:SystemdService|Requires|Also)=(llmd\S*)$", text, re.M):
+            assert unit in units, (path, unit)
+    assert not units or started, units
+    for path in files("dbus-1") + files("polkit-1"):
+        if path.endswith((".conf", ".policy", ".xml")):
+            xml.dom.minidom.parse(destdir + path)
 
 
 @test
