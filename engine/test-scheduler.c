@@ -28,7 +28,9 @@ void *__real_reallocarray(void *p, size_t n, size_t size);
 void *__wrap_calloc(size_t n, size_t size);
 void *__wrap_reallocarray(void *p, size_t n, size_t size);
 
-static unsigned n_allocations, fail_at; /* fail_at: the so many-th from now, 0: none */
+/* volatile: the optimiser knows calloc() and that it would not touch them. fail_at: the so many-th
+ * from now, 0: none */
+static volatile unsigned n_allocations, fail_at;
 
 static bool fails(void)
 {
