@@ -8,8 +8,9 @@
  *
  * Memory is found in this order: pages that are free; KV of timelines without a request, the least
  * recently used first; KV of requests that wait in the queue or for a slow reader; at last the
- * scheduler names a victim among those that run, which goes back into the queue. The oldest of the
- * highest class is never a victim, so somebody always gets to the end. Giving KV up loses nothing
+ * scheduler names a victim among those that run, which goes back into the queue. What waits to be
+ * let in makes victims of lower classes only. The oldest of the highest class is never a victim, so
+ * somebody always gets to the end. Giving KV up loses nothing
  * but time: the tokens stay, and computing them again gives the same bits.
  *
  * A request whose reader is slow stops being picked while OUTPUT_PAUSE bytes of it wait. It keeps
@@ -352,6 +353,26 @@ static uint64_t bytes_left(struct engine_thread *t)
     return left;
 }
 
+/* Sends one that runs back into the queue. False: there is none that has to give way to j. */
+static bool preempt_for(struct engine_thread *t, struct job *j)
+{
+    struct scheduler_task *victim = scheduler_victim(t->scheduler, &j->work.task);
+    struct job *v;
+
+    if (!victim)
+        return false;
+    v = job_of(victim);
+    session_drop_kv(session_of(v));
+    v->work.n_preempted++;
+    v->work.is_running = false;
+    t->preemptions++;
+    t->queue_changed = true;
+    work_publish_timeline(t, v->timeline);
+    update_task(t, v);
+    scheduler_requeue(t->scheduler, victim);
+    return true;
+}
+
 static void admit(struct engine_thread *t)
 {
     struct scheduler_task *task;
@@ -372,14 +393,15 @@ static void admit(struct engine_thread *t)
         }
         scheduler_get_statistics(t->scheduler, &s);
         if (s.n_running >= MAX_RUNNING) {
-            if (!park_one(t))
+            if (!park_one(t) && !preempt_for(t, job_of(task)))
                 return;
             continue;
         }
         task = scheduler_next_queued(t->scheduler);
         if (task->kv_bytes <= bytes_left(t))
             return; /* the scheduler has its reasons */
-        if (!give_back_idle(t) && !give_back_waiting(t, job_of(task)))
+        if (!give_back_idle(t) && !give_back_waiting(t, job_of(task)) &&
+            !preempt_for(t, job_of(task)))
             return;
         update_task(t, job_of(task)); /* it may have shared pages */
     }
@@ -388,29 +410,14 @@ static void admit(struct engine_thread *t)
 /* The pool was full when j wanted to go on. */
 static void find_memory(struct engine_thread *t, struct job *j)
 {
-    struct scheduler_task *victim;
     struct error err;
-    struct job *v;
 
-    if (give_back_idle(t) || give_back_waiting(t, j))
+    if (give_back_idle(t) || give_back_waiting(t, j) || preempt_for(t, j))
         return;
-    victim = scheduler_victim(t->scheduler, &j->work.task);
-    if (!victim) {
-        error_set(&err, ENOBUFS,
-                  "the conversation does not fit into the memory for KV caches, %llu bytes",
-                  (unsigned long long)t->statistics.kv_bytes_max);
-        finish_error(t, j, -ENOBUFS, &err);
-        return;
-    }
-    v = job_of(victim);
-    session_drop_kv(session_of(v));
-    v->work.n_preempted++;
-    v->work.is_running = false;
-    t->preemptions++;
-    t->queue_changed = true;
-    work_publish_timeline(t, v->timeline);
-    update_task(t, v);
-    scheduler_requeue(t->scheduler, victim);
+    error_set(&err, ENOBUFS,
+              "the conversation does not fit into the memory for KV caches, %llu bytes",
+              (unsigned long long)t->statistics.kv_bytes_max);
+    finish_error(t, j, -ENOBUFS, &err);
 }
 
 /* ---- steps ---- */

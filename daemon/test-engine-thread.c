@@ -36,6 +36,7 @@ static struct {
     bool hold_steps, hold_encode;
     unsigned steps_allowed; /* while held */
     unsigned n_steps;       /* begun */
+    int result;             /* what a step gives without being made; 0: it is made */
     bool step_waits, encode_waits;
 } gate = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 
@@ -48,6 +49,8 @@ int __wrap_tokenizer_encode(const struct tokenizer *t, const char *text, size_t 
 
 int __wrap_engine_step(struct engine *e, struct step_item *items, size_t n)
 {
+    int result;
+
     pthread_mutex_lock(&gate.mutex);
     while (gate.hold_steps && gate.steps_allowed == 0) {
         gate.step_waits = true;
@@ -58,8 +61,9 @@ int __wrap_engine_step(struct engine *e, struct step_item *items, size_t n)
     if (gate.hold_steps)
         gate.steps_allowed--;
     gate.n_steps++;
+    result = gate.result;
     pthread_mutex_unlock(&gate.mutex);
-    return __real_engine_step(e, items, n);
+    return result < 0 ? result : __real_engine_step(e, items, n);
 }
 
 #define BIG_TEXT 70000u /* for the prompt thread's lane of big prompts */
@@ -364,6 +368,18 @@ static void alone(struct run *r, const char *text, uint32_t max_tokens)
     wait_for(r);
     assert(r->result == 0);
     engine_thread_close(engine, tl);
+}
+
+/* All prompts submitted so far, one an account, have reached the engine thread: they went first. */
+static void wait_until_tokenised(void)
+{
+    struct job_request q = {.kind = JOB_MEASURE, .raw = true, .account = 99};
+    struct run m = {0};
+
+    add_message(&q, CHAT_USER, "x", 1);
+    submit(&m, NULL, &q);
+    wait_for(&m);
+    run_done(&m);
 }
 
 /* ---- kinds ---- */
@@ -845,6 +861,49 @@ static void test_small_prompts_first(void)
     engine_thread_close(engine, a);
 }
 
+/* Big prompts: accounts take turns, and of an account the smallest goes first, but not for ever. */
+static void test_order_of_prompts(void)
+{
+    static const struct {
+        uint64_t account;
+        size_t bytes;
+    } prompts[] = {{1, 0}, {1, 90}, {1, 10}, {1, 20}, {1, 30}, {2, 80}, {1, 40}, {1, 50}, {2, 70}};
+    /* The first is at work before the others come. Then 1 and 2 by turns, of each the smallest; the
+     * one of 90 has been passed over four times when it is its turn. */
+    static const unsigned expected[] = {0, 2, 8, 3, 5, 4, 6, 1, 7};
+    struct run runs[ARRAY_SIZE(prompts)] = {{0}};
+    struct pollfd p = {.fd = engine_thread_fd(engine), .events = POLLIN};
+    CLEANUP(freep) char *big = long_text(BIG_TEXT + 100);
+    unsigned n = 0;
+
+    hold_encode(true);
+    for (unsigned i = 0; i < ARRAY_SIZE(prompts); i++) {
+        struct job_request q = {.kind = JOB_MEASURE, .raw = true, .account = prompts[i].account};
+
+        add_message(&q, CHAT_USER, big, BIG_TEXT + prompts[i].bytes);
+        submit(&runs[i], NULL, &q);
+        if (i == 0)
+            wait_for_held_encode();
+    }
+    hold_encode(false);
+    while (n < ARRAY_SIZE(prompts)) {
+        struct job *j;
+        bool finished;
+
+        assert(poll(&p, 1, -1) == 1);
+        while ((j = engine_thread_news(engine, &finished))) {
+            struct run *r = j->userdata;
+
+            assert(finished && r == &runs[expected[n]]);
+            n++;
+            came_back(r);
+            assert(r->result == 0 && r->n_tokens == BIG_TEXT + prompts[r - runs].bytes + 1);
+        }
+    }
+    for (unsigned i = 0; i < ARRAY_SIZE(prompts); i++)
+        run_done(&runs[i]);
+}
+
 /* ---- many ---- */
 
 static void test_alone_or_among_others(void)
@@ -1003,9 +1062,9 @@ static void test_queue(uint64_t session_bytes)
     submit(&y, b, &q);
     q = question(text, 40);
     submit(&z, c, &q);
-    /* Everything that came in is looked at between two steps. */
-    while (info_of(b).queue_position == 0 || info_of(c).queue_position == 0)
-        allow_steps(1);
+    wait_until_tokenised();
+    /* What came in is looked at between two steps, and told of after the second. */
+    allow_steps(2);
     assert(info_of(b).state == TIMELINE_QUEUED && info_of(c).state == TIMELINE_QUEUED);
     assert(info_of(b).queue_position + info_of(c).queue_position == 3);
     assert(info_of(a).state == TIMELINE_PREFILL);
@@ -1081,6 +1140,79 @@ static void test_cancel_while_recomputing(uint64_t session_bytes)
     run_done(&x);
     run_done(&y);
     run_done(&expected);
+    stop_engine();
+}
+
+/* What is interactive does not wait for a batch that has the memory, and both come to their end. */
+static void test_classes(uint64_t session_bytes)
+{
+    struct timeline *a, *b;
+    struct run x = {0}, y = {0}, slow = {0}, fast = {0};
+    CLEANUP(freep) char *text = long_text(500);
+    struct engine_statistics s;
+
+    start_engine(session_bytes * 3 / 2);
+    alone(&slow, text, 300);
+    alone(&fast, text, 10);
+    assert(timeline_new(&a, &(struct timeline_options){
+                                .n_ctx = CONTEXT, .account = 1, .class = CLASS_BATCH}) == 0);
+    b = timeline_for(1);
+    hold_steps(true);
+    ask(&x, a, text, 300);
+    allow_steps(100);
+    ask(&y, b, text, 10);
+    wait_until_tokenised();
+    hold_steps(false);
+    wait_for(&y);
+    assert(x.job); /* 200 tokens are missing */
+    wait_for(&x);
+    expect_same(&x.out, &slow.out);
+    expect_same(&y.out, &fast.out);
+    engine_thread_get_statistics(engine, &s);
+    assert(s.preemptions == 1);
+    run_done(&x);
+    run_done(&y);
+    run_done(&slow);
+    run_done(&fast);
+    engine_thread_close(engine, a);
+    engine_thread_close(engine, b);
+    stop_engine();
+}
+
+/* The device is lost: all that is there fails, and all that comes; the thread lives. */
+static void test_device_lost(void)
+{
+    struct timeline *a, *b;
+    struct run x = {0}, y = {0};
+    struct job_request q;
+
+    start_engine(0);
+    a = timeline_for(1);
+    b = timeline_for(2);
+    hold_steps(true);
+    q = question("Hello", 100);
+    q.format = JOB_RECORDS;
+    submit(&x, a, &q);
+    allow_steps(3);
+    ask(&y, b, "Hello", 100);
+    pthread_mutex_lock(&gate.mutex);
+    gate.result = -ENODEV;
+    pthread_mutex_unlock(&gate.mutex);
+    hold_steps(false);
+    wait_for(&x);
+    wait_for(&y);
+    assert(x.result == -ENODEV && strstr(x.out.data, "DeviceLost") && y.result == -ENODEV);
+    assert(timeline_n_tokens(a) == 0);
+    ask(&y, b, "Hello", 100);
+    wait_for(&y);
+    assert(y.result == -ENODEV);
+    pthread_mutex_lock(&gate.mutex);
+    gate.result = 0;
+    pthread_mutex_unlock(&gate.mutex);
+    run_done(&x);
+    run_done(&y);
+    engine_thread_close(engine, a);
+    engine_thread_close(engine, b);
     stop_engine();
 }
 
@@ -1215,6 +1347,7 @@ int main(int argc, char **argv)
     test_errors();
     test_cancel();
     test_small_prompts_first();
+    test_order_of_prompts();
     test_alone_or_among_others();
     test_slow_reader();
     test_statistics();
@@ -1230,6 +1363,8 @@ int main(int argc, char **argv)
     test_pressure(session_bytes);
     test_queue(session_bytes);
     test_cancel_while_recomputing(session_bytes);
+    test_classes(session_bytes);
+    test_device_lost();
     start_engine(session_bytes * 3 / 2);
     test_slow_reader();
     test_exhausted();

@@ -37,7 +37,7 @@ const char *timeline_state_name(enum timeline_state s); /* as the bus has it: "i
 struct timeline_info {
     enum timeline_state state;
     uint32_t n_tokens;
-    uint32_t queue_position; /* 0: not queued; 1: next */
+    uint32_t queue_position; /* 0: not queued, or not tokenised yet; 1: next */
     uint64_t estimate_usec;  /* until it starts, from now; 0: not queued or not known */
     uint64_t kv_bytes;       /* of the pages it holds; those shared with others in full */
     uint64_t prompt_tokens, completion_tokens; /* totals of its requests */
