@@ -535,6 +535,8 @@ struct job *engine_thread_news(struct engine_thread *t, bool *ret_finished)
         j->news_next = NULL;
         j->has_news = false;
         *ret_finished = j->finished;
+        if (j->finished) /* without memory the stream is cut, as it is anywhere else */
+            buffer_append(&j->out, j->last.data, j->last.n);
     } else {
         (void)!read(t->news_fd, &count, sizeof(count)); /* under the mutex: none slips between */
     }

@@ -36,16 +36,20 @@ bool job_is_paused(const struct job *j)
 
 void job_emit(struct engine_thread *t, struct job *j, const struct record *record)
 {
+    /* Whoever has read the end may ask the next at once, and must not find the session busy: it is
+     * kept back until the loop knows. */
+    bool is_last = record->type == RECORD_END || record->type == RECORD_ERROR;
     int r = 0;
 
     if (j->work.cut || !job_kind_streams(j->request.kind))
         return;
     pthread_mutex_lock(&t->mutex);
     if (j->request.format == JOB_RECORDS)
-        r = record_write(&j->out, record);
+        r = record_write(is_last ? &j->last : &j->out, record);
     else if (record->type == RECORD_DELTA)
         r = buffer_append(&j->out, record->text, record->n_text);
-    job_announce(t, j);
+    if (!is_last)
+        job_announce(t, j);
     pthread_mutex_unlock(&t->mutex);
     if (r < 0)
         j->work.cut = true;

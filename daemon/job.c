@@ -59,6 +59,7 @@ struct job *job_free(struct job *j)
         explicit_bzero(j->saved.data, j->saved.n);
     buffer_done(&j->saved);
     buffer_done(&j->out);
+    buffer_done(&j->last);
     free(j);
     return NULL;
 }

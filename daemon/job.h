@@ -122,6 +122,7 @@ struct job {
 
     /* guarded by engine_thread::mutex */
     struct buffer out;         /* encoded, not yet taken by the loop */
+    struct buffer last;        /* the last record; goes to out when the loop hears of the end */
     bool finished;             /* the engine thread no longer knows it */
     bool has_news;             /* in engine_thread::news */
     struct job *news_next;     /* engine_thread::news */
