@@ -303,7 +303,6 @@ int llm_get_status(struct llm_connection *c, struct llm_status *ret, struct llm_
 {
     CLEANUP(sd_bus_message_unrefp) sd_bus_message *m = NULL, *reply = NULL;
     struct llm_status s = {0};
-    bool tells_loaded = false;
     const char *name;
     int r;
 
@@ -319,17 +318,13 @@ int llm_get_status(struct llm_connection *c, struct llm_status *ret, struct llm_
     r = sd_bus_message_enter_container(reply, 'a', "{sv}");
     while (r >= 0 && (r = sd_bus_message_enter_container(reply, 'e', "sv")) > 0) {
         r = sd_bus_message_read(reply, "s", &name);
-        if (r >= 0) {
-            tells_loaded |= strcmp(name, "Model") == 0;
+        if (r >= 0)
             r = read_property(reply, name, &s);
-        }
         if (r >= 0)
             r = sd_bus_message_exit_container(reply);
     }
     if (r < 0)
         return llm_bad_answer(err);
-    if (!tells_loaded) /* then the default one is */
-        memcpy(s.model, s.default_model, sizeof(s.model));
     *ret = s;
     return 0;
 }
