@@ -38,6 +38,7 @@ static struct {
     unsigned n_steps;       /* begun */
     int result;             /* what a step gives without being made; 0: it is made */
     bool step_waits, encode_waits;
+    int encode_result; /* of the last big text */
 } gate = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 
 int __real_engine_step(struct engine *e, struct step_item *items, size_t n);
@@ -71,6 +72,8 @@ int __wrap_engine_step(struct engine *e, struct step_item *items, size_t n)
 int __wrap_tokenizer_encode(const struct tokenizer *t, const char *text, size_t n,
                             const struct encode_options *options, struct token_array *ids)
 {
+    int r;
+
     pthread_mutex_lock(&gate.mutex);
     while (gate.hold_encode && n >= BIG_TEXT) {
         gate.encode_waits = true;
@@ -79,7 +82,13 @@ int __wrap_tokenizer_encode(const struct tokenizer *t, const char *text, size_t 
     }
     gate.encode_waits = false;
     pthread_mutex_unlock(&gate.mutex);
-    return __real_tokenizer_encode(t, text, n, options, ids);
+    r = __real_tokenizer_encode(t, text, n, options, ids);
+    if (n >= BIG_TEXT) {
+        pthread_mutex_lock(&gate.mutex);
+        gate.encode_result = r;
+        pthread_mutex_unlock(&gate.mutex);
+    }
+    return r;
 }
 
 /* Lets n more steps begin, then holds the next; returns when it is held there. */
@@ -431,6 +440,41 @@ static void test_append(void)
     engine_thread_close(engine, b);
 }
 
+/* Raw text goes on with the user's turn that a system message began. */
+static void test_append_raw(void)
+{
+    struct timeline *a = timeline_for(1), *b = timeline_for(1);
+    struct run x = {0}, y = {0};
+    struct job_request q;
+
+    q = question("Summarise: all of it", 20);
+    add_message(&q, CHAT_SYSTEM, "Be brief.", 9);
+    {
+        struct job_message system = q.messages[1];
+
+        q.messages[1] = q.messages[0];
+        q.messages[0] = system;
+    }
+    submit(&x, a, &q);
+    wait_for(&x);
+    q = (struct job_request){.kind = JOB_APPEND};
+    add_message(&q, CHAT_SYSTEM, "Be brief.", 9);
+    submit(&y, b, &q);
+    wait_for(&y);
+    q = (struct job_request){.kind = JOB_APPEND, .raw = true};
+    add_message(&q, CHAT_USER, "Summarise: ", 11);
+    submit(&y, b, &q);
+    wait_for(&y);
+    assert(y.result == 0);
+    ask(&y, b, "all of it", 20);
+    wait_for(&y);
+    expect_same(&x.out, &y.out);
+    run_done(&x);
+    run_done(&y);
+    engine_thread_close(engine, a);
+    engine_thread_close(engine, b);
+}
+
 static void test_measure(void)
 {
     struct timeline *tl = timeline_for(1);
@@ -749,7 +793,17 @@ static void test_cancel(void)
     engine_thread_stop(engine, m.job, JOB_CANCELLED);
     hold_encode(false);
     wait_for(&m);
-    assert(m.result == -ECANCELED);
+    assert(m.result == -ECANCELED && gate.encode_result == -ECANCELED); /* and not by then */
+    q = (struct job_request){.kind = JOB_MEASURE, .raw = true};
+    big[30000] = 'x';
+    add_message(&q, CHAT_USER, big, BIG_TEXT);
+    hold_encode(true);
+    submit(&m, NULL, &q);
+    wait_for_held_encode();
+    engine_thread_stop(engine, m.job, JOB_CANCELLED);
+    hold_encode(false);
+    wait_for(&m);
+    assert(m.result == -ECANCELED && gate.encode_result == -ECANCELED);
 
     /* In the middle of a long prompt. */
     a = with_a_turn();
@@ -935,10 +989,11 @@ static void test_slow_reader(void)
 {
     struct timeline *a = timeline_for(1), *b = timeline_for(2);
     struct run x = {0}, y = {0}, z = {0};
+    CLEANUP(freep) char *text = long_text(400);
     struct job_request q;
 
     alone(&z, "Fast", 400);
-    q = question("Slow", 300);
+    q = question(text, 100);
     q.format = JOB_RECORDS;
     q.options.logprobs = true;
     q.options.sampler.n_logprobs = 64;
@@ -953,12 +1008,52 @@ static void test_slow_reader(void)
     take(&x);
     wait_for(&x);
     assert(x.result == 0 && strcmp(x.end_reason, "length") == 0);
-    assert(x.usage.completion_tokens == 300);
+    assert(x.usage.completion_tokens == 100);
     run_done(&x);
     run_done(&y);
     run_done(&z);
     engine_thread_close(engine, a);
     engine_thread_close(engine, b);
+}
+
+/* As many as may run, and none of them reads: others get their turn all the same. */
+static void test_many_slow_readers(void)
+{
+    enum { N = 64 };
+    static struct run slow[N];
+    struct timeline *tl[N], *a = timeline_for(2);
+    struct run x = {0};
+
+    for (unsigned i = 0; i < N; i++) {
+        struct job_request q = question("Slow", 60);
+
+        q.format = JOB_RECORDS;
+        q.options.logprobs = true;
+        q.options.sampler.n_logprobs = 64;
+        tl[i] = timeline_for(1);
+        submit(&slow[i], tl[i], &q);
+        slow[i].reads = false;
+    }
+    for (unsigned i = 0; i < N; i++)
+        wait_for_state(tl[i], TIMELINE_PAUSED);
+    ask(&x, a, "Fast", 10);
+    wait_for(&x);
+    assert(x.result == 0);
+    for (unsigned i = 0; i < N; i++) {
+        slow[i].reads = true;
+        take(&slow[i]);
+    }
+    for (unsigned i = 0; i < N; i++) {
+        wait_for(&slow[i]);
+        assert(slow[i].result == 0 && slow[i].usage.completion_tokens == 60);
+        expect_same(&slow[i].out, &slow[0].out);
+    }
+    for (unsigned i = 0; i < N; i++) {
+        run_done(&slow[i]);
+        engine_thread_close(engine, tl[i]);
+    }
+    run_done(&x);
+    engine_thread_close(engine, a);
 }
 
 /* ---- memory ---- */
@@ -1341,6 +1436,7 @@ int main(int argc, char **argv)
     model = m = make_model(argv[1], 16);
     start_engine(0);
     test_append();
+    test_append_raw();
     test_measure();
     test_copies();
     test_rewind_within();
@@ -1350,6 +1446,7 @@ int main(int argc, char **argv)
     test_order_of_prompts();
     test_alone_or_among_others();
     test_slow_reader();
+    test_many_slow_readers();
     test_statistics();
     test_out_of_memory();
     stop_engine();
@@ -1365,7 +1462,7 @@ int main(int argc, char **argv)
     test_cancel_while_recomputing(session_bytes);
     test_classes(session_bytes);
     test_device_lost();
-    start_engine(session_bytes * 3 / 2);
+    start_engine(session_bytes * 11 / 10); /* one of the two at a time */
     test_slow_reader();
     test_exhausted();
     stop_engine();
