@@ -272,12 +272,17 @@ static int on_prefetch(sd_event_source *source, int fd, uint32_t revents, void *
 
 static void set_weights(struct service *s)
 {
-    for (size_t i = 0; s->engine && i < s->config->n_users; i++) {
+    int r = 0;
+
+    for (size_t i = 0; s->engine && i < s->config->n_users && r >= 0; i++) {
         struct user_limits limits;
 
         config_limits(s->config, s->config->users[i].uid, &limits);
-        engine_thread_set_weight(s->engine, s->config->users[i].uid, limits.weight);
+        r = engine_thread_set_weight(s->engine, s->config->users[i].uid, limits.weight);
     }
+    if (r < 0)
+        log_error("not all users have the weight that the configuration gives them: %s",
+                  strerror(-r));
 }
 
 static struct engine_options engine_options(const struct service *s)

@@ -17,25 +17,22 @@ source, build = sys.argv[1:]
 def units():
     if not shutil.which("systemd-analyze") or not os.path.isdir("/usr/lib/systemd/system"):
         return False
-    with tempfile.TemporaryDirectory() as root:
-        for scope in "system", "user":
-            folder = os.path.join(root, "usr/lib/systemd", scope)
-            shutil.copytree(os.path.join("/usr/lib/systemd", scope), folder, symlinks=True)
-            service = os.path.join(build, f"systemd/{scope}-llmd.service")
-            shutil.copy(service, os.path.join(folder, "llmd.service"))
+    for scope in "system", "user":
+        with tempfile.TemporaryDirectory() as folder:
+            # verify --root= is for the system's units only; so both are looked at where they lie, with a
+            # program that is there.
+            with open(os.path.join(build, f"systemd/{scope}-llmd.service")) as f:
+                text = f.read()
+            program = next(line for line in text.splitlines() if line.startswith("ExecStart=")).split("=", 1)[1].split()[0]
+            with open(os.path.join(folder, "llmd.service"), "w") as f:
+                f.write(text.replace(program, "/bin/true"))
             shutil.copy(os.path.join(source, "systemd", scope, "llmd.socket"), folder)
-            with open(service) as f:
-                program = next(line for line in f if line.startswith("ExecStart=")).split("=", 1)[1].split()[0]
-            for path in program, "/usr/bin/kill":
-                os.makedirs(root + os.path.dirname(path), exist_ok=True)
-                shutil.copy("/bin/true", root + path)
-            os.makedirs(os.path.join(root, "runtime"), 0o700, exist_ok=True)
-        os.symlink("usr/lib", os.path.join(root, "lib"))
-        os.symlink("usr/bin", os.path.join(root, "bin"))
-        for scope in "system", "user":
             check = subprocess.run(
-                ["systemd-analyze", "verify", "--" + scope, "--root=" + root, "--man=no", "llmd.service", "llmd.socket"],
-                env=dict(os.environ, XDG_RUNTIME_DIR=os.path.join(root, "runtime")), capture_output=True, text=True)
+                ["systemd-analyze", "verify", "--" + scope, "--man=no", os.path.join(folder, "llmd.service"),
+                 os.path.join(folder, "llmd.socket")],
+                env=dict(os.environ, XDG_RUNTIME_DIR=folder, SYSTEMD_UNIT_PATH=folder + ":/usr/lib/systemd/" + scope),
+                capture_output=True, text=True)
+            # Other units of the machine may be wrong; that is not ours to say.
             said = [line for line in (check.stdout + check.stderr).splitlines() if "llmd" in line or check.returncode]
             assert check.returncode == 0 and not said, (scope, check)
     return True
