@@ -1,0 +1,367 @@
+# SPDX-FileCopyrightText: the llmd authors
+# SPDX-License-Identifier: Apache-2.0
+"""test-service.py LLMD MAKE_CHAT_MODEL: the life of the service: what it tells the service manager, inherited
+sockets, a bus that comes and goes, a configuration that changes, models that come and are exchanged."""
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+try:
+    import dbus
+    from daemon_client import (BUS_NAME, Broker, BusClient, Client, Daemon, MANAGER, PATIENCE, ROOT, SystemDaemon,
+                               error_of, options_of)
+except ImportError:
+    print("python3-dbus is not there")
+    sys.exit(77)
+
+llmd, make_model = (os.path.abspath(p) for p in sys.argv[1:])
+tests = []
+
+
+def test(f):
+    tests.append(f)
+    return f
+
+
+class Notify:
+    """What a service manager hears."""
+
+    def __init__(self, folder):
+        self.path = os.path.join(folder, "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.path)
+        self.socket.settimeout(PATIENCE)
+
+    def next(self):
+        return self.socket.recv(4096).decode()
+
+    def until(self, start):
+        """All that comes, the one that begins so last."""
+        heard = [self.next()]
+        while not heard[-1].startswith(start):
+            heard.append(self.next())
+        return heard
+
+    def env(self, **more):
+        return dict(os.environ, NOTIFY_SOCKET=self.path, **more)
+
+
+def wait_for(what):
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def wait_log(d, text):
+    wait_for(lambda: re.search(text, d.log()))
+
+
+@test
+def start_and_end_are_told(folder, model):
+    notify = Notify(folder)
+    with SystemDaemon(llmd, folder, None, "--no-bus", model=model, env=notify.env()) as d:
+        heard = notify.until("READY=1")
+        assert any(re.match(r"STATUS=(Opening|Loading|Serving) ", h) for h in heard), heard
+        with d.connect() as c:
+            assert c.manager("State") == "ready" and c.manager("LoadProgress") == 1
+            c.create()
+            notify.until("STATUS=Serving model: 1 session of 1 client")
+        assert d.stop() == 0
+        assert notify.until("STOPPING=1")
+        assert "STATUS" not in d.log()
+
+
+def thread_named(pid, name):
+    for tid in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{tid}/comm") as f:
+            if f.read().strip() == name:
+                return int(tid)
+    raise AssertionError(f"no thread {name}")
+
+
+@test
+def watchdog_stops_with_the_engine(folder, model):
+    """PTRACE_INTERRUPT stops one thread and leaves the others, which SIGSTOP would not."""
+    if os.geteuid() != 0:
+        return "root only: ptrace"
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    notify = Notify(folder)
+    env = notify.env(WATCHDOG_USEC="300000")
+    env.pop("WATCHDOG_PID", None)
+    with SystemDaemon(llmd, folder, None, "--no-bus", model=model, env=env) as d, d.connect() as c:
+        notify.until("WATCHDOG=1")  # while it is idle
+        s = c.create()
+        stream = s.generate(prompt="a", max_tokens=dbus.UInt32(1000000), format="text", ignore_eos=True) \
+            if False else s.generate(prompt="a", max_tokens=dbus.UInt32(30000))
+        stream.read(1)
+        notify.until("WATCHDOG=1")
+        tid = thread_named(d.process.pid, "llmd-engine")
+        if libc.ptrace(0x4206, tid, None, None) < 0:  # PTRACE_SEIZE
+            return "this kernel lets nobody trace"
+        assert libc.ptrace(0x4207, tid, None, None) == 0  # PTRACE_INTERRUPT
+        os.waitpid(tid, 0x40000000)  # __WALL
+        # What it had done before still counts, once. Then silence: three intervals of it.
+        heard = []
+        notify.socket.settimeout(1)
+        try:
+            while len(heard) < 20:
+                heard.append(notify.next())
+        except socket.timeout:
+            pass
+        assert heard.count("WATCHDOG=1") <= 2, heard
+        assert c.manager("State") == "ready"  # the loop is well
+        notify.socket.settimeout(PATIENCE)
+        assert libc.ptrace(17, tid, None, None) == 0  # PTRACE_DETACH
+        notify.until("WATCHDOG=1")
+        stream.close()
+
+
+@test
+def reloads(folder, model):
+    notify = Notify(folder)
+    config = "[Limits]\nMaxSessions=1\n[Engine]\nThreads=1\n"
+    with SystemDaemon(llmd, folder, None, "--no-bus", model=model, config=config, env=notify.env()) as d, d.connect() as c:
+        notify.until("READY=1")
+
+        def reload(text):
+            with open(d.config, "w") as f:
+                f.write(text)
+            before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            os.kill(d.process.pid, signal.SIGHUP)
+            told = re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=(\d+)", notify.until("RELOADING=1")[-1])
+            assert told and before <= int(told[1]) <= time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            notify.until("READY=1")
+
+        c.create()
+        assert error_of(c.create)[0] == "QuotaExceeded"
+        reload("[Limits]\nMaxSessions=2\n[Engine]\nThreads=2\n")
+        c.create()
+        assert error_of(c.create)[0] == "QuotaExceeded"
+        assert "Threads= will be looked at when llmd is started the next time" in d.log()
+
+        reload("[Limits]\nMaxSessions=three\n")
+        assert f"{d.config}:2: [Limits] MaxSessions=three: not understood" in d.log()
+        assert "the configuration is left as it was" in d.log()
+        assert error_of(c.create)[0] == "QuotaExceeded"
+        os.unlink(d.config)
+        os.mkdir(d.config)
+        os.kill(d.process.pid, signal.SIGHUP)
+        notify.until("READY=1")
+        assert error_of(c.create)[0] == "QuotaExceeded" and "is a folder" in d.log()
+        os.rmdir(d.config)
+
+        reload(f"[Limits]\nMaxSessions=1\n[User {os.geteuid()}]\nMaxSessions=3\n")
+        c.create()
+        assert error_of(c.create)[0] == "QuotaExceeded"
+        reload("[Limits]\nMaxSessions=0\n")  # the user's section is gone, and there is no limit
+        for _ in range(5):
+            c.create()
+
+
+@test
+def checks_the_configuration(folder, model):
+    path = os.path.join(folder, "some.conf")
+
+    def check(text):
+        with open(path, "w") as f:
+            f.write(text)
+        r = subprocess.run([llmd, "--check-config", path], capture_output=True, text=True, timeout=PATIENCE)
+        return r.returncode, r.stdout, r.stderr
+
+    assert check("[Limits]\nWeight=5\n") == (0, path + "\n", "")
+    status, _, said = check("[Limits]\nWieght=5\n")
+    assert status == 1 and said.startswith(f"{path}:2: [Limits] Wieght=: no such key") and "Weight" in said, said
+    os.unlink(path)
+    r = subprocess.run([llmd, "--check-config", path], capture_output=True, text=True, timeout=PATIENCE)
+    assert r.returncode == 1 and path in r.stderr and not r.stdout
+
+
+@test
+def says_which_mode(folder, model):
+    if os.geteuid() != 0:
+        return "root only: another user"
+    os.chmod(folder, 0o755)
+    r = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", llmd], capture_output=True,
+                       text=True, timeout=PATIENCE)
+    if r.returncode in (126, 127):
+        return "another user cannot run this build"
+    assert r.returncode == 2 and "--user" in r.stderr and "--private" in r.stderr, r
+
+
+@test
+def inherits_sockets(folder, model):
+    if not shutil.which("systemd-socket-activate"):
+        return "systemd-socket-activate is not there"
+    path = os.path.join(folder, "inherited.socket")
+    env = dict(os.environ, XDG_RUNTIME_DIR=folder, XDG_STATE_HOME=folder, XDG_CONFIG_HOME=folder)
+    os.chmod(folder, 0o700)
+    setenv = [f"--setenv={k}={v}" for k, v in env.items() if k.startswith(("ASAN", "UBSAN", "TSAN", "XDG", "PATH", "LD_", "HOME"))]
+    with open(os.path.join(folder, "log"), "wb") as log:
+        p = subprocess.Popen(["systemd-socket-activate", "--fdname=llmd", "-l", path, *setenv, llmd, "--user", "--no-bus",
+                              "--model", model], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+    wait_for(lambda: os.path.exists(path))
+    with Client(path) as c:
+        while c.manager("State") != "ready":
+            pass
+        assert c.create().run(prompt="a", max_tokens=dbus.UInt32(1))
+        assert not os.path.exists(os.path.join(folder, "llmd", "llmd.socket"))
+    p.send_signal(signal.SIGTERM)
+    with open(os.path.join(folder, "log")) as log:
+        assert p.wait(PATIENCE) == 0, log.read()
+    assert os.path.exists(path)  # not ours to remove
+
+
+@test
+def goes_on_without_a_bus(folder, model):
+    with SystemDaemon(llmd, folder, None, model=model) as d, d.connect() as c:
+        wait_log(d, "<4>system bus: cannot connect")
+        assert c.create().run(prompt="a", max_tokens=dbus.UInt32(1))
+        assert d.log().count("system bus") == 1
+
+
+@test
+def the_bus_comes_and_goes(folder, model):
+    broker = Broker(folder)
+    try:
+        with SystemDaemon(llmd, folder, broker, model=model) as d, d.connect() as c:
+            wait_log(d, "serving on the system bus as " + BUS_NAME)
+            first = BusClient(broker.address)
+            first.create()
+            s = c.create()
+            assert c.manager("Sessions") == 2
+            broker.stop()
+            wait_log(d, "system bus: the connection is lost")
+            while c.manager("Sessions") != 1:  # its clients are gone
+                pass
+            assert s.run(prompt="a", max_tokens=dbus.UInt32(1))
+            broker = Broker(folder)
+            wait_for(lambda: d.log().count("serving on the system bus as") == 2)
+            second = BusClient(broker.address)
+            assert second.create().run(prompt="a", max_tokens=dbus.UInt32(1))
+            # A second one on another socket does not get the name, and says so.
+            other = os.path.join(folder, "other")
+            os.mkdir(other)
+            with SystemDaemon(llmd, other, broker, model=model) as e, e.connect() as f:
+                wait_log(e, "does not give out|is another process's")
+                assert f.manager("State") == "ready"
+            second.close()
+    finally:
+        broker.stop()
+
+
+@test
+def leaves_when_idle(folder, model):
+    broker = Broker(folder)
+    try:
+        with SystemDaemon(llmd, folder, broker, "--idle-timeout", "1", model=model) as d:
+            with d.connect() as c:
+                c.create()
+            assert d.process.wait(PATIENCE) == 0
+            assert "leaving" in d.log() and not os.path.exists(d.socket)
+    finally:
+        broker.stop()
+
+
+@test
+def without_a_model(folder, model):
+    notify = Notify(folder)
+    env = notify.env(XDG_DATA_HOME=folder)
+    config = f"[Model]\nFolder={folder}/models\n"
+    with SystemDaemon(llmd, folder, None, "--no-bus", "--model", "absent", config=config, env=env) as d, d.connect() as c:
+        heard = notify.until("READY=1")
+        assert any(h.startswith("STATUS=No model: there is no model 'absent'") for h in heard), heard
+        assert c.manager("State") == "degraded" and c.manager("Model") == ""
+        assert error_of(c.create)[0] == "ModelNotReady"
+        assert d.log().startswith("<3>there is no model 'absent'; see llmctl model list")
+
+
+@test
+def models_come_and_are_exchanged(folder, model):
+    config = f"[Model]\nFolder={folder}/models\n[Daemon]\nContext=64\n"
+    os.mkdir(f"{folder}/models")
+    shutil.copy(model, f"{folder}/models/one.llmd")
+    notify = Notify(folder)
+
+    def install(c, name):
+        with open(model, "rb") as f:
+            c.manage("InstallModel", "hsa{sv}", dbus.types.UnixFd(f.fileno()), name, options_of())
+        wait_for(lambda: [m[1] for m in c.manage("ListModels", "a{sv}", options_of()) if m[0] == name][0] != "installing")
+
+    with SystemDaemon(llmd, folder, None, "--no-bus", config=config, env=notify.env()) as d, d.connect() as c:
+        notify.until("READY=1")
+        assert c.manager("Model") == "one"
+        install(c, "two")
+        s = c.create()
+        c.manage("SetDefaultModel", "sa{sv}", "two", options_of())
+        wait_log(d, "two is opened; it is served when the sessions of one are closed")
+        assert c.manager("Model") == "one" and c.manager("DefaultModel") == "two"
+        assert s.run(prompt="a", max_tokens=dbus.UInt32(1))
+        s.call("Close")
+        wait_for(lambda: c.manager("Model") == "two")
+        assert c.create().run(prompt="a", max_tokens=dbus.UInt32(1))
+        assert error_of(c.manage, "SetDefaultModel", "sa{sv}", "none", options_of())[0] == "NoSuchModel"
+    with SystemDaemon(llmd, folder, None, "--no-bus", config=config, env=notify.env()) as d, d.connect() as c:
+        assert c.manager("Model") == "two"  # kept
+        # One that cannot be opened leaves what is there.
+        shutil.copy(model, f"{folder}/models/three.llmd")
+        with open(f"{folder}/models/three.llmd", "r+b") as f:
+            f.truncate(os.path.getsize(model) // 2)
+        os.kill(d.process.pid, signal.SIGHUP)
+        notify.until("RELOADING=1")
+        notify.until("READY=1")
+        assert error_of(c.manage, "SetDefaultModel", "sa{sv}", "three", options_of())[0] == "NoSuchModel"
+        assert c.create().run(prompt="a", max_tokens=dbus.UInt32(1)) and c.manager("Model") == "two"
+
+
+@test
+def silent_peers(folder, model):
+    """One uid fills its own places; those who never speak are thrown out."""
+    config = "[Limits]\nMaxConnections=5\n"
+    with SystemDaemon(llmd, folder, None, "--no-bus", model=model, config=config) as d:
+        silent = []
+        for _ in range(5):
+            s = socket.socket(socket.AF_UNIX)
+            s.settimeout(PATIENCE)
+            s.connect(d.socket)
+            silent.append(s)
+        more = socket.socket(socket.AF_UNIX)
+        more.settimeout(PATIENCE)
+        more.connect(d.socket)
+        assert more.recv(1) == b""
+        assert "refused a connection of user" in d.log() and "MaxConnections" in d.log()
+        for _ in range(50):
+            with socket.socket(socket.AF_UNIX) as s:
+                s.settimeout(PATIENCE)
+                s.connect(d.socket)
+                assert s.recv(1) == b""
+        assert d.log().count("refused a connection") == 5  # and no more lines than that
+        for s in silent:
+            assert s.recv(1) == b""  # after the time for a handshake
+        with d.connect() as c:
+            assert c.manager("State") == "ready"
+
+
+def main():
+    with tempfile.TemporaryDirectory() as top:
+        model = os.path.join(top, "model.llmd")
+        subprocess.run([make_model, model], check=True)
+        only = os.environ.get("ONLY")
+        for t in tests:
+            if only and t.__name__ != only:
+                continue
+            folder = os.path.join(top, t.__name__)
+            os.mkdir(folder)
+            skipped = t(folder, model)
+            print(t.__name__, "left out: " + skipped if skipped else "", flush=True)
+
+
+main()
