@@ -206,8 +206,6 @@ struct bus_host *bus_host_free(struct bus_host *h)
 {
     if (!h)
         return NULL;
-    if (h->bus && h->has_name)
-        sd_bus_flush(h->bus); /* last words about ended sessions */
     drop(h);
     sd_event_source_disable_unref(h->retry_timer);
     sd_event_source_disable_unref(h->drop_source);

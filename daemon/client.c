@@ -123,8 +123,7 @@ int client_new(struct client **ret, struct clients *clients, sd_bus *bus,
     r = new_client(&c, clients, bus, who->uid);
     if (r < 0)
         return r;
-    if (c->user->limits.max_connections > 0 &&
-        c->user->n_connections >= c->user->limits.max_connections) {
+    if (c->user->n_connections >= c->user->limits.max_connections) {
         client_free(c);
         return -EDQUOT;
     }

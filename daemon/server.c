@@ -392,6 +392,12 @@ void server_stop(struct server *s)
     s->lock_fd = -EBADF;
 }
 
+void server_close_all(struct server *s)
+{
+    while (s->guests)
+        guest_free(s->guests);
+}
+
 bool server_leave(struct server *s)
 {
     CLEANUP(closep) int start_fd = -EBADF;
@@ -415,8 +421,7 @@ struct server *server_free(struct server *s)
     if (!s)
         return NULL;
     server_stop(s);
-    while (s->guests)
-        guest_free(s->guests);
+    server_close_all(s);
     free(s->path);
     free(s);
     return NULL;

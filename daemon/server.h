@@ -42,6 +42,9 @@ int server_start(struct server *s, struct error *err);
 /* From now on nobody finds us, and another may take our place. Those who are in stay. */
 void server_stop(struct server *s);
 
+/* Whatever is in is thrown out. Not from below a connection's own callback. */
+void server_close_all(struct server *s);
+
 /* Whether nobody is about to come: then it has been stopped. */
 bool server_leave(struct server *s);
 

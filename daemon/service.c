@@ -48,6 +48,10 @@
 #define EXCHANGE_USEC 5000000u /* for readers of the last model's streams, before it goes */
 #define LOAD_EXTEND_USEC UINT64_C(60000000)
 
+struct numbers {
+    uint32_t sessions, clients, running, queued;
+};
+
 struct service_private {
     struct config *config;
     struct places places;
@@ -59,8 +63,11 @@ struct service_private {
     struct model *next;
     char *next_name;
     sd_event_source *prefetch_source, *idle_timer, *grace_timer, *exchange_timer;
-    bool ready;  /* READY=1 was said */
-    bool failed; /* a private daemon that cannot serve */
+    sd_event_source *status_source; /* post: NULL where nobody wants to know */
+    sd_event_source *end_source;    /* deferred: the loop ends */
+    struct numbers told;            /* in the last status line */
+    bool ready;                     /* READY=1 was said */
+    bool failed;                    /* a private daemon that cannot serve */
     struct error failure;
 };
 
@@ -68,10 +75,25 @@ static void consider_idleness(struct service *s);
 
 /* ---- what others see ---- */
 
+static struct numbers count(const struct service *s)
+{
+    struct numbers n = {.sessions = session_set_n_sessions(s->sessions),
+                        .clients = clients_n(s->clients)};
+    struct engine_statistics statistics = {0};
+
+    if (s->engine)
+        engine_thread_get_statistics(s->engine, &statistics);
+    n.running = statistics.running;
+    n.queued = statistics.queued;
+    return n;
+}
+
 static void show_status(struct service *s)
 {
     struct service_private *p = s->private;
-    uint32_t n = session_set_n_sessions(s->sessions);
+    struct numbers n = count(s);
+
+    p->told = n;
 
     switch (s->state) {
     case SERVICE_STOPPING:
@@ -93,9 +115,22 @@ static void show_status(struct service *s)
     case SERVICE_READY:
         break;
     }
-    notify_status(p->notify, "Serving %s: %u session%s of %u client%s%s", s->model_name, n,
-                  n == 1 ? "" : "s", clients_n(s->clients), clients_n(s->clients) == 1 ? "" : "s",
+    notify_status(p->notify, "Serving %s: %u session%s of %u client%s, %u running, %u queued%s",
+                  s->model_name, n.sessions, n.sessions == 1 ? "" : "s", n.clients,
+                  n.clients == 1 ? "" : "s", n.running, n.queued,
                   s->state == SERVICE_DEGRADED ? "; another model could not be loaded" : "");
+}
+
+/* After whatever the loop did: who comes and what begins is told to nobody else. */
+static int on_status(sd_event_source *source, void *userdata)
+{
+    struct service *s = userdata;
+    struct numbers n = count(s);
+
+    (void)source;
+    if (memcmp(&n, &s->private->told, sizeof(n)) != 0)
+        show_status(s);
+    return 0;
 }
 
 static void set_state(struct service *s, enum service_state state)
@@ -581,11 +616,26 @@ static void consider_idleness(struct service *s)
     sd_event_source_set_enabled(timer, SD_EVENT_ONESHOT);
 }
 
+/*
+ * sd-bus flushes its connections when the loop exits, and waits for peers who never said a word or
+ * do not read. So there are none by then; and they cannot be closed from below their own callbacks.
+ */
+static int on_end(sd_event_source *source, void *userdata)
+{
+    struct service *s = userdata;
+
+    (void)source;
+    s->bus = bus_host_free(s->bus);
+    server_close_all(s->server);
+    sd_event_exit(s->event, 0);
+    return 0;
+}
+
 void service_something_went(struct service *s)
 {
     if (service_is_stopping(s)) {
         if (session_set_is_quiet(s->sessions))
-            sd_event_exit(s->event, 0);
+            sd_event_source_set_enabled(s->private->end_source, SD_EVENT_ONESHOT);
         return;
     }
     if (!s->private->idle_timer)
@@ -623,7 +673,7 @@ static int on_idle(sd_event_source *source, uint64_t usec, void *userdata)
     }
     log_info("nobody is here any more; leaving");
     stop(s);
-    sd_event_exit(s->event, 0);
+    sd_event_source_set_enabled(s->private->end_source, SD_EVENT_ONESHOT);
     return 0;
 }
 
@@ -777,6 +827,8 @@ static int new_parts(struct service *s, struct error *err)
         (r = users_new(&s->users, &s->config->limits)) < 0 ||
         (r = authority_new(&s->authority, s->scope == SCOPE_SYSTEM)) < 0 ||
         (r = clients_new(&s->clients, s)) < 0 ||
+        (r = sd_event_add_defer(s->event, &p->end_source, on_end, s)) < 0 ||
+        (r = sd_event_source_set_enabled(p->end_source, SD_EVENT_OFF)) < 0 ||
         (r = new_timer(s, &p->grace_timer, on_grace_over)) < 0 ||
         (r = new_timer(s, &p->exchange_timer, on_exchange_late)) < 0 ||
         (r = new_timer(s, &p->idle_timer, on_idle)) < 0 ||
@@ -784,6 +836,11 @@ static int new_parts(struct service *s, struct error *err)
         (r = sd_event_add_signal(s->event, NULL, SIGINT, on_stop_signal, s)) < 0 ||
         (r = sd_event_add_signal(s->event, NULL, SIGHUP, on_reload_signal, s)) < 0)
         return error_set(err, -r, "cannot set up the event loop: %s", strerror(-r));
+    if (getenv("NOTIFY_SOCKET")) {
+        r = sd_event_add_post(s->event, &p->status_source, on_status, s);
+        if (r < 0)
+            return error_set(err, -r, "cannot set up the event loop: %s", strerror(-r));
+    }
     apply(s, NULL);
     return 0;
 }
@@ -868,6 +925,8 @@ struct service *service_free(struct service *s)
     model_store_free(s->models);
     if (p) {
         notify_free(p->notify);
+        sd_event_source_disable_unref(p->status_source);
+        sd_event_source_disable_unref(p->end_source);
         sd_event_source_disable_unref(p->prefetch_source);
         sd_event_source_disable_unref(p->idle_timer);
         sd_event_source_disable_unref(p->grace_timer);

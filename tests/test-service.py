@@ -100,27 +100,27 @@ def watchdog_stops_with_the_engine(folder, model):
     with SystemDaemon(llmd, folder, None, "--no-bus", model=model, env=env) as d, d.connect() as c:
         notify.until("WATCHDOG=1")  # while it is idle
         s = c.create()
-        stream = s.generate(prompt="a", max_tokens=dbus.UInt32(1000000), format="text", ignore_eos=True) \
-            if False else s.generate(prompt="a", max_tokens=dbus.UInt32(30000))
+        stream = s.generate({"ignore-end": True}, prompt="a")  # as long as the context
         stream.read(1)
-        notify.until("WATCHDOG=1")
         tid = thread_named(d.process.pid, "llmd-engine")
         if libc.ptrace(0x4206, tid, None, None) < 0:  # PTRACE_SEIZE
             return "this kernel lets nobody trace"
-        assert libc.ptrace(0x4207, tid, None, None) == 0  # PTRACE_INTERRUPT
-        os.waitpid(tid, 0x40000000)  # __WALL
-        # What it had done before still counts, once. Then silence: three intervals of it.
-        heard = []
-        notify.socket.settimeout(1)
         try:
-            while len(heard) < 20:
-                heard.append(notify.next())
-        except socket.timeout:
-            pass
-        assert heard.count("WATCHDOG=1") <= 2, heard
-        assert c.manager("State") == "ready"  # the loop is well
+            assert libc.ptrace(0x4207, tid, None, None) == 0  # PTRACE_INTERRUPT
+            os.waitpid(tid, 0x40000000)  # __WALL
+            # What it had done before still counts, once; one may have been under way. Then silence.
+            heard = []
+            notify.socket.settimeout(1)
+            try:
+                while len(heard) < 20:
+                    heard.append(notify.next())
+            except socket.timeout:
+                pass
+            assert heard.count("WATCHDOG=1") <= 3, heard
+            assert c.manager("State") == "ready"  # the loop is well
+        finally:
+            assert libc.ptrace(17, tid, None, None) == 0  # PTRACE_DETACH
         notify.socket.settimeout(PATIENCE)
-        assert libc.ptrace(17, tid, None, None) == 0  # PTRACE_DETACH
         notify.until("WATCHDOG=1")
         stream.close()
 
@@ -162,9 +162,9 @@ def reloads(folder, model):
         reload(f"[Limits]\nMaxSessions=1\n[User {os.geteuid()}]\nMaxSessions=3\n")
         c.create()
         assert error_of(c.create)[0] == "QuotaExceeded"
-        reload("[Limits]\nMaxSessions=0\n")  # the user's section is gone, and there is no limit
-        for _ in range(5):
-            c.create()
+        reload("[Limits]\nMaxSessions=4\n")  # the user's section is gone
+        c.create()
+        assert error_of(c.create)[0] == "QuotaExceeded"
 
 
 @test
@@ -337,7 +337,7 @@ def silent_peers(folder, model):
         more.settimeout(PATIENCE)
         more.connect(d.socket)
         assert more.recv(1) == b""
-        assert "refused a connection of user" in d.log() and "MaxConnections" in d.log()
+        wait_log(d, "refused a connection of user .*MaxConnections")
         for _ in range(50):
             with socket.socket(socket.AF_UNIX) as s:
                 s.settimeout(PATIENCE)
