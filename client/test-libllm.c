@@ -54,7 +54,6 @@ static const char *in_folder(const char *name)
 
 static __thread int allocations_left = -1; /* of this thread; -1: as many as it likes */
 
-#ifndef ALLOCATIONS_ARE_BOUND
 static bool may_allocate(void)
 {
     if (allocations_left < 0)
@@ -114,7 +113,6 @@ int __wrap_asprintf(char **ret, const char *format, ...)
     va_end(ap);
     return r;
 }
-#endif
 
 /* ---- streams ---- */
 
@@ -688,6 +686,8 @@ static void test_allocations(struct context *x)
 {
 #ifdef ALLOCATIONS_ARE_BOUND
     (void)x;
+    if (!strstr(left_out, "allocations"))
+        strcat(left_out, " failing allocations (link-time optimisation)");
 #else
     int most = 0;
 
