@@ -795,7 +795,7 @@ static void test_cancel(void)
     wait_for(&m);
     assert(m.result == -ECANCELED && gate.encode_result == -ECANCELED); /* and not by then */
     q = (struct job_request){.kind = JOB_MEASURE, .raw = true};
-    big[30000] = 'x';
+    big[30000] = 'x'; /* whole again */
     add_message(&q, CHAT_USER, big, BIG_TEXT);
     hold_encode(true);
     submit(&m, NULL, &q);
@@ -804,6 +804,18 @@ static void test_cancel(void)
     hold_encode(false);
     wait_for(&m);
     assert(m.result == -ECANCELED && gate.encode_result == -ECANCELED);
+
+    /* With its session closed meanwhile. */
+    a = with_a_turn();
+    q = question(big, 0);
+    q.kind = JOB_MEASURE;
+    hold_encode(true);
+    submit(&m, a, &q);
+    wait_for_held_encode();
+    engine_thread_close(engine, a);
+    hold_encode(false);
+    wait_for(&m);
+    assert(m.result == -ESRCH);
 
     /* In the middle of a long prompt. */
     a = with_a_turn();
@@ -1111,6 +1123,15 @@ static void test_pressure(uint64_t session_bytes)
     engine_thread_get_statistics(engine, &s);
     assert(s.preemptions == 0 && s.kv_given_back == 0);
     assert(s.requests == 2 * N_PRESSED && s.requests_failed == 0);
+    for (unsigned i = 0; i < N_PRESSED; i++) {
+        struct run lone = {0};
+        char text[32];
+
+        snprintf(text, sizeof(text), "I am number %u", i);
+        alone(&lone, text, LONG_ANSWER);
+        expect_same(&lone.out, &ample.first[i].out);
+        run_done(&lone);
+    }
     stop_engine();
 
     start_engine(session_bytes * 5 / 2);

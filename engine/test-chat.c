@@ -174,6 +174,11 @@ static void positions(const struct tokenizer *t)
     cancelled = 0;
     assert(chat_encode(t, m, 2, &(struct chat_options){.cancelled = &cancelled}, &pieces, NULL,
                        &err) == 0);
+
+    /* What is certain beforehand: never more than there is, and not nothing. */
+    assert(chat_ids_least(t, m, 2) <= pieces.n && chat_ids_least(t, m, 2) > 100);
+    memset(big, ' ', sizeof(big));
+    assert(chat_ids_least(t, &m[1], 1) == 0); /* is trimmed to nothing */
     free(whole.data);
     free(pieces.data);
 }
