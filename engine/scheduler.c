@@ -917,6 +917,9 @@ static void learn_prompts(struct scheduler *s, size_t n_decoding, uint32_t rows,
     double extra = MAX(usec - step, 0.0);
     double growth = s->situation == BESIDE ? 1.25 : 2;
 
+    /* What others on the machine take away does not become less with smaller chunks. */
+    if (c->rows > 0)
+        extra = MIN(extra, MAX(2 * rows * c->usec / c->rows, step));
     c->usec = 0.5 * c->usec + extra;
     c->rows = 0.5 * c->rows + rows;
     c->most_rows = MAX(0.9 * c->most_rows, growth * rows + 1);

@@ -596,7 +596,7 @@ static void check_alone(void)
 static void check_disturbed(void)
 {
     struct machine m = slow;
-    double worst = 0;
+    double worst = 0, rows[2];
     struct world w;
 
     world_init(&w, &m, 256, 16);
@@ -614,6 +614,21 @@ static void check_disturbed(void)
     near(worst, 2.6, 0.4, "disturbed: worst of the other steps");
     assert(w.c[1].prompt_rows > 1500);
     world_done(&w);
+
+    /* A busy machine makes every fifth step long, whatever is in it: no reason for small chunks. */
+    for (int busy = 0; busy < 2; busy++) {
+        m = fast;
+        world_init(&w, &m, 256, 16);
+        client(&w, 1, CLASS_INTERACTIVE, 1, 0, 0);
+        client(&w, 2, CLASS_INTERACTIVE, 200000, 10, 0);
+        for (int i = 0; i < 2000; i++) {
+            m.base = busy && i % 5 == 3 ? 20000 : fast.base;
+            step(&w);
+        }
+        rows[busy] = (double)w.c[1].prompt_rows;
+        world_done(&w);
+    }
+    near(rows[1] / rows[0], 1, 0.3, "prompt rows on a busy machine, of those on a quiet one");
 }
 
 /* More tasks than rows or logits: everybody has a turn. */
