@@ -479,8 +479,7 @@ static void test_quotas(void)
 {
     sd_bus *alice = connect_as(ALICE), *bob = connect_as(BOB), *root = connect_as(ROOT_UID);
     CLEANUP(freep)
-    char *one = create(alice),
-         *two = create(alice), *bobs = create(bob), *end = NULL;
+    char *one = create(alice), *two = create(alice), *bobs = create(bob), *end = NULL;
     sd_bus_message *m, *stream;
 
     m = manager_call(bob, "SetQuota");
@@ -710,19 +709,22 @@ static void test_reads_nothing(void)
     close_bus(bob);
 }
 
-/* Calls that wait for the engine when their client goes. */
+/* Calls that wait for the engine when their client goes; the session is another connection's. */
 static void test_vanishes(void)
 {
-    for (int i = 0; i < 20; i++) {
+    static const char *const members[] = {"Fork", "Append", "Generate"};
+    sd_bus *keeper = connect_as(ALICE);
+    CLEANUP(freep) char *kept = create(keeper);
+
+    append(keeper, kept, 50);
+    for (int i = 0; i < 30; i++) {
         sd_bus *alice = connect_as(ALICE);
         CLEANUP(freep) char *path = create(alice);
-        static const char *const members[] = {"Fork", "Append", "Generate"};
         uint64_t cookie;
 
-        append(alice, path, 50);
         for (size_t k = 0; k < 3; k++) {
             CLEANUP(sd_bus_message_unrefp)
-            sd_bus_message *m = session_call(alice, path, members[k]);
+            sd_bus_message *m = session_call(alice, k == 0 ? kept : path, members[k]);
 
             if (k == 0)
                 plain(m);
@@ -735,7 +737,13 @@ static void test_vanishes(void)
             sd_event_run(daemon_here.service.event, 0);
         close_bus(alice);
     }
-    in_process_settle(&daemon_here);
+    while (daemon_here.n_connections > 1 || !session_set_is_quiet(daemon_here.service.sessions))
+        sd_event_run(daemon_here.service.event, 1000);
+    assert(session_set_n_sessions(daemon_here.service.sessions) == 1);
+    close_bus(keeper);
+    while (daemon_here.n_connections > 0)
+        sd_event_run(daemon_here.service.event, 1000);
+    assert(session_set_n_sessions(daemon_here.service.sessions) == 0);
     assert(clients_n(daemon_here.service.clients) == 0);
     assert(!users_find(daemon_here.service.users, ALICE));
 }
