@@ -21,6 +21,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "daemon/log.h"
 #include "daemon/stream.h"
 #include "daemon/users.h"
 #include "engine/model-file.h"
@@ -215,11 +216,29 @@ static struct request *request_of(struct session_set *set, const struct job *j)
     return q;
 }
 
+/* Who, how much and how it ended; never what was said. */
+static void log_finished(const struct request *q, const struct job *j)
+{
+    log_with(LOG_DEBUG,
+             &(struct log_fields){.message_id = LOG_ID_REQUEST_FINISHED,
+                                  .has_uid = true,
+                                  .uid = q->user->uid,
+                                  .session = j->session ? j->session->id : 0,
+                                  .request = j->id,
+                                  .prompt_tokens = j->usage.prompt_tokens,
+                                  .completion_tokens = j->usage.completion_tokens},
+             "request %" PRIu64 " of user %u ended (%s): %u tokens of prompt, %u of answer", j->id,
+             (unsigned)q->user->uid, j->end_reason ? j->end_reason : strerror(abs(j->result)),
+             j->usage.prompt_tokens, j->usage.completion_tokens);
+}
+
 static void job_came_back(struct session_set *set, struct job *j)
 {
     struct request *q = request_of(set, j);
     struct client_session *s = j->session;
 
+    if (job_kind_streams(j->request.kind))
+        log_finished(q, j);
     q->job = NULL;
     q->user->n_queued--;
     set->n_jobs--;
