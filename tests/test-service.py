@@ -5,6 +5,7 @@ sockets, a bus that comes and goes, a configuration that changes, models that co
 import ctypes
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import time
 
 try:
     import dbus
-    from daemon_client import (BUS_NAME, Broker, BusClient, Client, Daemon, MANAGER, PATIENCE, ROOT, SystemDaemon,
+    from daemon_client import (BUS_NAME, Broker, BusClient, Child, Client, Daemon, MANAGER, PATIENCE, ROOT, SystemDaemon,
                                error_of, options_of)
 except ImportError:
     print("python3-dbus is not there")
@@ -350,8 +351,40 @@ def silent_peers(folder, model):
             assert c.manager("State") == "ready"
 
 
+@test
+def one_uid_does_not_fill_the_daemon(folder, model):
+    """All places are taken by silent connections of one uid; another's gets in."""
+    if os.geteuid() != 0:
+        return "root only: another user"
+    os.chmod(folder, 0o755)
+    config = "[Daemon]\nMaxConnections=4\n"
+    with SystemDaemon(llmd, folder, None, "--no-bus", model=model, config=config) as d:
+        silent = []
+        for _ in range(4):
+            s = socket.socket(socket.AF_UNIX)
+            s.connect(d.socket)
+            silent.append(s)
+
+        def other(child):
+            with d.connect() as c:
+                child.say(str(c.manager("State")))
+                child.words.readline()
+
+        child = Child(65534, other)
+        assert child.hear() == "ready"
+        gone = [s for s in silent if select.select([s], [], [], 0)[0]]
+        assert gone == silent[:1], gone  # the oldest made place
+        more = socket.socket(socket.AF_UNIX)  # but nobody takes a place from who has less
+        more.settimeout(PATIENCE)
+        more.connect(d.socket)
+        assert more.recv(1) == b""
+        wait_log(d, "all connections of the daemon are in use")
+        child.kill()
+
+
 def main():
     with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
         model = os.path.join(top, "model.llmd")
         subprocess.run([make_model, model], check=True)
         only = os.environ.get("ONLY")
