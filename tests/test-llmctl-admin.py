@@ -251,6 +251,14 @@ def models():
         assert user(h, "model", "install", "--default", llmctl_home.model)[0] == 0
         assert user(h, "model", "default") == (0, "chat\n", "")
         complaint(user(h, "model", "install", llmctl_home.model), 1, "chat")
+        assert user(h, "model", "install", "--default", "--name=two", llmctl_home.model)[0] == 0
+        assert user(h, "model", "default", "--json") == (0, '{"model":"two"}\n', "")
+        complaint(user(h, "model", "install", "--name=two", llmctl_home.model), 1, "two")
+        assert user(h, "is-ready", "--wait") == (0, "ready\n", "")
+        complaint(user(h, "model", "remove", "two"), 75, "two")
+        assert user(h, "model", "default", "chat") == (0, "", "")
+        assert user(h, "is-ready", "--wait") == (0, "ready\n", "")
+        assert json.loads(user(h, "status", "--json")[1])["model"] == "chat"
         assert user(h, "model", "install", "--replace", "--name=two", llmctl_home.model)[0] == 0
         listed = {m["model"]: m for m in json.loads(user(h, "model", "list", "--json")[1])}
         assert listed["chat"]["default"] is True and listed["two"]["default"] is False, listed
