@@ -327,11 +327,11 @@ static void summary(const struct llm_connection *c, const struct manager *m, cha
     if (m->has_statistics)
         snprintf(rates, sizeof(rates), ", %" PRIu32 " running, %" PRIu32 " queued, %.1f tokens/s",
                  m->running, m->queued, m->decode_rate);
-    snprintf(out, n, "llmd %s (%s), %s, model %s%s%s\n%" PRIu32 " sessions%s, KV %s of %s\n\n",
+    snprintf(out, n, "llmd %s (%s), %s, model %s%s%s\n%" PRIu32 " session%s%s, KV %s of %s\n\n",
              m->version, scope_name(c), m->state,
              m->model[0] ? m->model : (m->default_model[0] ? m->default_model : "-"),
-             m->has_statistics ? ", up " : "", m->has_statistics ? up : "", m->sessions, rates,
-             used, most);
+             m->has_statistics ? ", up " : "", m->has_statistics ? up : "", m->sessions,
+             m->sessions == 1 ? "" : "s", rates, used, most);
 }
 
 /* Lines of text, cut to the screen, over what was there. */

@@ -21,7 +21,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import dbus
     import llmctl_home
+    from daemon_client import BUS_NAME, Broker
     from llmctl_home import ENDLESS, LLMCTL, LLMD, PATIENCE, Home, complaint, test
+    from raw_bus import CALL, DESTINATION, MEMBER, PATH, INTERFACE, REPLY_SERIAL, RETURN, SIGNAL, RawBus, encode
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
@@ -42,11 +44,11 @@ def parsed(h, *args):
 
 
 @contextlib.contextmanager
-def user_daemon(h, *options):
-    """llmd --user with a state directory, without a bus."""
-    env = dict(h.env, XDG_STATE_HOME=os.path.join(h.path, "state"), XDG_CONFIG_HOME=os.path.join(h.path, "config"))
+def user_daemon(h, *options, **env):
+    """llmd --user with a state directory."""
+    env = dict(h.env, **env, XDG_STATE_HOME=os.path.join(h.path, "state"), XDG_CONFIG_HOME=os.path.join(h.path, "config"))
     read, write = os.pipe()
-    p = subprocess.Popen([LLMD, "--user", "--no-bus", "--ready-fd", str(write), *options], env=env, pass_fds=[write],
+    p = subprocess.Popen([LLMD, "--user", "--ready-fd", str(write), *options], env=env, pass_fds=[write],
                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     os.close(write)
     with os.fdopen(read, "rb") as f:
@@ -242,7 +244,7 @@ def status_and_readiness():
 
 @test
 def models():
-    with Home() as h, user_daemon(h, "--model", "chat"):
+    with Home() as h, user_daemon(h, "--no-bus", "--model", "chat"):
         # Nothing is there yet: it runs, and is not ready.
         status, out, err = user(h, "is-ready")
         assert (status, err) == (1, "") and out != "ready\n", (status, out, err)
@@ -270,6 +272,101 @@ def models():
         complaint(user(h, "model", "remove", "two"), 1, "two")
         complaint(user(h, "model", "show", "two"), 1, "two")
         complaint(user(h, "model", "default", "two"), 1, "two")
+
+
+def bus_env(h, broker):
+    """Of a client that finds no socket, but the bus."""
+    elsewhere = os.path.join(h.path, "elsewhere")
+    os.makedirs(elsewhere, 0o700, exist_ok=True)
+    return dict(h.env, XDG_RUNTIME_DIR=elsewhere, DBUS_SESSION_BUS_ADDRESS=broker.address)
+
+
+@test
+def on_a_bus():
+    with Home() as h, Broker(h.path) as broker:
+        env = bus_env(h, broker)
+
+        def call(*args):
+            return ok(user(h, *args, env=env))
+
+        complaint(user(h, "status", env=env), 3)
+        with user_daemon(h, "--model", llmctl_home.model, DBUS_SESSION_BUS_ADDRESS=broker.address) as daemon:
+            p = h.popen("--user", "monitor", "--json", any_scope=True, env=env)
+            assert b"watching" in p.stderr.readline()
+            s = call("session", "create", "--label=here").strip()
+            call("run", "--session", s, "--max-tokens=3", "--ignore-end", "x")
+            status = json.loads(call("status", "--json"))
+            assert status["scope"] == "user" and status["sessions"] == 1, status
+            assert " here " in call("top") and " here " in call("session", "list", "--all")
+            call("model", "install", "--name=two", llmctl_home.model)
+            call("session", "close", s)
+            events = []
+            while not events or events[-1]["event"] != "session-removed":
+                events.append(json.loads(p.stdout.readline()))
+            kinds = {e["event"] for e in events}
+            assert {"session-added", "session-changed", "session-finished", "model-added", "model-changed"} <= kinds, kinds
+            daemon.terminate()
+            err = p.communicate(timeout=PATIENCE)[1]
+            assert p.returncode == 3 and b"llmd has ended" in err, "the bus tells that it has left"
+
+
+class LoadingDaemon:
+    """Stands in for llmd on a bus, and loads for as long as the test wants."""
+
+    def __init__(self, broker):
+        self.bus = RawBus(broker.path, broker=True)
+        assert self.bus.call("/org/freedesktop/DBus", "org.freedesktop.DBus", "RequestName", "su", BUS_NAME, 4,
+                             destination="org.freedesktop.DBus") == [1]
+
+    def send(self, kind, fields, signature="", *body):
+        self.bus.serial += 1
+        self.bus.send(*encode(kind, self.bus.serial, fields, signature, body))
+
+    def answer(self, state):
+        """Answers calls up to the next question for the properties, that included; who asked."""
+        while True:
+            m = self.bus.wait_for(lambda m: m.kind == CALL)
+            to = {DESTINATION: m.sender, REPLY_SERIAL: m.serial}
+            if m.member == "GetAll":
+                self.send(RETURN, to, "a{sv}", {"State": ("s", state)})
+                return m.sender
+            if m.member == "Get":
+                self.send(RETURN, to, "v", ("s", "0.0.0"))
+            else:
+                self.send(RETURN, to)
+
+    def change(self, state):
+        self.send(SIGNAL, {PATH: "/org/llmd/Llm1", INTERFACE: "org.freedesktop.DBus.Properties", MEMBER: "PropertiesChanged"},
+                  "sa{sv}as", "org.llmd.Llm1.Manager", {"State": ("s", state)}, [])
+
+
+@test
+def readiness_is_waited_for():
+    with Home() as h, Broker(h.path) as broker:
+        args, kw = ("--user", "is-ready", "--wait"), {"any_scope": True, "env": bus_env(h, broker)}
+        daemon = LoadingDaemon(broker)
+        p = h.popen("--user", "is-ready", **kw)
+        daemon.answer("loading")
+        assert p.communicate(timeout=PATIENCE) == (b"loading\n", b"") and p.returncode == 1
+
+        p = h.popen(*args, **kw)
+        daemon.answer("loading")
+        for state in ("loading", "loading", "ready"):
+            # It asks again because it was told, not because time has passed.
+            assert p.poll() is None and not any(m.kind == CALL for m in daemon.bus.pending())
+            daemon.change(state)
+            daemon.answer(state)
+        assert p.communicate(timeout=PATIENCE) == (b"ready\n", b"") and p.returncode == 0
+
+        p = h.popen(*args, "--timeout=0.3", **kw)
+        daemon.answer("loading")
+        assert p.communicate(timeout=PATIENCE)[0] == b"" and p.returncode == 124, p.returncode
+
+        p = h.popen(*args, **kw)
+        daemon.answer("loading")
+        daemon.bus.close()
+        out, err = p.communicate(timeout=PATIENCE)
+        assert (p.returncode, out) == (3, b"") and b"llmd has ended" in err, (p.returncode, err)
 
 
 def lines_of(p):
