@@ -346,6 +346,12 @@ static void do_kind(struct run *r, struct timeline *tl, enum job_kind kind)
     wait_for(r);
 }
 
+/* Output has no NUL at its end. */
+static bool says(const struct buffer *b, const char *text)
+{
+    return memmem(b->data, b->n, text, strlen(text));
+}
+
 static bool same(const struct buffer *a, const struct buffer *b)
 {
     return a->n == b->n && memcmp(a->data, b->data, a->n) == 0;
@@ -418,8 +424,7 @@ static void test_append(void)
     wait_for(&y);
     assert(y.result == 0 && strcmp(y.end_reason, "appended") == 0);
     assert(y.usage.prompt_tokens == timeline_n_tokens(b) && y.usage.completion_tokens == 0);
-    assert(strstr(y.out.data, "\"type\":\"usage\"") &&
-           strstr(y.out.data, "\"reason\":\"appended\""));
+    assert(says(&y.out, "\"type\":\"usage\"") && says(&y.out, "\"reason\":\"appended\""));
     q = (struct job_request){.kind = JOB_APPEND};
     add_message(&q, CHAT_USER, "Hello", 5);
     add_message(&q, CHAT_MODEL, "Hi", 2);
@@ -636,8 +641,8 @@ static void test_errors(void)
     assert(engine_thread_check(engine, a, &q, &err) == 0);
     submit(&y, a, &q);
     wait_for(&y);
-    assert(y.result == -EMSGSIZE && strstr(y.out.data, "ContextFull"));
-    assert(strstr(y.out.data, "\"requested\":2") && strstr(y.out.data, "\"available\":20"));
+    assert(y.result == -EMSGSIZE && says(&y.out, "ContextFull"));
+    assert(says(&y.out, "\"requested\":2") && says(&y.out, "\"available\":20"));
     text[CONTEXT] = 'x';
     q = question(text, 5);
     assert(engine_thread_check(engine, a, &q, &err) == -EMSGSIZE);
@@ -660,7 +665,7 @@ static void test_errors(void)
     assert(engine_thread_check(engine, a, &q, &err) == 0);
     submit(&y, a, &q);
     wait_for(&y);
-    assert(y.result == -EDOM && strstr(y.out.data, "NumericalError"));
+    assert(y.result == -EDOM && says(&y.out, "NumericalError"));
 
     q = question("x", 5);
     q.messages[0].role = CHAT_SYSTEM;
@@ -696,7 +701,7 @@ static void test_exhausted(void)
     q.format = JOB_RECORDS;
     submit(&x, a, &q);
     wait_for(&x);
-    assert(x.result == -ENOBUFS && strstr(x.out.data, "KvExhausted"));
+    assert(x.result == -ENOBUFS && says(&x.out, "KvExhausted"));
     assert(timeline_n_tokens(a) == 0);
     ask(&x, a, "short", 5); /* and then it goes on */
     wait_for(&x);
@@ -1317,7 +1322,7 @@ static void test_device_lost(void)
     hold_steps(false);
     wait_for(&x);
     wait_for(&y);
-    assert(x.result == -ENODEV && strstr(x.out.data, "DeviceLost") && y.result == -ENODEV);
+    assert(x.result == -ENODEV && says(&x.out, "DeviceLost") && y.result == -ENODEV);
     assert(timeline_n_tokens(a) == 0);
     ask(&y, b, "Hello", 100);
     wait_for(&y);
@@ -1400,6 +1405,35 @@ static void test_out_of_memory(void)
 
 /* ---- the rest ---- */
 
+static bool tells_of_progress(size_t prompt_bytes)
+{
+    CLEANUP(freep) char *text = long_text(prompt_bytes);
+    struct timeline *tl = timeline_for(1);
+    struct job_request q = question(text, 5);
+    struct run x = {0};
+    bool told;
+
+    q.format = JOB_RECORDS;
+    submit(&x, tl, &q);
+    wait_for(&x);
+    assert(x.result == 0 && says(&x.out, "\"type\":\"end\""));
+    assert(!says(&x.out, "\"type\":\"queued\""));
+    told = says(&x.out, "\"type\":\"progress\"");
+    run_done(&x);
+    engine_thread_close(engine, tl);
+    return told;
+}
+
+/* Of long prompts, when they take a while. */
+static void test_progress(void)
+{
+    assert(tells_of_progress(700));
+    assert(!tells_of_progress(150));
+    engine_thread_set_record_interval(engine, UINT64_C(1000000000000));
+    assert(!tells_of_progress(700));
+    engine_thread_set_record_interval(engine, 0);
+}
+
 static void test_statistics(void)
 {
     struct engine_statistics s, e;
@@ -1469,6 +1503,7 @@ int main(int argc, char **argv)
     test_slow_reader();
     test_many_slow_readers();
     test_statistics();
+    test_progress();
     test_out_of_memory();
     stop_engine();
     model_free(m);
