@@ -66,6 +66,7 @@ struct service_private {
     sd_event_source *status_source; /* post: NULL where nobody wants to know */
     sd_event_source *end_source;    /* deferred: the loop ends */
     struct numbers told;            /* in the last status line */
+    bool open;                      /* clients are let in */
     bool ready;                     /* READY=1 was said */
     bool failed;                    /* a private daemon that cannot serve */
     struct error failure;
@@ -368,9 +369,31 @@ static int make_engine(struct service *s, struct model *m, struct error *err)
     return 0;
 }
 
-static int start_serving(struct service *s, struct error *err)
+/*
+ * Lets clients in, once it is known what there is for them. Until then those who started us by
+ * connecting, or by calling, wait; else the first thing that they heard would be that there is no
+ * model. A private daemon's starter waits for READY=1.
+ */
+static int open_doors(struct service *s, struct error *err)
 {
-    return s->scope == SCOPE_PRIVATE && !s->private->ready ? server_start(s->server, err) : 0;
+    struct service_private *p = s->private;
+    int r;
+
+    if (p->open)
+        return 0;
+    p->open = true;
+    r = server_start(s->server, err);
+    if (r < 0 || s->scope == SCOPE_PRIVATE || s->arguments->no_bus)
+        return r;
+    r = bus_host_new(&s->bus, s);
+    return r < 0 ? error_set(err, -r, "cannot set up the bus: %s", strerror(-r)) : 0;
+}
+
+static void give_up(struct service *s, int r, const struct error *err)
+{
+    s->private->failed = true;
+    s->private->failure = *err;
+    sd_event_exit(s->event, r);
 }
 
 /* s->model has an engine. */
@@ -380,11 +403,9 @@ static void begin_serving(struct service *s)
     struct error err = {0};
     int r;
 
-    r = start_serving(s, &err);
+    r = open_doors(s, &err);
     if (r < 0) {
-        p->failed = true;
-        p->failure = err;
-        sd_event_exit(s->event, r);
+        give_up(s, r, &err);
         return;
     }
     bus_manager_changed(s, BUS_MODEL);
@@ -403,11 +424,10 @@ static void begin_serving(struct service *s)
 static void load_failed(struct service *s, int r, const struct error *err)
 {
     struct service_private *p = s->private;
+    struct error why = {0};
 
     if (s->scope == SCOPE_PRIVATE) {
-        p->failed = true;
-        p->failure = *err;
-        sd_event_exit(s->event, r);
+        give_up(s, r, err);
         return;
     }
     log_with(LOG_ERR, &(struct log_fields){.message_id = LOG_ID_MODEL_FAILED, .model = p->loading},
@@ -415,6 +435,11 @@ static void load_failed(struct service *s, int r, const struct error *err)
     if (!s->engine)
         set_failure(s, err->text[0] ? err->text : strerror(-r));
     set_state(s, SERVICE_DEGRADED);
+    r = open_doors(s, &why);
+    if (r < 0) {
+        give_up(s, r, &why);
+        return;
+    }
     say_ready(s); /* others are to be able to install a better one */
 }
 
@@ -878,16 +903,6 @@ int service_run(struct service *s, struct error *err)
     struct service_private *p = s->private;
     int r;
 
-    if (s->scope != SCOPE_PRIVATE) {
-        r = server_start(s->server, err);
-        if (r < 0)
-            return r;
-        if (!s->arguments->no_bus) {
-            r = bus_host_new(&s->bus, s);
-            if (r < 0)
-                return error_set(err, -r, "cannot set up the bus: %s", strerror(-r));
-        }
-    }
     load_first(s);
     consider_idleness(s);
     r = sd_event_loop(s->event);
