@@ -19,6 +19,8 @@
  */
 #define QUEUE_MAX 256u
 
+#define LOG_USEC 10000000u /* so often at most the log tells of those given up */
+
 /* Messages that may have come together with the end of the authentication. */
 #define EARLY_MAX 64
 
@@ -28,6 +30,7 @@ struct connection {
     struct client *client;
     sd_bus_slot *disconnected_slot, *filter_slot;
     sd_event_source *post_source, *doom_source;
+    bool doomed; /* is to be given up */
     connection_gone gone;
     void *userdata;
 };
@@ -42,30 +45,45 @@ static int on_disconnected(sd_bus_message *m, void *userdata, sd_bus_error *erro
     return 0;
 }
 
+/* They can come back at once and do it again. */
+static void say_given_up(const struct connection *c)
+{
+    static uint64_t last_usec;
+    static unsigned untold;
+    uint64_t now;
+
+    if (sd_event_now(c->service->event, CLOCK_MONOTONIC, &now) < 0)
+        return;
+    if (last_usec > 0 && now - last_usec < LOG_USEC) {
+        untold++;
+        return;
+    }
+    log_with(LOG_WARNING, &(struct log_fields){.has_uid = true, .uid = c->client->who.uid},
+             "gave up a connection of user %u, process %d: it does not read its replies (%u others "
+             "since this was last said)",
+             (unsigned)c->client->who.uid, (int)c->client->who.pid, untold);
+    last_usec = now;
+    untold = 0;
+}
+
 static int on_doom(sd_event_source *source, void *userdata)
 {
     struct connection *c = userdata;
 
     (void)source;
-    log_warning("gave up a connection of process %d, user %u: it does not read its replies",
-                (int)c->client->who.pid, (unsigned)c->client->who.uid);
+    say_given_up(c);
     c->gone(c, c->userdata);
     return 0;
-}
-
-static bool is_doomed(const struct connection *c)
-{
-    int enabled = SD_EVENT_OFF;
-
-    return sd_event_source_get_enabled(c->doom_source, &enabled) > 0 && enabled != SD_EVENT_OFF;
 }
 
 void connection_check_queue(struct connection *c)
 {
     uint64_t n = 0;
 
-    if (sd_bus_get_n_queued_write(c->bus, &n) >= 0 && n > QUEUE_MAX)
-        sd_event_source_set_enabled(c->doom_source, SD_EVENT_ONESHOT);
+    if (c->doomed || sd_bus_get_n_queued_write(c->bus, &n) < 0 || n <= QUEUE_MAX)
+        return;
+    c->doomed = true;
+    sd_event_source_set_enabled(c->doom_source, SD_EVENT_ONESHOT);
 }
 
 /* Before each message is looked at: what earlier ones were answered with may still wait. */
@@ -76,7 +94,7 @@ static int on_message(sd_bus_message *m, void *userdata, sd_bus_error *error)
     (void)m;
     (void)error;
     connection_check_queue(c);
-    return is_doomed(c); /* 1: nobody else gets it */
+    return c->doomed; /* 1: nobody else gets it */
 }
 
 /*
