@@ -10,7 +10,9 @@ else is. Names that are asked of the daemon come from a stand-in for llmctl here
 Status 77 when a shell is missing and the others do well.
 """
 import os
+import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -164,6 +166,41 @@ def check_fish(tree, folder):
     expect("--socket=/x/y " in open(calls).read(), "fish asks another daemon:", open(calls).read())
 
 
+class Zsh:
+    """An interactive shell that has these completions."""
+
+    def __init__(self, folder):
+        self.program = os.path.join(folder, "llmctl")
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(HOME=folder, TERM="dumb", COLUMNS="500", PATH=f"{folder}:{os.environ['PATH']}")
+            os.execvp("zsh", ["zsh", "-f", "-i"])
+        self.seen = b""
+        # What the line is once it is completed is told by a key of its own.
+        os.write(self.fd, f"fpath=({FOLDER} $fpath); autoload -U compinit; compinit -u -D; unsetopt beep; stty cols 500; "
+                          "tell() { print -- \"<<$BUFFER>\"\">\" }; zle -N tell; bindkey '^X' tell; print REA''DY\n".encode())
+        self.until(b"READY\r\n")
+
+    def until(self, text):
+        while text not in self.seen:
+            if not select.select([self.fd], [], [], PATIENCE)[0]:
+                raise AssertionError(f"zsh says nothing more: {self.seen}")
+            self.seen += os.read(self.fd, 65536)
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def complete(self, line):
+        os.write(self.fd, f"{self.program} {line}\t\x18".encode())
+        self.until(b"<<")
+        found = self.until(b">>").decode()
+        os.write(self.fd, b"\x15")
+        return found.removeprefix(self.program).strip()
+
+    def close(self):
+        os.close(self.fd)
+        os.waitpid(self.pid, 0)
+
+
 def check_zsh(tree, folder):
     output("zsh", "-f", "-n", ZSH)
     everywhere = tree[()][0] - {"--version"}
@@ -175,6 +212,21 @@ def check_zsh(tree, folder):
         expect(offered == wanted, "zsh offers for", *path, sorted(offered - wanted), "and lacks", sorted(wanted - offered))
         below = {line[1:].split(":")[0] for line in lines if re.match(r"\+[a-z]", line)}
         expect(below == set(commands), "zsh: commands of", *path, below)
+    zsh = Zsh(folder)
+    for line, want in (
+            ("session cl", "session close"),
+            ("--user session cl", "--user session close"),
+            ("session close 1", "session close 12"),
+            ("cancel 7 1", "cancel 7 12"),
+            ("model remove g", "model remove gemma3"),
+            ("run --session=1", "run --session=12"),
+            ("run --class=b", "run --class=batch"),
+            ("status --json=p", "status --json=pretty"),
+            ("is-ready --wa", "is-ready --wait"),
+    ):
+        seen = zsh.complete(line)
+        expect(seen == want, "zsh makes of", line, ":", seen)
+    zsh.close()
 
 
 def main():
