@@ -767,6 +767,15 @@ void config_limits(const struct config *c, uid_t uid, struct user_limits *ret)
                    (const char *)&u->limits + limit_keys[i].offset, size_of(limit_keys[i].type));
 }
 
+bool config_same_limits(const struct user_limits *a, const struct user_limits *b)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(limit_keys); i++)
+        if (memcmp((const char *)a + limit_keys[i].offset, (const char *)b + limit_keys[i].offset,
+                   size_of(limit_keys[i].type)) != 0)
+            return false;
+    return true;
+}
+
 /* ---- two of them ---- */
 
 static bool same_text(const char *a, const char *b)

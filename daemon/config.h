@@ -61,6 +61,8 @@ void config_freep(struct config **c);
 /* The limits of a uid: its own section's, where it has none those of [Limits]. */
 void config_limits(const struct config *c, uid_t uid, struct user_limits *ret);
 
+bool config_same_limits(const struct user_limits *a, const struct user_limits *b);
+
 /* [User ...] sections, for whoever has to set the weights of all of them. */
 struct user_entry {
     uid_t uid;

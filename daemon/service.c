@@ -733,20 +733,35 @@ static int on_stop_signal(sd_event_source *source, const struct signalfd_siginfo
 
 /* ---- the configuration ---- */
 
+static bool has_section(const struct config *c, uid_t uid)
+{
+    for (size_t i = 0; i < c->n_users; i++)
+        if (c->users[i].uid == uid)
+            return true;
+    return false;
+}
+
+/* Of a reload only what it changes: who was given others by SetQuota keeps them. */
 static int apply_limits(struct service *s, const struct config *old)
 {
-    struct user_limits limits;
     int r = 0;
 
     users_set_defaults(s->users, &s->config->limits);
     for (size_t i = 0; i < s->config->n_users && r >= 0; i++) {
-        config_limits(s->config, s->config->users[i].uid, &limits);
-        r = users_set_limits(s->users, s->config->users[i].uid, &limits);
+        uid_t uid = s->config->users[i].uid;
+        struct user_limits limits, before;
+
+        config_limits(s->config, uid, &limits);
+        if (old && has_section(old, uid)) {
+            config_limits(old, uid, &before);
+            if (config_same_limits(&limits, &before))
+                continue;
+        }
+        r = users_set_limits(s->users, uid, &limits);
     }
-    for (size_t i = 0; old && i < old->n_users && r >= 0; i++) {
-        config_limits(s->config, old->users[i].uid, &limits); /* its section may be gone */
-        r = users_set_limits(s->users, old->users[i].uid, &limits);
-    }
+    for (size_t i = 0; old && i < old->n_users && r >= 0; i++)
+        if (!has_section(s->config, old->users[i].uid))
+            r = users_clear_limits(s->users, old->users[i].uid);
     return r;
 }
 

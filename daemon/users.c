@@ -183,6 +183,19 @@ int users_set_limits(struct users *u, uid_t uid, const struct user_limits *limit
     return 0;
 }
 
+int users_clear_limits(struct users *u, uid_t uid)
+{
+    CLEANUP(user_unrefp) struct user *user = NULL;
+    int r;
+
+    r = users_ref(u, uid, &user);
+    if (r < 0)
+        return r;
+    user->has_own_limits = false;
+    set_limits(user, &u->defaults);
+    return 0;
+}
+
 void users_get_limits(struct users *u, uid_t uid, struct user_limits *ret)
 {
     const struct user *user = users_find(u, uid);

@@ -55,6 +55,8 @@ void users_set_defaults(struct users *u, const struct user_limits *defaults);
 
 /* Limits of one uid until the daemon ends. 0, -ENOMEM */
 int users_set_limits(struct users *u, uid_t uid, const struct user_limits *limits);
+/* Back to the defaults, those of now and of later. 0, -ENOMEM */
+int users_clear_limits(struct users *u, uid_t uid);
 void users_get_limits(struct users *u, uid_t uid, struct user_limits *ret);
 
 /* Finds or makes; put back with user_unref(). 0, -ENOMEM */

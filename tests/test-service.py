@@ -166,6 +166,13 @@ def reloads(folder, model):
         reload("[Limits]\nMaxSessions=4\n")  # the user's section is gone
         c.create()
         assert error_of(c.create)[0] == "QuotaExceeded"
+        reload("[Limits]\nMaxSessions=5\n")  # and stays so
+        c.create()
+        assert error_of(c.create)[0] == "QuotaExceeded"
+        c.manage("SetQuota", "ua{sv}", dbus.UInt32(os.geteuid()), options_of(max_sessions=dbus.UInt32(6)))
+        reload("[Limits]\nMaxSessions=3\n")
+        c.create()
+        assert error_of(c.create)[0] == "QuotaExceeded"
 
 
 @test
