@@ -68,14 +68,14 @@ def user(h, *args, **kw):
 class Terminal:
     """A command on a terminal of 80 columns and the lines given."""
 
-    def __init__(self, h, *args, lines=24, env=None):
+    def __init__(self, h, *args, lines=24, env=None, scope=("--private",)):
         import fcntl
         import termios
         master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, 80, 0, 0))
         self.before = termios.tcgetattr(slave)
-        self.process = subprocess.Popen([LLMCTL, "--private", *args], stdin=slave, stdout=slave, stderr=slave, close_fds=True,
-                                        env=dict(h.env, TERM="xterm", **(env or {})), preexec_fn=lambda: (os.setsid(),
+        self.process = subprocess.Popen([LLMCTL, *scope, *args], stdin=slave, stdout=slave, stderr=slave, close_fds=True,
+                                        env={**h.env, **(env or {}), "TERM": "xterm"}, preexec_fn=lambda: (os.setsid(),
                                         fcntl.ioctl(0, termios.TIOCSCTTY, 0)))
         self.master, self.slave, self.seen = master, slave, b""
 
@@ -322,16 +322,20 @@ class LoadingDaemon:
         self.bus.serial += 1
         self.bus.send(*encode(kind, self.bus.serial, fields, signature, body))
 
-    def answer(self, state):
+    def answer(self, state, **more):
         """Answers calls up to the next question for the properties, that included; who asked."""
         while True:
             m = self.bus.wait_for(lambda m: m.kind == CALL)
             to = {DESTINATION: m.sender, REPLY_SERIAL: m.serial}
             if m.member == "GetAll":
-                self.send(RETURN, to, "a{sv}", {"State": ("s", state)})
+                self.send(RETURN, to, "a{sv}", {"State": ("s", state), **more})
                 return m.sender
             if m.member == "Get":
                 self.send(RETURN, to, "v", ("s", "0.0.0"))
+            elif m.member == "InstallModel":
+                for fd in m.fds:
+                    os.close(fd)
+                self.send(RETURN, to, "o", "/org/llmd/Llm1/model/chat")
             else:
                 self.send(RETURN, to)
 
@@ -367,6 +371,32 @@ def readiness_is_waited_for():
         daemon.bus.close()
         out, err = p.communicate(timeout=PATIENCE)
         assert (p.returncode, out) == (3, b"") and b"llmd has ended" in err, (p.returncode, err)
+
+
+@test
+def installing():
+    with Home() as h, Broker(h.path) as broker:
+        args, kw = ("--user", "model", "install", llmctl_home.model), {"any_scope": True, "env": bus_env(h, broker)}
+        daemon = LoadingDaemon(broker)
+        p = h.popen(*args, **kw)
+        daemon.answer("installing", Progress=("d", 0.4))
+        daemon.answer("failed", Failure=("s", "the disk is full"))
+        assert p.communicate(timeout=PATIENCE)[1].endswith(b": the disk is full\n") and p.returncode == 1
+
+        p = h.popen(*args, **kw)
+        daemon.answer("installing", Progress=("d", 0.4))
+        p.send_signal(signal.SIGINT)
+        # It may have asked again before the signal came; that question has no answer.
+        out, err = p.communicate(timeout=PATIENCE)
+        assert (p.returncode, out) == (130, b"") and b"goes on copying" in err and len(err.splitlines()) == 1, err
+        daemon.bus.pending()
+
+        t = Terminal(h, *args, scope=(), env=kw["env"])
+        daemon.answer("installing", Progress=("d", 0.4))
+        t.until(b"installing chat: 40 %")
+        daemon.answer("available")
+        status, shown = t.end()
+        assert status == 0 and shown.endswith("\r\033[K"), shown
 
 
 def lines_of(p):
