@@ -917,6 +917,6 @@ int session_set_measure(struct session_set *set, struct user *user, struct job_r
 
 void client_session_cancel(struct client_session *s)
 {
-    if (s->job)
+    if (s->job && job_kind_streams(s->job->request.kind)) /* the others are done in a moment */
         engine_thread_stop(s->set->engine, s->job, JOB_CANCELLED);
 }

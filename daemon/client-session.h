@@ -151,4 +151,4 @@ int client_session_new_forked(struct client_session **ret, struct client_session
                               const struct client_session_options *options, struct job *j,
                               struct error *err);
 
-void client_session_cancel(struct client_session *s);
+void client_session_cancel(struct client_session *s); /* of requests with a stream */
