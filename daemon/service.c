@@ -574,6 +574,8 @@ int service_set_default_model(struct service *s, const char *name, struct error 
     if (s->engine && strcmp(s->model_name, name) == 0) {
         p->loader = model_loader_free(p->loader); /* it was on its way out, and stays */
         p->next = model_free(p->next);
+        if (s->state == SERVICE_DEGRADED)
+            set_state(s, SERVICE_READY); /* what could not be had is no longer wanted */
         return 0;
     }
     return load(s, path, err);

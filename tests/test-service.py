@@ -362,6 +362,17 @@ def models_come_and_are_exchanged(folder, model):
         notify.until("RELOADING=1")
         notify.until("READY=1")
         assert error_of(c.manage, "SetDefaultModel", "sa{sv}", "three", options_of())[0] == "NoSuchModel"
+        shutil.copy(model, f"{folder}/models/four.llmd")
+        os.kill(d.process.pid, signal.SIGHUP)
+        notify.until("RELOADING=1")
+        notify.until("READY=1")
+        os.unlink(f"{folder}/models/four.llmd")  # after it was listed
+        c.manage("SetDefaultModel", "sa{sv}", "four", options_of())
+        wait_for(lambda: c.manager("State") == "degraded")
+        assert c.manager("Model") == "two" and "four.llmd: cannot open" in d.log(), d.log()
+        assert c.create().run(prompt="a", max_tokens=dbus.UInt32(1))
+        c.manage("SetDefaultModel", "sa{sv}", "two", options_of())
+        assert c.manager("State") == "ready"
         assert c.create().run(prompt="a", max_tokens=dbus.UInt32(1)) and c.manager("Model") == "two"
 
 
