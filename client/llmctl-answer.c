@@ -28,21 +28,19 @@ void answer_done(struct answer *a)
 void answer_clear(struct answer *a)
 {
     buffer_consume(&a->text, a->text.n);
-    *a = (struct answer){.output = a->output, .text = a->text};
+    *a = (struct answer){.output = a->output, .hint = a->hint, .text = a->text};
 }
 
-const char *answer_error_text(const struct llm_event *e)
+const char *answer_error_text(const struct llm_event *e, const char *hint)
 {
     static char text[700];
-    const char *what = global.session ? "shorten it, or go on in another session"
-                                      : "shorten it, or ask for more with --context";
 
     /* The daemon's own line tells the two numbers, but not to whom it speaks. */
     if (e->has_sizes)
         snprintf(text, sizeof(text),
                  "the prompt has %" PRIu64 " tokens and the session has room for %" PRIu64
                  "; nothing was cut: %s",
-                 e->requested, e->available, what);
+                 e->requested, e->available, hint);
     else
         snprintf(text, sizeof(text), "%s", e->message);
     return text;
@@ -103,7 +101,8 @@ static void take_event(struct reading *g, const struct llm_event *e)
         g->over = true;
         snprintf(a->error_name, sizeof(a->error_name), "%s", e->name);
         status_line_clear();
-        g->status = complain(status_of(-llm_error_number(e->name)), "%s", answer_error_text(e));
+        g->status =
+            complain(status_of(-llm_error_number(e->name)), "%s", answer_error_text(e, a->hint));
         break;
     }
 }

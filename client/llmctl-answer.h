@@ -16,6 +16,7 @@ enum answer_output {
 
 struct answer {
     enum answer_output output;
+    const char *hint; /* what may help when the context is full */
     struct buffer text;
     bool newline_due; /* the text shown does not end with a line feed */
     char reason[32];  /* of the end; "": there was none */
@@ -37,5 +38,5 @@ void answer_clear(struct answer *a);
 typedef void (*answer_cancel)(void *userdata);
 int answer_read(struct answer *a, int fd, answer_cancel cancel, void *userdata);
 
-/* What an error event says to people, with what may help. Static until the next call. */
-const char *answer_error_text(const struct llm_event *e);
+/* What an error event says to people; hint: see above. Static until the next call. */
+const char *answer_error_text(const struct llm_event *e, const char *hint);

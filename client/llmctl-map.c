@@ -14,8 +14,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <json-c/json.h>
-#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,8 +23,8 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
-#include "base/utf8.h"
 #include "client/llmctl-answer.h"
+#include "client/llmctl-exchange.h"
 #include "client/llmctl-output.h"
 #include "client/llmctl-request.h"
 #include "client/llmctl.h"
@@ -356,10 +354,16 @@ static size_t default_jobs(struct map *m)
     return MIN((size_t)JOBS_DEFAULT, (size_t)(most - used));
 }
 
+static const char *hint(void)
+{
+    return global.session ? "shorten it, or begin with another session"
+                          : "shorten it, or ask for more with --context";
+}
+
 /* The model reads the instruction. */
 static int append_instructions(struct map *m)
 {
-    CLEANUP(answer_done) struct answer answer = {.output = ANSWER_COLLECT};
+    CLEANUP(answer_done) struct answer answer = {.output = ANSWER_COLLECT, .hint = hint()};
     CLEANUP(llm_options_freep) struct llm_options *options = NULL;
     struct llm_error err;
     int fd, r;
@@ -521,7 +525,7 @@ static void take_event(struct map *m, struct item *item, const struct llm_event 
             fail(m, item, LLM_ERROR_PREFIX "Failed", "the answer was ended: %s", e->reason);
         break;
     case LLM_ERROR:
-        fail(m, item, e->name, "%s", answer_error_text(e));
+        fail(m, item, e->name, "%s", answer_error_text(e, hint()));
         break;
     }
 }
@@ -546,72 +550,22 @@ static int read_events(struct map *m, struct item *item)
 
 /* ---- output ---- */
 
-/* Borrowed bytes as JSON's string: what is not UTF-8 becomes U+FFFD. */
-static struct json_object *json_text(const struct buffer *b)
-{
-    CLEANUP(buffer_done) struct buffer valid = {0};
-    size_t start = 0;
-
-    if (b->n > INT_MAX)
-        return NULL;
-    for (size_t i = 0; i < b->n;) {
-        uint32_t c;
-        size_t used = utf8_next(b->data + i, b->n - i, &c);
-
-        if (used == 0) {
-            if (buffer_append(&valid, b->data + start, i - start) < 0 ||
-                buffer_append(&valid, "\xef\xbf\xbd", 3) < 0)
-                return NULL;
-            start = ++i;
-        } else {
-            i += used;
-        }
-    }
-    if (start == 0)
-        return json_object_new_string_len(b->n > 0 ? b->data : "", (int)b->n);
-    if (buffer_append(&valid, b->data + start, b->n - start) < 0 || valid.n > INT_MAX)
-        return NULL;
-    return json_object_new_string_len(valid.data, (int)valid.n);
-}
-
-/* Takes the value. */
-static bool add(struct json_object *o, const char *key, struct json_object *value)
-{
-    return value && json_object_object_add(o, key, value) == 0;
-}
-
-static bool describe(struct json_object *o, const struct item *item)
-{
-    bool failed = item->error_name[0] || item->error;
-    struct json_object *part;
-
-    if (!add(o, "index", json_object_new_int64((int64_t)item->index)) ||
-        !add(o, "input", json_text(&item->input)) ||
-        (!failed && !add(o, "output", json_text(&item->output))))
-        return false;
-    part = json_object_new_object();
-    if (!part || !add(o, failed ? "error" : "usage", part))
-        return false;
-    if (failed)
-        return add(part, "name", json_object_new_string(item->error_name)) &&
-               add(part, "message", json_object_new_string(item->error ? item->error : ""));
-    return add(part, "prompt_tokens", json_object_new_int64(item->prompt_tokens)) &&
-           add(part, "completion_tokens", json_object_new_int64(item->completion_tokens)) &&
-           add(part, "cached_tokens", json_object_new_int64(item->cached_tokens)) &&
-           (!item->reason[0] || add(o, "reason", json_object_new_string(item->reason)));
-}
-
 static int print_json(const struct item *item)
 {
-    struct json_object *o = json_object_new_object();
-    int status;
+    struct exchange x = {
+        .index = item->index,
+        .input = &item->input,
+        .output = &item->output,
+        .reason = item->reason,
+        .prompt_tokens = item->prompt_tokens,
+        .completion_tokens = item->completion_tokens,
+        .cached_tokens = item->cached_tokens,
+        .failed = item->error_name[0] || item->error,
+        .error_name = item->error_name,
+        .error = item->error ? item->error : "",
+    };
 
-    if (!o || !describe(o, item))
-        status = complain(STATUS_FAILED, "out of memory");
-    else
-        status = json_print(o);
-    json_object_put(o);
-    return status;
+    return exchange_print(&x);
 }
 
 static int print_item(struct map *m, const struct item *item)

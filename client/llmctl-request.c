@@ -187,6 +187,16 @@ int request_check(const struct request *q)
     return STATUS_OK;
 }
 
+bool request_is_cut(const struct request *q, const char *reason)
+{
+    if (strcmp(reason, "length") != 0)
+        return false;
+    for (size_t i = 0; i < q->n_settings; i++)
+        if (strcmp(generate_options[q->settings[i].option].name, "max-tokens") == 0)
+            return false;
+    return true;
+}
+
 static int add_setting(struct llm_options *o, const struct request_setting *s)
 {
     const char *name = generate_options[s->option].name;

@@ -65,6 +65,9 @@ int request_set(struct request *q, const char *name, const char *value);
 /* The i-th of Generate's options, or NULL. */
 const char *request_option_name(size_t i);
 
+/* Whether an answer that ended for that reason is shorter than anybody asked for. */
+bool request_is_cut(const struct request *q, const char *reason);
+
 /* Options of Generate with this prompt; system: the first message, or NULL. */
 int request_make(const struct request *q, const char *system, const char *prompt, size_t n,
                  struct llm_options **ret);

@@ -86,6 +86,8 @@ static int ask(struct run *run, struct answer *a)
         complain(status, "no answer within the time given");
     if (status == STATUS_OK && strcmp(a->reason, "cancelled") == 0)
         status = complain(STATUS_FAILED, "the request was cancelled");
+    if (status == STATUS_OK && request_is_cut(&run->request, a->reason))
+        note("the answer is cut: the context is full");
     llm_session_free(session);
     llm_disconnect(connection);
     return status;
@@ -94,12 +96,17 @@ static int ask(struct run *run, struct answer *a)
 int verb_run(int argc, char **argv)
 {
     struct run run = {0};
-    struct answer answer = {.output = ANSWER_TEXT};
+    struct answer answer = {
+        .output = ANSWER_TEXT,
+        .hint = "shorten it, or ask for more with --context",
+    };
     int status;
 
     status = parse_arguments(&run, argc, argv);
     if (status == -1) {
         deadlines_begin(global.timeout_usec);
+        if (global.session)
+            answer.hint = "shorten it, or go on in another session";
         if (global.json != JSON_OFF)
             answer.output = ANSWER_RECORDS;
         else if (isatty(STDOUT_FILENO))

@@ -22,6 +22,7 @@
 
 static const struct verb verbs[] = {
     {"run", verb_run, "answer one prompt"},
+    {"chat", verb_chat, "hold a conversation"},
     {"map", verb_map, "answer many inputs with one instruction"},
     {"measure", verb_measure, "count the tokens of a prompt"},
     {"cancel", verb_cancel, "end what sessions are doing"},
@@ -140,17 +141,23 @@ static void on_signal(int signal_number)
     _exit(status);
 }
 
-void deadlines_begin(uint64_t timeout_usec)
+void deadlines_restart(uint64_t timeout_usec)
 {
-    struct sigaction action = {.sa_handler = on_signal}, before;
     struct itimerval timer = {
         .it_value = {(time_t)(timeout_usec / 1000000), (suseconds_t)(timeout_usec % 1000000)},
     };
 
+    setitimer(ITIMER_REAL, &timer, NULL);
+}
+
+void deadlines_begin(uint64_t timeout_usec)
+{
+    struct sigaction action = {.sa_handler = on_signal}, before;
+
     if (sigaction(SIGINT, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
         sigaction(SIGINT, &action, NULL);
     sigaction(SIGALRM, &action, NULL);
-    setitimer(ITIMER_REAL, &timer, NULL);
+    deadlines_restart(timeout_usec);
 }
 
 void deadlines_hold(void)

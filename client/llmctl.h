@@ -26,6 +26,7 @@ enum status {
 /* ---- verbs ---- */
 
 /* Each returns an exit status; argv[0] is for messages, the verb's arguments begin at argv[1]. */
+int verb_chat(int argc, char **argv);
 int verb_map(int argc, char **argv);
 int verb_run(int argc, char **argv);
 int verb_status(int argc, char **argv);
@@ -130,6 +131,8 @@ int json_print(struct json_object *o);
  * A SIGINT that the parent ignores stays ignored.
  */
 void deadlines_begin(uint64_t timeout_usec);
+/* The deadline anew, from now; 0: none. */
+void deadlines_restart(uint64_t timeout_usec);
 /* From now on both are blocked, and let in by deadlines_wait() alone... */
 void deadlines_hold(void);
 /* ...until here. */
