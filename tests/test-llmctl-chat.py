@@ -187,7 +187,7 @@ def terminal():
             while b"> " not in raw:
                 raw += os.read(t.master, 65536)
             assert (b"\033[1m" in raw) == want, raw
-            t.send("\x04")
+            t.send("/quit\n")
             t.end()
 
 
