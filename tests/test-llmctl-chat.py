@@ -81,7 +81,7 @@ def pipes_that_fail():
     with Home() as h:
         status, out, err = h.call("chat", *OPTIONS[:4], "--context=64", data=b"one\n" + b"x" * 100 + b"\ntwo\n")
         assert status == 1 and out.count("\n") == 1, (status, out)
-        assert len(err.splitlines()) == 1 and "room for" in err and "nothing was cut" in err, err
+        assert len(err.splitlines()) == 1 and "room for" in err, err
         status, out, err = h.call("chat", data=b"x" * ((8 << 20) + 1))
         assert (status, out) == (1, "") and "more than 8388608 bytes" in err, err
         for args in (["--seed=x"], ["hello"], ["--raw", "--instructions=x"]):
