@@ -42,6 +42,7 @@ _llmctl() {
     local -A options=(
         [llmctl]='--version'
         [run]="$request --no-stdin"
+        [chat]="$request --null --no-history"
         [map]="$request --null --jobs= --unordered --fail-fast --keep-going"
         [measure]='--instructions= --raw --no-stdin --model= --no-start'
         [cancel]='--all'

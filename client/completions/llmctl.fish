@@ -61,6 +61,7 @@ complete -c llmctl -f
 
 set -l c complete -c llmctl -n "__fish_llmctl_in ''"
 $c -a run -d 'answer one prompt'
+$c -a chat -d 'hold a conversation'
 $c -a map -d 'answer many inputs with one instruction'
 $c -a measure -d 'count the tokens of a prompt'
 $c -a cancel -d 'end what sessions are doing'
@@ -116,7 +117,7 @@ $c -l no-ask-password -d 'never ask for authorisation'
 $c -l timeout -x -d 'give up after that time'
 $c -s h -l help -d 'print help and exit'
 
-set -l c complete -c llmctl -n '__fish_llmctl_in run map'
+set -l c complete -c llmctl -n '__fish_llmctl_in run chat map'
 $c -l max-tokens -x -d 'most tokens of an answer'
 $c -l temperature -x -d '0: always the most probable token'
 $c -l top-k -x -d 'draw among the k most probable tokens'
@@ -132,25 +133,28 @@ $c -l logprobs -d 'each token\'s log-probability'
 $c -l top-logprobs -x -d 'and so many alternatives'
 $c -l ignore-end -d 'go on past the end of the answer'
 
-set -l c complete -c llmctl -n '__fish_llmctl_in run map measure'
+set -l c complete -c llmctl -n '__fish_llmctl_in run chat map measure'
 $c -l instructions -x -d 'how to answer, for the model'
 $c -l raw -d 'prompts as they are, without chat template'
 
-set -l c complete -c llmctl -n "__fish_llmctl_in run map measure 'session create'"
+set -l c complete -c llmctl -n "__fish_llmctl_in run chat map measure 'session create'"
 $c -l model -rFa '(__fish_llmctl_models)' -d 'the model that must answer'
 $c -l no-start -d 'do not start a daemon'
 
-complete -c llmctl -n "__fish_llmctl_in run map 'session create'" -l context -x \
+complete -c llmctl -n "__fish_llmctl_in run chat map 'session create'" -l context -x \
     -d 'tokens the conversation may hold'
-complete -c llmctl -n "__fish_llmctl_in run map 'session create' 'session fork'" -l class \
+complete -c llmctl -n "__fish_llmctl_in run chat map 'session create' 'session fork'" -l class \
     -xa 'interactive batch idle' -d 'who goes first'
 complete -c llmctl -n "__fish_llmctl_in 'session create' 'session fork'" -l label -x \
     -d 'how lists call it'
 complete -c llmctl -n '__fish_llmctl_in run measure' -s n -l no-stdin \
     -d 'do not read standard input'
 
+complete -c llmctl -n '__fish_llmctl_in chat map' -s 0 -l null \
+    -d 'NUL in the place of line feeds'
+complete -c llmctl -n '__fish_llmctl_in chat' -l no-history -d 'do not keep what is typed'
+
 set -l c complete -c llmctl -n '__fish_llmctl_in map'
-$c -s 0 -l null -d 'NUL in the place of line feeds'
 $c -s j -l jobs -x -d 'answers in the making at a time'
 $c -l unordered -d 'print each answer when it is there'
 $c -l fail-fast -d 'stop at the first input that fails'
