@@ -272,7 +272,7 @@ static int measure_sessions(struct bench *b, size_t n, int which, uint64_t *ret_
                             uint64_t *ret_others, double *ret_seconds, struct error *err)
 {
     struct worker w[MAX_CLIENTS] = {{0}};
-    uint64_t before[MAX_CLIENTS], from, others = 0;
+    uint64_t before[MAX_CLIENTS] = {0}, from, others = 0;
     int r = 0;
 
     for (size_t i = 0; r == 0 && i < n; i++)
