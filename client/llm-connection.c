@@ -123,6 +123,22 @@ static int connect_socket(struct llm_connection **ret, const char *path, enum ll
     return connection_new(ret, &bus, scope, NULL, err);
 }
 
+/* Not installed, or switched off by the administrator. */
+static bool is_nobody_name(const sd_bus_error *e)
+{
+    static const char *const names[] = {
+        SD_BUS_ERROR_SERVICE_UNKNOWN,
+        SD_BUS_ERROR_NAME_HAS_NO_OWNER,
+        "org.freedesktop.systemd1.NoSuchUnit",
+        "org.freedesktop.systemd1.UnitMasked",
+    };
+
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+        if (sd_bus_error_has_name(e, names[i]))
+            return true;
+    return false;
+}
+
 static int connect_bus(struct llm_connection **ret, enum llm_scope scope, struct llm_error *err)
 {
     const char *name = scope == LLM_SCOPE_SYSTEM ? "system bus" : "session bus";
@@ -140,8 +156,7 @@ static int connect_bus(struct llm_connection **ret, enum llm_scope scope, struct
         return llm_error_set(err, ENOENT, "no %s: %s", name, strerror(-r));
     r = sd_bus_call_method(bus, LLM_BUS_NAME, LLM_ROOT_PATH, "org.freedesktop.DBus.Peer", "Ping",
                            &e, NULL, NULL);
-    if (r < 0 && (sd_bus_error_has_name(&e, SD_BUS_ERROR_SERVICE_UNKNOWN) ||
-                  sd_bus_error_has_name(&e, SD_BUS_ERROR_NAME_HAS_NO_OWNER)))
+    if (r < 0 && is_nobody_name(&e))
         return llm_error_set(err, ENOENT, "nobody is %s on the %s", LLM_BUS_NAME, name);
     if (r < 0)
         return llm_bus_failure(err, r, &e);

@@ -357,18 +357,23 @@ static int connect_or_start_locked(const char *socket, const char *model,
 
 /* ---- where ---- */
 
-/* A service that is there without us. *ret stays as it is where none is, which is no complaint yet.
- */
-static int connect_service(enum llm_scope scope, struct llm_connection **ret)
+/* Why a service that is there cannot be used; STATUS_OK: nothing is known against any. */
+struct trouble {
+    int status;
+    char text[sizeof(((struct llm_error *)NULL)->message) + 32];
+};
+
+/* A service that is there without us. *ret stays as it is where none is, or none that works. */
+static void connect_service(enum llm_scope scope, struct llm_connection **ret, struct trouble *t)
 {
     struct llm_error err;
-    int r;
+    int r = llm_connect_scope(ret, scope, &err);
 
-    r = llm_connect_scope(ret, scope, &err);
-    if (r < 0 && !is_absent(r))
-        return complain(status_of(r), "the %s's llmd: %s",
-                        scope == LLM_SCOPE_SYSTEM ? "system" : "user", err.message);
-    return STATUS_OK;
+    if (r >= 0 || is_absent(r) || t->status != STATUS_OK)
+        return;
+    t->status = status_of(r);
+    snprintf(t->text, sizeof(t->text), "the %s's llmd: %s",
+             scope == LLM_SCOPE_SYSTEM ? "system" : "user", err.message);
 }
 
 /* --socket, or the private daemon's; absolute, since a daemon is started in another folder. */
@@ -427,25 +432,50 @@ static int find_model(const char *asked, char **ret)
     return *ret ? STATUS_OK : complain(STATUS_FAILED, "%s: %s", asked, strerror(errno));
 }
 
+/* The private daemon, if it runs, in the place of a service that does not work. */
+static int connect_instead(const struct trouble *t, struct llm_connection **ret)
+{
+    CLEANUP(freep) char *socket = NULL;
+    int status = find_socket(&socket);
+
+    if (status != STATUS_OK)
+        return status;
+    if (llm_connect(ret, socket, NULL) < 0)
+        return complain(t->status, "%s (with --private, one of your own is used)", t->text);
+    return STATUS_OK;
+}
+
+/*
+ * A service that is there and does not work is not taken for none: who installed it wants it to be
+ * used, with its models and its limits, and a private daemon in its place would be a surprise in
+ * memory and in answers. Those that run already may be used, which is told.
+ */
 static int connect_any(const struct start_options *o, const char *model,
                        struct llm_connection **ret)
 {
+    bool any = !global.socket && global.scope == LLM_SCOPE_ANY;
     struct llm_connection *c = NULL;
+    struct trouble trouble = {0};
     int status = STATUS_OK;
 
-    if (!global.socket && (global.scope == LLM_SCOPE_ANY || global.scope == LLM_SCOPE_SYSTEM))
-        status = connect_service(LLM_SCOPE_SYSTEM, &c);
-    if (status == STATUS_OK && !c && !global.socket &&
-        (global.scope == LLM_SCOPE_ANY || global.scope == LLM_SCOPE_USER))
-        status = connect_service(LLM_SCOPE_USER, &c);
-    if (status == STATUS_OK && !c && global.scope == LLM_SCOPE_SYSTEM)
+    if (any || (!global.socket && global.scope == LLM_SCOPE_SYSTEM))
+        connect_service(LLM_SCOPE_SYSTEM, &c, &trouble);
+    if (!c && (any || (!global.socket && global.scope == LLM_SCOPE_USER)))
+        connect_service(LLM_SCOPE_USER, &c, &trouble);
+    if (!c && trouble.status != STATUS_OK && !any)
+        return complain(trouble.status, "%s", trouble.text);
+    if (!c && global.scope == LLM_SCOPE_SYSTEM)
         return complain(STATUS_NOT_RUNNING, "the system's llmd does not run");
-    if (status == STATUS_OK && !c && global.scope == LLM_SCOPE_USER)
+    if (!c && global.scope == LLM_SCOPE_USER)
         return complain(STATUS_NOT_RUNNING, "the user's llmd does not run");
-    if (status == STATUS_OK && !c)
-        status = connect_private(o, model, &c);
+    if (!c)
+        status = trouble.status != STATUS_OK ? connect_instead(&trouble, &c)
+                                             : connect_private(o, model, &c);
     if (status != STATUS_OK)
         return status;
+    if (trouble.status != STATUS_OK)
+        note("%s; the %s one answers", trouble.text,
+             llm_connection_scope(c) == LLM_SCOPE_USER ? "user's" : "private");
     sd_bus_set_allow_interactive_authorization(llm_connection_bus(c), !global.no_ask_password);
     *ret = c;
     return STATUS_OK;
