@@ -22,7 +22,9 @@ SOURCE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # name: (what it is, environment, meson options). In the order of running: the first is the one that finds most.
 STAGES = {
     "sanitizers": ("gcc, ASan and UBSan", {"CC": "gcc"}, ["--native-file", "build-dev.ini"]),
-    "clang": ("clang, no sanitizers, no Vulkan", {"CC": "clang"}, ["-Dwerror=true", "-Dvulkan=disabled"]),
+    # With the prefix of a distribution, so that it is also tried as a system's service.
+    "clang": ("clang, no sanitizers, no Vulkan", {"CC": "clang"},
+              ["--prefix=/usr", "-Dwerror=true", "-Dvulkan=disabled"]),
     "release": ("gcc -O3, NDEBUG, LTO, features off", {"CC": "gcc"},
                 ["--buildtype=release", "-Db_lto=true", "-Dwerror=true", "-Dauto_features=disabled"]),
     "debug": ("clang -O0", {"CC": "clang"}, ["--buildtype=debug", "-Dwerror=true"]),
@@ -30,6 +32,7 @@ STAGES = {
 }
 DEFAULT = ["sanitizers", "clang"]
 QUICK = ["clang"]
+SYSTEM = ["booted"]  # of the stage in QUICK
 
 PASSED, SKIPPED = ("OK", "EXPECTEDFAIL"), ("SKIP",)
 
@@ -118,11 +121,16 @@ def main():
                                  + ". Without an option: " + ", ".join(DEFAULT) + ".")
     ap.add_argument("--all", action="store_true", help="every stage")
     ap.add_argument("--quick", action="store_true", help="only the stage " + ", ".join(QUICK))
+    ap.add_argument("--system", action="store_true", help="only llmd as the service of a booted system (root)")
     ap.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be repeated")
     ap.add_argument("--jobs", type=int, default=max(2, os.cpu_count() or 2), metavar="N",
                     help="compile and test N at a time (default: the cores, at least 2)")
     ap.add_argument("patterns", nargs="*", metavar="NAME", help="only tests with this in their name or suite")
     args = ap.parse_args()
+    if args.system:
+        if args.all or args.stage or args.patterns:
+            ap.error("--system is all that is run with it")
+        args.quick, args.patterns = True, SYSTEM
     if args.jobs < 1:
         ap.error("--jobs must be at least 1")
 

@@ -1,0 +1,298 @@
+#!/usr/bin/python3
+# SPDX-FileCopyrightText: the llmd authors
+# SPDX-License-Identifier: Apache-2.0
+"""llmd as a system service, as an administrator and two users meet it, under a systemd of its own (tests/booted.py).
+
+  test-booted.py BUILD_ROOT MESON...
+
+BUILD_ROOT is configured with --prefix=/usr, without sanitizers. Status 77: this machine can boot no other.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from booted import Machine, Unavailable, wait_for
+
+BUILD, MESON = os.path.abspath(sys.argv[1]), sys.argv[2:]
+QUESTION, ANSWER = "What is 47 + 38?", "47 + 38 = 85."
+MARKER = "quillwort-zephyr"  # in prompts, and nowhere else
+NAME, ROOT, MANAGER = "org.llmd.Llm1", "/org/llmd/Llm1", "org.llmd.Llm1.Manager"
+MODELS = NAME + ".manage-models"
+DROP_IN = "/etc/llmd/llmd.conf.d/50-test.conf"
+UNIT_DROP_IN = "/run/systemd/system/llmd.service.d/test.conf"
+
+tests = []
+
+
+def test(f):
+    tests.append(f)
+    return f
+
+
+def journal(m, *matches):
+    """Entries, oldest first."""
+    m.run("journalctl", "--sync")
+    said = m.run("journalctl", "--output=json", "--all", "--no-pager", *matches).stdout
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def messages(m):
+    return [e["MESSAGE"] for e in journal(m, "_SYSTEMD_UNIT=llmd.service")]
+
+
+def wait_said(m, text):
+    wait_for(lambda: any(text in line for line in messages(m)), lambda: f"{text!r} is not in {messages(m)}")
+
+
+def ask(m, user, *options):
+    """The demo model's answer is right; the notes that llmctl made."""
+    p = m.run("llmctl", *options, "run", "--no-stdin", "--temperature=0", QUESTION, user=user)
+    assert p.stdout.endswith(ANSWER), p
+    return p.stderr
+
+
+def refused(m, user, *command):
+    """The one line that says why."""
+    p = m.run(*command, user=user, check=False)
+    assert p.returncode == 1 and p.stdout == "" and p.stderr.count("\n") == 1, (command, p)
+    return p.stderr
+
+
+def call(m, user, method, *args):
+    return m.run("busctl", "call", NAME, ROOT, MANAGER, method, *args, user=user).stdout
+
+
+def main_pid(m):
+    return m.show("llmd.service", "MainPID")
+
+
+def install(m):
+    staging = tempfile.mkdtemp(prefix="booted-install-")
+    os.chmod(staging, 0o755)  # the root folder is to be that, too
+    try:
+        subprocess.run([*MESON, "install", "-C", BUILD, "--no-rebuild", "--destdir", staging], check=True,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        for left in "etc/llmd", "var/lib/llmd", "usr/lib/llmd":  # of an installation on this machine
+            shutil.rmtree(os.path.join(m.root, left), ignore_errors=True)
+        subprocess.run(["cp", "-a", staging + "/.", m.root + "/"], check=True)
+    finally:
+        shutil.rmtree(staging)
+    for i, name in enumerate(("alice", "bob")):
+        m.write(f"/usr/lib/sysusers.d/{name}.conf", f'u {name} {50001 + i} "" /home/{name} /bin/sh\n')
+        os.makedirs(f"{m.root}/home/{name}")
+        os.chown(f"{m.root}/home/{name}", 50001 + i, 50001 + i)
+
+
+@test
+def is_installed(m):
+    """As README.md tells it."""
+    install(m)
+    m.run("systemd-sysusers")
+    m.run("systemd-tmpfiles", "--create")
+    m.run("systemctl", "daemon-reload")
+    m.run("systemctl", "reload", "dbus")
+    m.run("systemctl", "enable", "--now", "llmd.socket")
+    assert m.show("llmd.service", "ActiveState") == "inactive"
+    for scope in "--system", "--user":
+        folder = f"/usr/lib/systemd/{scope[2:]}"
+        p = m.run("env", "XDG_RUNTIME_DIR=/run", "systemd-analyze", scope, "verify", "--recursive-errors=no", folder + "/llmd.service",
+                  folder + "/llmd.socket")
+        assert p.stdout + p.stderr == "", p
+
+
+@test
+def starts_on_first_use(m):
+    assert ask(m, "alice") == ""
+    state, status, user = m.show("llmd.service", "ActiveState", "StatusText", "User")
+    assert (state, user) == ("active", "llmd") and status.startswith("Serving demo: "), (state, status, user)
+    assert ask(m, "bob", "--system") == ""
+    scope = json.loads(m.run("llmctl", "--json", "status", user="bob").stdout)["scope"]
+    assert scope == "system", scope
+    said = m.run("systemctl", "status", "--no-pager", "llmd").stdout
+    assert 'Status: "Serving demo: ' in said and "serving on the system bus as " + NAME in said, said
+    assert m.run("stat", "--format=%U:%a", "/var/lib/llmd").stdout == "llmd:755\n"
+
+
+@test
+def starts_by_the_bus(m):
+    """The socket is not there; who calls the name gets it all."""
+    for user, ask_it in (("alice", lambda u: call(m, u, "GetStatistics")),
+                         ("bob", lambda u: m.run("python3", "-B", "/usr/share/doc/llmd/examples/ask.py", QUESTION, user=u).stdout)):
+        m.run("systemctl", "stop", "llmd.socket", "llmd.service")
+        assert m.show("llmd.service", "ActiveState") == "inactive"
+        before = main_pid(m)
+        said = ask_it(user)
+        assert said.strip() and said.endswith("\n"), said
+        assert before == "0" != main_pid(m)
+    m.run("systemctl", "stop", "llmd.socket", "llmd.service")
+    assert ask(m, "alice", "--system") == ""  # llmctl, too
+    m.run("systemctl", "start", "llmd.socket")
+
+
+@test
+def sessions_are_private(m):
+    def listed(user, *more):
+        return json.loads(m.run("llmctl", "--json", "session", "list", *more, user=user).stdout)
+
+    ids = {u: m.run("llmctl", "session", "create", "--label", "of-" + u, user=u).stdout.strip() for u in ("alice", "bob")}
+    assert ids["alice"] != ids["bob"]
+    for user, id_ in ids.items():
+        assert [s["label"] for s in listed(user)] == ["of-" + user], listed(user)
+        m.run("llmctl", "run", "--no-stdin", "--session", id_, QUESTION, user=user)
+    assert "there is no such session" in refused(m, "bob", "llmctl", "session", "show", ids["alice"])
+    assert "there is no such session" in refused(m, "bob", "llmctl", "session", "close", ids["alice"])
+    assert NAME + ".inspect-sessions" in refused(m, "bob", "llmctl", "session", "list", "--all")
+    everybody = listed(None, "--all")
+    assert {s["uid"] for s in everybody} == {50001, 50002} and not any(s["label"] for s in everybody), everybody
+    for user, id_ in ids.items():
+        m.run("llmctl", "session", "close", id_, user=user)
+
+
+@test
+def polkit_decides(m):
+    """Refused by the action's default, with no agent there; allowed by a rule; root always."""
+    wanted = ("llmctl", "model", "default", "demo")
+    said = refused(m, "alice", *wanted)
+    assert MODELS in said and "authentication" in said and "nobody could be asked" in said, said
+    m.run(*wanted)
+    assert m.show("polkit.service", "ActiveState") == "active"
+    rule = "/etc/polkit-1/rules.d/10-test.rules"
+    m.write(rule, 'polkit.addRule(function(a, s) { if (a.id == "%s" && s.user == "alice") return "yes"; });\n' % MODELS)
+    wait_for(lambda: m.run(*wanted, user="alice", check=False).returncode == 0, "the rule does not apply")
+    assert MODELS in refused(m, "bob", *wanted)
+    os.unlink(m.root + rule)
+    wait_for(lambda: m.run(*wanted, user="alice", check=False).returncode == 1, "the rule's end does not apply")
+
+
+@test
+def without_polkit(m):
+    """It answered before: its absence allows nothing. To a daemon that never met it, it is not there."""
+    wanted = ("llmctl", "model", "default", "demo")
+    m.run("systemctl", "mask", "--now", "polkit.service")
+    assert MODELS in refused(m, "alice", *wanted)
+    m.run(*wanted)
+    m.run("systemctl", "restart", "llmd.service")
+    assert ask(m, "alice") == ""
+    assert MODELS in refused(m, "alice", *wanted)
+    m.run(*wanted)
+    wait_said(m, "polkit cannot be asked: everybody may use the model, only root may manage it")
+    m.run("systemctl", "unmask", "polkit.service")
+    m.run("systemctl", "restart", "llmd.service")
+    assert "authentication" in refused(m, "alice", *wanted)
+
+
+@test
+def configuration_is_reloaded(m):
+    pid = main_pid(m)
+    m.write(DROP_IN, "[Daemon]\nLogLevel=debug\n[Limits]\nMaxSessions=1\n[User bob]\nMaxSessions=2\n")
+    m.run("systemctl", "reload", "llmd")
+    wait_said(m, "the configuration was read again")
+    for user, most in ("alice", 1), ("bob", 2):
+        wait_for(lambda: f'"max-sessions" u {most} ' in call(m, user, "GetQuota", "u", m.run("id", "-u", user).stdout.strip()))
+        ids = [m.run("llmctl", "session", "create", user=user).stdout.strip() for _ in range(most)]
+        p = m.run("llmctl", "session", "create", user=user, check=False)
+        assert p.returncode == 75 and "session" in p.stderr and p.stdout == "", p
+        m.run("llmctl", "session", "close", *ids, user=user)
+    # One that is wrong makes the command fail, and is not taken.
+    m.write(DROP_IN, "[Limits]\nMaxSessions=many\n")
+    p = m.run("systemctl", "reload", "llmd", check=False)
+    assert p.returncode == 1 and "llmd.service" in p.stderr, p
+    wait_said(m, DROP_IN + ":2: [Limits] MaxSessions=many")
+    assert '"max-sessions" u 2 ' in call(m, "bob", "GetQuota", "u", "50002")
+    m.write(DROP_IN, "[Daemon]\nLogLevel=debug\n")
+    m.run("systemctl", "reload", "llmd")
+    assert main_pid(m) == pid and m.show("llmd.service", "NRestarts") == "0"
+
+
+@test
+def journal_has_fields_and_no_prompt(m):
+    m.run("llmctl", "run", "--no-stdin", "Say " + MARKER, user="alice")
+    m.run("busctl", "call", NAME, ROOT, MANAGER, "Measure", "a{sv}", "1", "prompt", "s", "Read " + MARKER, user="alice")
+    finished = wait_for(lambda: journal(m, "MESSAGE_ID=0e840b98b1e54562972e4eecb8c49a7a", "LLMD_UID=50001"))[-1]
+    assert int(finished["LLMD_SESSION"]) > 0 and int(finished["LLMD_REQUEST"]) > 0, finished
+    assert int(finished["LLMD_PROMPT_TOKENS"]) > 0 and int(finished["LLMD_COMPLETION_TOKENS"]) > 0, finished
+    assert finished["_SYSTEMD_UNIT"] == "llmd.service" and finished["PRIORITY"] == "7", finished
+    ready = journal(m, "MESSAGE_ID=ebd92389b4a6494e8d71b614d9cd9918")
+    assert ready and all(e["LLMD_MODEL"] == "demo" for e in ready), ready
+    # Nowhere on the machine that it runs on. That grep finds it where it is is seen as well.
+    m.write("/run/llmd-marker", MARKER)
+    said = m.run("grep", "-rlaF", MARKER, "/run", "/var/lib/llmd", "/var/log", "/tmp", "/var/tmp", "/etc", check=False).stdout
+    assert said == "/run/llmd-marker\n", said
+    assert not [e for e in journal(m) if MARKER in json.dumps(e)]
+
+
+@test
+def stop_ends_streams(m):
+    """Nobody reads, and what has been written fills all there is to hold it: no answer can be over before."""
+    asked = ("llmctl", "--json", "run", "--no-stdin", "--ignore-end", "--logprobs", "--top-logprobs=20", "Count.")
+    runs = [m.popen(*asked, user=user) for user in ("alice", "bob")]
+    assert all(p.stdout.read(1) == "{" for p in runs)
+    m.run("systemctl", "stop", "--no-block", "llmd.service")
+    for p in runs:
+        out, err = p.communicate(timeout=60)
+        end = json.loads(out.splitlines()[-1])
+        assert (end["type"], end["reason"]) == ("end", "shutdown"), (end, err)
+        assert p.returncode == 1 and "the daemon ended before the answer did" in err, (p.returncode, err)
+    wait_for(lambda: m.show("llmd.service", "ActiveState") == "inactive")
+    assert m.show("llmd.service", "Result", "ExecMainStatus") == ["success", "0"]
+    assert m.show("llmd.socket", "ActiveState") == "active"
+    assert ask(m, "alice") == ""  # and the socket starts it again
+
+
+@test
+def watchdog_restarts(m):
+    m.write(UNIT_DROP_IN, "[Service]\nWatchdogSec=4s\n")
+    m.run("systemctl", "daemon-reload")
+    m.run("systemctl", "restart", "llmd.service")
+    pid = main_pid(m)
+    m.run("kill", "-STOP", pid)
+    wait_for(lambda: m.show("llmd.service", "NRestarts") != "0", "it is not restarted")
+    wait_for(lambda: m.show("llmd.service", "ActiveState") == "active")
+    assert main_pid(m) not in ("0", pid)
+    assert [e for e in journal(m, "UNIT=llmd.service") if "Watchdog timeout" in e["MESSAGE"]]
+    assert ask(m, "bob") == ""
+    os.unlink(m.root + UNIT_DROP_IN)
+    m.run("systemctl", "daemon-reload")
+
+
+@test
+def service_that_does_not_answer(m):
+    """llmctl starts no other in its place, but uses one that runs. One that is switched off is none."""
+    m.run("systemctl", "stop", "llmd.socket", "llmd.service")
+    denial = "/etc/dbus-1/system.d/test.conf"
+    m.write(denial, f'<busconfig><policy user="bob"><deny send_destination="{NAME}"/></policy></busconfig>\n')
+    m.run("systemctl", "reload", "dbus")
+    said = refused(m, "bob", "llmctl", "run", "--no-stdin", QUESTION)
+    assert "the system's llmd: " in said and "--private" in said, said
+    assert ask(m, "bob", "--private") == ""
+    said = ask(m, "bob")
+    assert "the system's llmd: " in said and "private one answers" in said, said
+    os.unlink(m.root + denial)
+    m.run("systemctl", "reload", "dbus")
+    m.run("systemctl", "mask", "llmd.service", "llmd.socket")
+    assert ask(m, "alice") == ""
+    assert m.run("llmctl", "--system", "status", user="alice", check=False).returncode == 3
+
+
+def main():
+    try:
+        m = Machine()
+    except Unavailable as e:
+        print(e)
+        sys.exit(77)
+    with m:
+        for t in tests:
+            print(f"{t.__name__} ... ", end="", flush=True)
+            try:
+                t(m)
+            except BaseException:
+                print("FAILED", flush=True)
+                print(m.run("journalctl", "--no-pager", "--lines=40", check=False).stdout)
+                raise
+            print("ok", flush=True)
+
+
+main()
