@@ -7,7 +7,7 @@
  * session: one timeline, that is tokens so far and their KV cache.
  *
  * Engine thread only: one thread, the same for every call on an engine and its sessions, because it
- * is the one that enters OpenMP regions. engine_options are checked, nothing here logs.
+ * is the one that the backend's threads work for. engine_options are checked, nothing here logs.
  */
 
 #include <stdbool.h>

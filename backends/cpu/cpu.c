@@ -16,19 +16,16 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if HAVE_CPU_AVX2
 #include <cpuid.h>
 #endif
 
 #include "backends/cpu/matmul.h"
+#include "backends/cpu/team.h"
 #include "base/checked.h"
 #include "base/cleanup.h"
 
-/* Below this many multiplications a second thread costs more than it brings (a region takes 1 to
- * 3 us to open and close). */
+/* Below this many multiplications a second thread costs more than it brings: some 1 us. */
 #define PARALLEL_MIN ((size_t)1 << 15)
 
 /* Pieces per thread: enough that a core that is also busy elsewhere does not hold up the others. */
@@ -89,24 +86,34 @@ static const struct level levels[] = {
     {"amx", NULL, NULL},
 };
 
+/* One call of cpu_parallel(). */
+struct parallel {
+    const struct cpu_backend *backend;
+    cpu_body body;
+    const void *args;
+    uint32_t n, piece;
+};
+
+static void do_piece(const void *userdata, uint32_t number, uint32_t thread)
+{
+    const struct parallel *p = userdata;
+    uint32_t first = number * p->piece;
+
+    p->body(p->args, first, MIN(first + p->piece, p->n),
+            p->backend->scratch + p->backend->scratch_each * (size_t)thread);
+}
+
 void cpu_parallel(struct cpu_backend *c, uint32_t n, size_t cost, cpu_body body, const void *args)
 {
+    struct parallel p = {c, body, args, n, 1};
+
     if (n == 0)
         return;
-#ifdef _OPENMP
-    uint32_t n_threads = c->n_threads, piece;
-
-    if (n_threads > 1 && n > 1 && cost >= PARALLEL_MIN / n) {
-        piece = MAX(n / (n_threads * PIECES_PER_THREAD), 1u);
-#pragma omp parallel for num_threads(n_threads) schedule(dynamic, 1)
-        for (uint32_t i = 0; i < n; i += piece)
-            body(args, i, MIN(i + piece, n),
-                 c->scratch + c->scratch_each * (size_t)omp_get_thread_num());
+    if (c->n_threads > 1 && n > 1 && cost >= PARALLEL_MIN / n) {
+        p.piece = MAX(n / (c->n_threads * PIECES_PER_THREAD), 1u);
+        team_run(c->team, DIV_ROUND_UP(n, p.piece), do_piece, &p);
         return;
     }
-#else
-    (void)cost;
-#endif
     body(args, 0, n, c->scratch);
 }
 
@@ -157,6 +164,7 @@ static void cpu_free(struct backend *b)
 {
     struct cpu_backend *c = cpu_backend(b);
 
+    team_free(c->team);
     if (c->scratch)
         (void)munmap(c->scratch, c->scratch_total);
     free(c);
@@ -334,9 +342,6 @@ int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
         return r;
     if (n_threads == 0)
         n_threads = usable_cores();
-#ifndef _OPENMP
-    n_threads = 1;
-#endif
 
     c = calloc(1, sizeof(*c));
     if (!c)
@@ -344,7 +349,11 @@ int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
     c->base.vtable = &vtable;
     c->base.ops = &c->ops;
     c->limits = *limits;
-    c->n_threads = n_threads;
+    if (team_new(&c->team, n_threads) < 0) {
+        backend_free(&c->base);
+        return error_set(err, ENOMEM, "CPU backend: out of memory");
+    }
+    c->n_threads = n_threads = team_n_threads(c->team);
     for (size_t i = 0; i <= chosen; i++)
         if (levels[i].use && levels[i].supported()) {
             levels[i].use(c);

@@ -21,7 +21,8 @@ struct cpu_backend {
     void (*lower_matmul)(struct backend *b, const struct weight *w, const struct activations *x,
                          float *y, size_t ld_y);
     struct backend_limits limits;
-    uint32_t n_threads;
+    struct team *team;
+    uint32_t n_threads; /* of the team */
     char *scratch; /* scratch_each bytes for each thread, aligned to 64, then the shared part */
     size_t scratch_each, scratch_shared, scratch_total;
 };
