@@ -105,7 +105,7 @@ def is_installed(m):
 
 @test
 def starts_on_first_use(m):
-    assert ask(m, "alice") == ""
+    assert ask(m, "alice", "--socket=/run/llmd/llmd.socket") == ""
     state, status, user = m.show("llmd.service", "ActiveState", "StatusText", "User")
     assert (state, user) == ("active", "llmd") and status.startswith("Serving demo: "), (state, status, user)
     assert ask(m, "bob", "--system") == ""
@@ -259,6 +259,28 @@ def watchdog_restarts(m):
 
 
 @test
+def user_service(m):
+    """Alice's own, by the manager of her units."""
+    if m.run("systemctl", "start", "user@50001.service", check=False).returncode != 0:
+        return "skipped: users have no manager here"
+    env = ("env", "XDG_RUNTIME_DIR=/run/user/50001")
+    m.run(*env, "systemctl", "--user", "enable", "--now", "llmd.socket", user="alice")
+
+    def ask_it():
+        return m.run(*env, "llmctl", "--user", "run", "--no-stdin", "--temperature=0", QUESTION, user="alice").stdout
+
+    assert ask_it().endswith(ANSWER)
+    said = m.run(*env, "systemctl", "--user", "status", "--no-pager", "llmd", user="alice").stdout
+    assert 'Status: "Serving demo: ' in said, said
+    m.run(*env, "systemctl", "--user", "reload", "llmd", user="alice")
+    m.run(*env, "systemctl", "--user", "stop", "llmd.socket", "llmd.service", user="alice")
+    if os.path.exists(m.root + "/usr/lib/systemd/user/dbus.socket"):
+        assert ask_it().endswith(ANSWER)  # by the session bus
+    m.run("systemctl", "stop", "user@50001.service")
+    return None
+
+
+@test
 def service_that_does_not_answer(m):
     """llmctl starts no other in its place, but uses one that runs. One that is switched off is none."""
     m.run("systemctl", "stop", "llmd.socket", "llmd.service")
@@ -287,12 +309,12 @@ def main():
         for t in tests:
             print(f"{t.__name__} ... ", end="", flush=True)
             try:
-                t(m)
+                said = t(m)
             except BaseException:
                 print("FAILED", flush=True)
                 print(m.run("journalctl", "--no-pager", "--lines=40", check=False).stdout)
                 raise
-            print("ok", flush=True)
+            print(said or "ok", flush=True)
 
 
 main()
