@@ -19,13 +19,15 @@ struct prompt_thread;
 
 struct timeline {
     struct timeline_options options;
-    _Atomic uint32_t n_tokens; /* written by the engine thread, read by any */
+    _Atomic uint32_t n_tokens; /* the tail counts; written by the engine thread, read by any */
 
     /* guarded by engine_thread::mutex */
     struct timeline_info info;
     enum chat_position position; /* between two jobs */
+    /* The last token of an answer that was cut: sampled and given out, but not evaluated. It is part
+     * of the conversation, not of the session: the next prompt begins with it. */
     bool has_tail;
-    uint32_t tail;    /* a token that was sampled and given out, but not evaluated */
+    uint32_t tail;
     struct job *jobs; /* submitted and not let go, by job::timeline_next */
     bool is_listed, is_closed;
     struct timeline *previous, *next; /* engine_thread::timelines */
@@ -131,6 +133,8 @@ bool work_step(struct engine_thread *t);
 /* Brings what the loop sees of timelines, queue and memory up to date. */
 void work_publish(struct engine_thread *t);
 void work_publish_timeline(struct engine_thread *t, struct timeline *tl);
+/* Tokens of the conversation between two jobs, the tail included; at most its n_ctx. */
+uint32_t work_n_tokens(const struct timeline *tl);
 
 int work_make_session(struct engine_thread *t, struct timeline *tl); /* 0, -ENOMEM */
 

@@ -59,7 +59,7 @@ static void on_prompt_done(struct job *j, void *userdata)
     struct engine_thread *t = userdata;
 
     if (j->request.kind == JOB_MEASURE) {
-        j->n_tokens = (uint32_t)MIN(j->ids.n, UINT32_MAX);
+        j->n_tokens = (uint32_t)MIN(j->ids.n - MIN(j->ids.n, (size_t)j->has_tail), UINT32_MAX);
         if (atomic_load(&j->stop) != JOB_GOES_ON)
             job_finish_stopped(t, j);
         else if (j->result < 0)

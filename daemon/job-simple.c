@@ -46,13 +46,13 @@ static int do_fork(struct engine_thread *t, struct job *j, struct error *err)
 static int do_rewind(struct engine_thread *t, struct job *j, struct error *err)
 {
     struct timeline *tl = j->timeline;
-    uint32_t used = tl->session ? session_n_tokens(tl->session) : 0, keep = j->request.rewind_to;
+    uint32_t used = work_n_tokens(tl), keep = j->request.rewind_to;
     enum chat_position position = CHAT_START;
 
     if (keep > used)
         return error_set(err, EINVAL, "tokens: %u are to stay, and the session has %u", keep, used);
     if (keep < used) {
-        session_rewind(tl->session, keep);
+        session_rewind(tl->session, keep); /* nothing, when the tail alone goes */
         if (keep > 0 && model_tokenizer(t->model))
             position =
                 chat_position_find(model_tokenizer(t->model), session_tokens(tl->session), keep);
@@ -91,7 +91,7 @@ static int do_save(struct engine_thread *t, struct job *j, struct error *err)
     r = saved_session_write(&j->saved, &s);
     if (r < 0)
         return error_set(err, -r, r == -ENOMEM ? "out of memory" : "libcrypto: SHA-256 failed");
-    j->n_tokens = s.n_tokens;
+    j->n_tokens = work_n_tokens(tl);
     return 0;
 }
 
@@ -123,7 +123,7 @@ static int do_restore(struct engine_thread *t, struct job *j, struct error *err)
     tl->tail = s.tail;
     pthread_mutex_unlock(&t->mutex);
     work_publish_timeline(t, tl);
-    j->n_tokens = s.n_tokens;
+    j->n_tokens = work_n_tokens(tl);
     return 0;
 }
 

@@ -52,6 +52,12 @@ static struct session *session_of(const struct job *j)
     return j->timeline->session;
 }
 
+/* Tokens of the conversation when the request began. */
+static uint32_t used_before(const struct job *j)
+{
+    return MIN(j->work.start + j->has_tail, j->timeline->options.n_ctx);
+}
+
 /* ---- what a request has before it ---- */
 
 static const uint32_t *pending_tokens(const struct job *j, size_t *ret_n)
@@ -136,6 +142,10 @@ static void leave(struct engine_thread *t, struct job *j)
     else if (w->begun)
         j->usage = (struct generation_usage){.prompt_tokens = (uint32_t)j->ids.n,
                                              .cached_tokens = w->start};
+    if (w->begun && j->has_tail) { /* the answer's before, not the prompt's */
+        j->usage.prompt_tokens--;
+        j->usage.cached_tokens++;
+    }
     w->generation = generation_free(w->generation);
     if (!w->begun)
         return;
@@ -201,6 +211,7 @@ static void finish_well(struct engine_thread *t, struct job *j, const char *reas
     tl->has_tail = has_tail;
     tl->tail = j->work.last_id;
     pthread_mutex_unlock(&t->mutex);
+    work_publish_timeline(t, tl);
     job_let_go(t, j);
 }
 
@@ -225,9 +236,9 @@ static int begin(struct engine_thread *t, struct job *j, struct error *err)
         return error_set(err, -r, "out of memory");
     used = session_n_tokens(tl->session);
     if (j->ids.n > tl->options.n_ctx - used)
-        return error_set(err, EMSGSIZE,
-                         "the prompt has %zu tokens and the session has room for %u of %u",
-                         j->ids.n, tl->options.n_ctx - used, tl->options.n_ctx);
+        return error_set(
+            err, EMSGSIZE, "the prompt has %zu tokens and the session has room for %u of %u",
+            j->ids.n - j->has_tail, tl->options.n_ctx - work_n_tokens(tl), tl->options.n_ctx);
     if (j->request.kind == JOB_GENERATE) {
         r = generation_new(&w->generation, tl->session, j->ids.data, j->ids.n, &j->request.options,
                            err);
@@ -611,11 +622,18 @@ void work_stop_where_asked(struct engine_thread *t)
 
 /* ---- what the loop sees ---- */
 
+uint32_t work_n_tokens(const struct timeline *tl)
+{
+    uint32_t n = tl->session ? session_n_tokens(tl->session) : 0;
+
+    return MIN(n + tl->has_tail, tl->options.n_ctx); /* there may be no room left for the tail */
+}
+
 void work_publish_timeline(struct engine_thread *t, struct timeline *tl)
 {
     uint64_t kv_bytes = tl->session ? session_kv_bytes(tl->session) : 0;
 
-    atomic_store(&tl->n_tokens, tl->session ? session_n_tokens(tl->session) : 0);
+    atomic_store(&tl->n_tokens, work_n_tokens(tl));
     pthread_mutex_lock(&t->mutex);
     tl->info.kv_bytes = kv_bytes;
     pthread_mutex_unlock(&t->mutex);
@@ -641,7 +659,7 @@ static void publish_job(struct engine_thread *t, struct job *j, bool with_positi
         position = scheduler_position(t->scheduler, &j->work.task, &estimate);
     if (position == 0)
         estimate = 0;
-    atomic_store(&j->timeline->n_tokens, session_n_tokens(session_of(j)));
+    atomic_store(&j->timeline->n_tokens, MAX(session_n_tokens(session_of(j)), used_before(j)));
     pthread_mutex_lock(&t->mutex);
     if (!with_position && state == TIMELINE_QUEUED) {
         position = info->queue_position;

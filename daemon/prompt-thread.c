@@ -205,7 +205,7 @@ static void *lane_run(void *userdata)
         pthread_mutex_unlock(&p->mutex);
         j->result = encode(p->model, j, &j->error);
         if (j->result == 0)
-            j->n_wanted = j->ids.n;
+            j->n_wanted = j->ids.n - MIN(j->ids.n, (size_t)j->has_tail);
         p->done(j, p->userdata);
         pthread_mutex_lock(&p->mutex);
     }

@@ -139,8 +139,8 @@ static void test_measure(void)
     q.raw = true;
     submit(&m, tl, &q);
     wait_for(&m);
-    /* The token that max-tokens left over is still to come, so even that is not nothing. */
-    assert(m.result == 0 && m.n_tokens == 1);
+    /* Nothing but the token that max-tokens left over, which the answer before has counted. */
+    assert(m.result == 0 && m.n_tokens == 0);
     q = question("", 0);
     q.kind = JOB_MEASURE;
     q.messages[0].role = CHAT_MODEL;
@@ -237,6 +237,103 @@ static void test_rewind_within(void)
     run_done(&y);
     engine_thread_close(engine, a);
     engine_thread_close(engine, b);
+}
+
+static void rewind_to(struct timeline *tl, uint32_t keep)
+{
+    struct run x = {0};
+    struct job_request q = {.kind = JOB_REWIND, .rewind_to = keep};
+
+    submit(&x, tl, &q);
+    wait_for(&x);
+    assert(x.result == 0 && x.n_tokens == keep && timeline_n_tokens(tl) == keep);
+    run_done(&x);
+}
+
+/* The last token of an answer that was cut is counted, and comes back, although no step saw it. */
+static void test_tail(void)
+{
+    struct timeline *a = timeline_for(1), *b = timeline_for(1), *c, *full = timeline_for(1);
+    struct run x = {0}, y = {0}, z = {0};
+    struct job_request q;
+    uint32_t used;
+
+    ask(&x, a, "What is this?", 5);
+    wait_for(&x);
+    used = timeline_n_tokens(a);
+    assert(strcmp(x.end_reason, "length") == 0);
+    assert(used == x.usage.prompt_tokens + x.usage.completion_tokens);
+    do_kind(&y, a, JOB_FORK);
+    c = TAKE_PTR(y.fork);
+    do_kind(&z, a, JOB_SAVE);
+    assert(timeline_n_tokens(c) == used && y.n_tokens == used && z.n_tokens == used);
+    q = (struct job_request){.kind = JOB_RESTORE, .saved = z.saved};
+    z.saved = (struct buffer){0};
+    submit(&z, b, &q);
+    wait_for(&z);
+    assert(z.result == 0 && z.n_tokens == used && timeline_n_tokens(b) == used);
+
+    /* It is the conversation's, not the next prompt's. */
+    ask(&x, a, "And this?", 5);
+    wait_for(&x);
+    assert(x.usage.cached_tokens == used);
+    assert(timeline_n_tokens(a) == used + x.usage.prompt_tokens + x.usage.completion_tokens);
+
+    /* Back to where the first answer ended: when there is more, and when there is no more. */
+    rewind_to(a, used);
+    rewind_to(b, used);
+    for (size_t i = 0; i < 3; i++) {
+        struct timeline *each[] = {a, b, c};
+
+        ask(&y, each[i], "And this?", 5);
+        wait_for(&y);
+        expect_same(&x.out, &y.out);
+    }
+    /* One less is without it, whether it had been evaluated or not. */
+    rewind_to(a, used - 1);
+    rewind_to(b, 0);
+    ask(&y, b, "What is this?", 5);
+    wait_for(&y);
+    rewind_to(b, used - 1);
+    ask(&x, a, "And this?", 5);
+    wait_for(&x);
+    ask(&y, b, "And this?", 5);
+    wait_for(&y);
+    expect_same(&x.out, &y.out);
+    assert(x.usage.cached_tokens == used - 1 && y.usage.cached_tokens == used - 1);
+
+    /* A request that was cancelled leaves it where it was. */
+    used = timeline_n_tokens(b);
+    hold_steps(true);
+    ask(&y, b, "Go on", 5);
+    wait_for_held_step();
+    assert(timeline_n_tokens(b) == used);
+    engine_thread_stop(engine, y.job, JOB_CANCELLED);
+    hold_steps(false);
+    wait_for(&y);
+    assert(timeline_n_tokens(b) == used);
+    ask(&x, a, "Go on", 5);
+    wait_for(&x);
+    ask(&y, b, "Go on", 5);
+    wait_for(&y);
+    expect_same(&x.out, &y.out);
+
+    /* There is no room for it: the context is full, and no more than that. */
+    ask(&x, full, "Tell me all", 0);
+    wait_for(&x);
+    assert(strcmp(x.end_reason, "length") == 0 && timeline_n_tokens(full) == CONTEXT);
+    rewind_to(full, CONTEXT);
+    ask(&x, full, "More", 1);
+    wait_for(&x);
+    assert(x.result == -EMSGSIZE && strstr(x.error.text, "room for 0"));
+
+    run_done(&x);
+    run_done(&y);
+    run_done(&z);
+    engine_thread_close(engine, a);
+    engine_thread_close(engine, b);
+    engine_thread_close(engine, c);
+    engine_thread_close(engine, full);
 }
 
 /* ---- errors ---- */
@@ -1126,6 +1223,7 @@ int main(int argc, char **argv)
     test_measure();
     test_copies();
     test_rewind_within();
+    test_tail();
     test_errors();
     test_cancel();
     test_small_prompts_first();

@@ -106,8 +106,8 @@ def properties():
         _, (usage, end) = s.run(prompt="hello", max_tokens=dbus.UInt32(3), ignore_end=True)
         assert end == {"type": "end", "reason": "length"}
         assert usage["completion_tokens"] == 3 and usage["cached_tokens"] == 0
-        # The last token was given out but is not in the session.
-        assert s.get("ContextUsed") == usage["prompt_tokens"] + 2
+        # All that was given out counts, the last token as well, which no step has seen yet.
+        assert s.get("ContextUsed") == usage["prompt_tokens"] + usage["completion_tokens"]
         assert c.manager("KvBytesUsed") > 0
         s.call("Close")
         assert error_of(s.get, "State")[0] == "NoSuchSession"
@@ -167,9 +167,9 @@ def conversation():
         options = {"ignore-end": True, "max-tokens": dbus.UInt32(5), "seed": dbus.UInt64(1)}
         _, (first, _) = s.run(options, prompt="one")
         _, (second, _) = s.run(options, prompt="two")
-        assert second["cached_tokens"] == first["prompt_tokens"] + 4, (first, second)
-        # The last token of the answer and the end of its turn come before the second question.
-        assert second["prompt_tokens"] == first["prompt_tokens"] - 1 + 1 + 2
+        assert second["cached_tokens"] == first["prompt_tokens"] + first["completion_tokens"], (first, second)
+        # The end of the answer's turn comes before the second question; the beginning of the text only once.
+        assert second["prompt_tokens"] == first["prompt_tokens"] - 1 + 2
         # Raw text continues byte by byte.
         r = c.create()
         assert r.run(options, prompt="one", raw=True)[1][0]["prompt_tokens"] == 4
