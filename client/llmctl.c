@@ -235,7 +235,10 @@ static const struct verb *nearest(const struct verb_table *table, const char *na
     size_t least = strlen(name) < 4 ? 2 : 3; /* so many are another word */
 
     for (size_t i = 0; i < table->n; i++) {
-        size_t d = distance(name, table->verbs[i].name);
+        /* A beginning says more than any number of letters that are alike. */
+        size_t d = strncmp(name, table->verbs[i].name, strlen(name)) == 0
+                       ? 0
+                       : distance(name, table->verbs[i].name);
 
         if (d < least) {
             least = d;
