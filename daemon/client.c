@@ -292,7 +292,8 @@ static int refuse(const struct question *q, int answer, sd_bus_error *error)
     error_set(&err, EACCES,
               answer == 2
                   ? "%s: is allowed after authentication only, and nobody could be asked for it"
-                  : "%s: the administrator does not allow it to this user",
+                  : "%s: polkit does not allow it to this user; where there is no polkit, only "
+                    "root may",
               action_name(q->action));
     return bus_error_set(error, EACCES, &err);
 }
