@@ -291,6 +291,8 @@ def on_a_bus():
 
         complaint(user(h, "status", env=env), 3)
         with user_daemon(h, "--model", llmctl_home.model, DBUS_SESSION_BUS_ADDRESS=broker.address) as daemon:
+            while user(h, "is-ready", env=env)[0] == 3:  # it serves before it has its name on the bus
+                pass
             p = h.popen("--user", "monitor", "--json", any_scope=True, env=env)
             assert b"watching" in p.stderr.readline()
             s = call("session", "create", "--label=here").strip()
