@@ -3,7 +3,8 @@
 
 /*
  * A transfer is its thread's from start to the write to its eventfd, then the loop's. When the
- * daemon ends first, the thread ends with the process: nothing waits for it.
+ * daemon ends first, the thread and what it works on are left to the end of the process: nothing
+ * waits for it.
  */
 
 #include "daemon/file-transfer.h"
@@ -38,21 +39,33 @@ struct transfer {
     sd_event_source *source;
     file_transferred done;
     void *userdata;
+    struct transfer *previous, *next; /* transfers */
 };
 
-static uint32_t n_transfers; /* loop thread */
+/* loop thread */
+static struct transfer *transfers;
+static uint32_t n_transfers;
+
+/* What the loop has of it. */
+static void let_go(struct transfer *t)
+{
+    t->source = sd_event_source_disable_unref(t->source);
+    *(t->previous ? &t->previous->next : &transfers) = t->next;
+    if (t->next)
+        t->next->previous = t->previous;
+    t->user->n_transfers--;
+    n_transfers--;
+    t->user = user_unref(t->user);
+}
 
 static void transfer_free(struct transfer *t)
 {
-    sd_event_source_disable_unref(t->source);
+    let_go(t);
     closep(&t->fd);
     closep(&t->done_fd);
     if (t->data.data)
         explicit_bzero(t->data.data, t->data.allocated); /* a conversation, or what may be one */
     buffer_done(&t->data);
-    t->user->n_transfers--;
-    n_transfers--;
-    user_unref(t->user);
     free(t);
 }
 
@@ -146,6 +159,10 @@ static int start(sd_event *event, struct user *user, int fd, const struct transf
     t->user = user_ref(user);
     user->n_transfers++;
     n_transfers++;
+    t->next = transfers;
+    if (t->next)
+        t->next->previous = t;
+    transfers = t;
     t->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
     t->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     r = t->fd < 0 || t->done_fd < 0 ? -errno : 0;
@@ -181,4 +198,21 @@ int file_write_start(sd_event *event, struct user *user, int fd, struct buffer *
         .fd = -EBADF, .done_fd = -EBADF, .writes = true, .done = done, .userdata = userdata};
 
     return start(event, user, fd, &what, data);
+}
+
+void file_transfers_abandon(void)
+{
+    while (transfers) {
+        struct transfer *t = transfers;
+        struct buffer none = {0};
+        uint64_t count;
+
+        if (read(t->done_fd, &count, sizeof(count)) >= 0) { /* it was quicker */
+            t->done(t->userdata, t->result, &t->data);
+            transfer_free(t);
+            continue;
+        }
+        let_go(t);
+        t->done(t->userdata, -ESHUTDOWN, &none);
+    }
 }

@@ -28,3 +28,6 @@ int file_read_start(sd_event *event, struct user *user, int fd, size_t most, fil
 /* Writes all of data, which is taken over. As above. */
 int file_write_start(sd_event *event, struct user *user, int fd, struct buffer *data,
                      file_transferred done, void *userdata);
+
+/* The daemon ends: those that still wait are done with -ESHUTDOWN. */
+void file_transfers_abandon(void);

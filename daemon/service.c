@@ -33,6 +33,7 @@
 #include "daemon/client.h"
 #include "daemon/config.h"
 #include "daemon/engine-thread.h"
+#include "daemon/file-transfer.h"
 #include "daemon/log.h"
 #include "daemon/model-loader.h"
 #include "daemon/model-store.h"
@@ -652,6 +653,7 @@ static int on_end(sd_event_source *source, void *userdata)
     struct service *s = userdata;
 
     (void)source;
+    file_transfers_abandon();
     s->bus = bus_host_free(s->bus);
     server_close_all(s->server);
     sd_event_exit(s->event, 0);
@@ -938,6 +940,7 @@ struct service *service_free(struct service *s)
         return NULL;
     p = s->private;
     s->state = SERVICE_STOPPING;
+    file_transfers_abandon();
     if (p) {
         model_loader_free(p->loader);
         prefetch_free(p->prefetch);

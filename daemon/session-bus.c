@@ -112,6 +112,14 @@ static void late_fail(struct late *l, int r, const struct error *err)
     late_free(l);
 }
 
+static void late_fail_stopping(struct late *l)
+{
+    struct error err;
+
+    error_set(&err, ESHUTDOWN, "the daemon is about to end");
+    late_fail(l, -ESHUTDOWN, &err);
+}
+
 /* What became of the session, unless it has gone: then that is answered. */
 static struct client_session *late_session(struct late *l)
 {
@@ -271,6 +279,10 @@ static void on_written(void *userdata, int r, struct buffer *data)
     struct error err;
 
     (void)data;
+    if (r == -ESHUTDOWN) {
+        late_fail_stopping(l);
+        return;
+    }
     if (r < 0) {
         error_set(&err, -r, "the file: cannot write: %s", strerror(-r));
         late_fail(l, r == -ENOSPC || r == -EDQUOT ? -ENOSPC : -EIO, &err);
@@ -336,6 +348,10 @@ static void on_read(void *userdata, int r, struct buffer *data)
     struct client_session *s;
     struct error err = {0};
 
+    if (r == -ESHUTDOWN) {
+        late_fail_stopping(l);
+        return;
+    }
     if (r < 0) {
         error_set(&err, -r,
                   r == -EFBIG ? "the file: is larger than any saved session that fits here"

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """test-service.py LLMD MAKE_CHAT_MODEL: the life of the service: what it tells the service manager, inherited
 sockets, a bus that comes and goes, a configuration that changes, models that come and are exchanged."""
+import contextlib
 import ctypes
 import os
 import re
@@ -16,8 +17,9 @@ import time
 
 try:
     import dbus
-    from daemon_client import (BUS_NAME, Broker, BusClient, Child, Client, Daemon, MANAGER, PATIENCE, ROOT, SystemDaemon,
-                               error_of, options_of)
+    from daemon_client import (BUS_NAME, Broker, BusClient, Child, Client, Daemon, ERROR, MANAGER, PATIENCE, ROOT,
+                               SESSION, SystemDaemon, error_of, options_of)
+    from raw_bus import BusError, RawBus
 except ImportError:
     print("python3-dbus is not there")
     sys.exit(77)
@@ -86,6 +88,13 @@ def thread_named(pid, name):
             if f.read().strip() == name:
                 return int(tid)
     raise AssertionError(f"no thread {name}")
+
+
+def has_thread(pid, name):
+    try:
+        return thread_named(pid, name)
+    except AssertionError:
+        return None
 
 
 @test
@@ -374,6 +383,30 @@ def models_come_and_are_exchanged(folder, model):
         c.manage("SetDefaultModel", "sa{sv}", "two", options_of())
         assert c.manager("State") == "ready"
         assert c.create().run(prompt="a", max_tokens=dbus.UInt32(1)) and c.manager("Model") == "two"
+
+
+@test
+def ends_while_files_wait(folder, model):
+    """Files that will never be read or written to their end do not keep the daemon, nor break its end."""
+    for name in "Restore", "Save":
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        with contextlib.suppress(BlockingIOError):
+            while name == "Save":
+                os.write(write, bytes(65536))
+        os.set_blocking(write, True)
+        with Daemon(llmd, model, f"{folder}/{name}.sock") as d, RawBus(d.socket) as c:
+            session, = c.call(ROOT, MANAGER, "CreateSession", "a{sv}", [])
+            serial = c.start(session, SESSION, name, "h", write if name == "Save" else read)
+            wait_for(lambda: has_thread(d.process.pid, "llmd-file"))
+            assert d.stop() == 0, d.log()
+            try:
+                c.reply(serial)
+                raise AssertionError("it was answered")
+            except BusError as e:
+                assert e.name == ERROR + "ShuttingDown", e
+        os.close(read)
+        os.close(write)
 
 
 @test
