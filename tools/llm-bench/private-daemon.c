@@ -110,6 +110,7 @@ static void become_daemon(const char *program, const struct private_daemon_optio
 {
     const char *arguments[MAX_ARGUMENTS];
     char number[16];
+    FILE *f = NULL;
     size_t n = 0;
     int null_fd = open("/dev/null", O_RDONLY);
     int log_fd = open(daemon_.log, O_WRONLY | O_CREAT | O_APPEND, 0600);
@@ -121,7 +122,21 @@ static void become_daemon(const char *program, const struct private_daemon_optio
     fcntl(ready_fd, F_SETFD, 0);
     snprintf(number, sizeof(number), "%d", ready_fd);
     arguments[n++] = program;
-    arguments[n++] = "--private";
+    if (o->other_users) {
+        /* A system's daemon in all but its places. */
+        if (mkdir(daemon_.state, 0700) < 0 || setenv("STATE_DIRECTORY", daemon_.state, 1) < 0 ||
+            !(f = fopen(daemon_.config, "we")) || fclose(f) != 0 ||
+            chmod(daemon_.folder, 0711) < 0) {
+            dprintf(2, "%s: %s\n", daemon_.folder, strerror(errno));
+            _exit(127);
+        }
+        arguments[n++] = "--system";
+        arguments[n++] = "--no-bus";
+        arguments[n++] = "--config";
+        arguments[n++] = daemon_.config;
+    } else {
+        arguments[n++] = "--private";
+    }
     arguments[n++] = "--model";
     arguments[n++] = o->model;
     arguments[n++] = "--socket";
