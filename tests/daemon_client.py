@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 import traceback
 
 import dbus
@@ -141,8 +142,8 @@ class SystemDaemon(Daemon):
     def wait_named(self):
         """Until the bus knows it."""
         with BusClient(self.broker.address) as c:
-            while not c.bus.name_has_owner(BUS_NAME):
-                assert self.process.poll() is None, self.log()
+            until(lambda: c.bus.name_has_owner(BUS_NAME) or self.process.poll() is not None)
+            assert self.process.poll() is None, self.log()
 
 
 class Child:
@@ -276,12 +277,23 @@ class Session:
             return read_all(f)
 
     def wait_state(self, *states):
-        while (state := self.get("State")) not in states:
-            pass
-        return state
+        seen = []
+
+        def there():
+            seen.append(self.get("State"))
+            return seen[-1] in states
+
+        until(there, lambda: f"state {seen[-1]}, not {states}")
 
     def wait_idle(self):
         self.wait_state("idle")
+
+
+def until(condition, complaint=lambda: "it does not happen"):
+    """Waits for what must come; gives up only when something is broken."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, complaint()
 
 
 def options_of(options=None, **more):
