@@ -3,8 +3,11 @@
 
 /*
  * libedit reads its characters through read_key(), which waits as everything else here does, so
- * that Ctrl-C is an event like a key. What the terminal is left like is libedit's affair between
- * keys; a signal that ends us in between puts it back first.
+ * that Ctrl-C is an event like a key.
+ *
+ * Between two messages the terminal neither echoes nor gathers lines: what is typed while an answer
+ * comes does not get mixed with it, and waits for the next prompt as it was typed. Whatever ends or
+ * stops us puts the terminal back first.
  *
  * Each message is appended to the history's file at once, so that several chats at a time lose
  * nothing of each other's.
@@ -44,22 +47,50 @@ struct editor {
     bool colours;
 };
 
-static struct termios mode_before;
+static struct termios mode_before, mode_between;
 static volatile sig_atomic_t resized, continued;
+
+static void restore_terminal(void)
+{
+    tcsetattr(STDIN_FILENO, TCSANOW, &mode_before);
+}
+
+static void mute_terminal(void)
+{
+    tcsetattr(STDIN_FILENO, TCSANOW, &mode_between);
+}
 
 static void on_terminal_signal(int number)
 {
-    if (number == SIGWINCH)
+    if (number == SIGWINCH) {
         resized = 1;
-    else
+    } else {
         continued = 1;
+        mute_terminal();
+    }
 }
 
 static void on_end(int number)
 {
-    tcsetattr(STDIN_FILENO, TCSANOW, &mode_before);
+    restore_terminal();
     signal(number, SIG_DFL);
     raise(number);
+}
+
+static void on_stop(int number)
+{
+    struct sigaction again;
+    sigset_t only;
+
+    restore_terminal();
+    sigaction(number, &(struct sigaction){.sa_handler = SIG_DFL}, &again);
+    sigemptyset(&only);
+    sigaddset(&only, number);
+    raise(number);
+    sigprocmask(SIG_UNBLOCK, &only, NULL); /* here we stand still */
+    sigprocmask(SIG_BLOCK, &only, NULL);
+    sigaction(number, &again, NULL);
+    on_terminal_signal(SIGCONT);
 }
 
 static void catch (int number, void (*handler)(int))
@@ -111,6 +142,7 @@ static int read_key(EditLine *line, wchar_t *ret)
     for (;;) {
         if (continued) {
             continued = 0;
+            el_set(line, EL_PREP_TERM, 0); /* it does not do again what it thinks is done */
             el_set(line, EL_PREP_TERM, 1);
             el_set(line, EL_REFRESH);
         }
@@ -133,6 +165,9 @@ static int read_key(EditLine *line, wchar_t *ret)
             continue;
         if (r <= 0)
             return (int)r;
+        /* Ctrl-D is this when it came just while lines were gathered: at the start, for instance. */
+        if (c == 0)
+            c = mode_before.c_cc[VEOF] ? (char)mode_before.c_cc[VEOF] : 4;
         n = mbrtowc(ret, &c, 1, &state);
         if (n == (size_t)-2) /* there is more of it */
             continue;
@@ -317,6 +352,10 @@ int editor_new(struct editor **ret, bool with_history)
         setlocale(LC_CTYPE, "C.UTF-8");
     e->colours = colours_on(STDOUT_FILENO);
     tcgetattr(STDIN_FILENO, &mode_before);
+    mode_between = mode_before;
+    mode_between.c_lflag &= ~(tcflag_t)(ICANON | ECHO);
+    mode_between.c_cc[VMIN] = 1;
+    mode_between.c_cc[VTIME] = 0;
     e->history = history_init();
     e->line = el_init("llmctl", stdin, stdout, stderr);
     if (!e->history || !e->line) {
@@ -344,6 +383,9 @@ int editor_new(struct editor **ret, bool with_history)
     catch (SIGTERM, on_end);
     catch (SIGHUP, on_end);
     catch (SIGQUIT, on_end);
+    catch (SIGTSTP, on_stop);
+    before_exit = restore_terminal;
+    mute_terminal();
     *ret = e;
     return 0;
 }
@@ -352,8 +394,10 @@ void editor_free(struct editor *e)
 {
     if (!e)
         return;
+    before_exit = NULL;
     if (e->line)
         el_end(e->line);
+    restore_terminal();
     if (e->history)
         history_end(e->history);
     free(e->history_path);
@@ -370,8 +414,11 @@ int editor_read(struct editor *e, char **ret, bool *ret_had_text)
     e->interrupted = e->continuing = false;
     continued = 0;
     do {
+        /* It would draw the prompt first, and then see to the terminal. */
+        el_set(e->line, EL_PREP_TERM, 1);
         errno = 0;
         text = el_gets(e->line, &n);
+        mute_terminal();
         if (e->interrupted) {
             fputs("\n", stdout);
             fflush(stdout);

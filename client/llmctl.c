@@ -47,7 +47,7 @@ static sigset_t mask_while_waiting;
 static void say(const char *format, va_list ap, const char *end)
     __attribute__((format(printf, 1, 0), nonnull(1)));
 
-void (*before_message)(void);
+void (*before_message)(void), (*before_exit)(void);
 
 static void say(const char *format, va_list ap, const char *end)
 {
@@ -136,6 +136,8 @@ static void on_signal(int signal_number)
         return;
     }
     status_line_clear();
+    if (before_exit)
+        before_exit();
     if (status == STATUS_TIMEOUT)
         (void)!write(STDERR_FILENO, timeout_text, sizeof(timeout_text) - 1);
     _exit(status);

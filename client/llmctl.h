@@ -107,6 +107,8 @@ bool parse_double(const char *text, double *ret);
 
 /* Called before each of the messages below, to make room for it on the terminal; or NULL. */
 extern void (*before_message)(void);
+/* Called when a signal ends the process; async-signal-safe; or NULL. */
+extern void (*before_exit)(void);
 
 /* "llmctl: ..." on stderr; returns the status. */
 int complain(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
