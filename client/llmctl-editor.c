@@ -165,7 +165,8 @@ static int read_key(EditLine *line, wchar_t *ret)
             continue;
         if (r <= 0)
             return (int)r;
-        /* Ctrl-D is this when it came just while lines were gathered: at the start, for instance. */
+        /* Ctrl-D is this when it came just while lines were gathered: at the start, for instance.
+         */
         if (c == 0)
             c = mode_before.c_cc[VEOF] ? (char)mode_before.c_cc[VEOF] : 4;
         n = mbrtowc(ret, &c, 1, &state);

@@ -8,6 +8,7 @@
 At the terminal the model is the test model, whose seeded answers are the same bytes each time: what a message is answered
 with says which messages went before. Nothing here is decided by time.
 """
+import codecs
 import fcntl
 import json
 import os
@@ -124,28 +125,41 @@ class Terminal:
         self.process = subprocess.Popen([LLMCTL, "--private", "chat", *options], stdin=slave, stdout=slave, stderr=slave,
                                         env=env, start_new_session=True, preexec_fn=self.take_terminal)
         self.slave = slave  # kept open: a terminal that nobody has open says nothing more
-        self.seen = ""
+        self.seen = self.rest = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.n = 0
 
     @staticmethod
     def take_terminal():
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
+    def take(self, data):
+        """Without what moves the cursor; a sequence may come in pieces."""
+        text = self.rest + self.decoder.decode(data)
+        self.rest = re.search(r"(\033(\[[0-9;?]*)?)?$", text)[0]
+        text = text[:len(text) - len(self.rest)]
+        self.seen += re.sub(r"\033\[[0-9;?]*[a-zA-Z]|\r|\033[=>]", "", text)
+
     def wait(self, pattern):
         """Reads until the pattern comes after all that was waited for; what stands before it."""
         while True:
-            found = re.compile(pattern).search(self.seen, self.n)
+            found = re.search(pattern, self.seen[self.n:])
             if found:
-                text = self.seen[self.n:found.start()]
-                self.n = found.end()
+                text = self.seen[self.n:self.n + found.start()]
+                self.n += found.end()
                 return text
             ready, _, _ = select.select([self.master], [], [], PATIENCE)
             assert ready, (pattern, self.seen[self.n:])
-            data = os.read(self.master, 65536).decode(errors="replace")
-            self.seen += re.sub(r"\033\[[0-9;?]*[a-zA-Z]|\r|\033[=>]", "", data)
+            self.take(os.read(self.master, 65536))
 
     def prompt(self):
-        return self.wait(r"(^|\n)> ")
+        text = self.wait(r"(^|\n)> ")
+        self.is_mute()
+        return text
+
+    def is_mute(self):
+        """What is typed now is the program's: nobody else echoes it, or makes anything of it."""
+        assert not termios.tcgetattr(self.slave)[3] & (termios.ECHO | termios.ICANON)
 
     def send(self, text):
         os.write(self.master, text.encode())
@@ -159,7 +173,7 @@ class Terminal:
     def end(self, status=0):
         while self.process.poll() is None:  # it may have something to say still
             if select.select([self.master], [], [], 0.01)[0]:
-                self.seen += os.read(self.master, 65536).decode(errors="replace")
+                self.take(os.read(self.master, 65536))
         assert self.process.returncode == status, (self.process.returncode, self.seen[-500:])
         after = termios.tcgetattr(self.slave)
         assert after == self.before, "the terminal is left as it was"
@@ -189,6 +203,34 @@ def terminal():
             assert (b"\033[1m" in raw) == want, raw
             t.send("/quit\n")
             t.end()
+
+
+@test
+def typed_ahead():
+    """What is typed while an answer comes is the next message, and is seen once."""
+    with Home() as h:
+        one, two = answers(h, "one", "two")
+        t = Terminal(h, *OPTIONS)
+        t.prompt()
+        t.send("one\ntwo\n")
+        assert shown(t.prompt()).endswith(shown(one))
+        assert shown(t.prompt()) == "two" + shown(two), t.seen
+        # Also the end, and before there is any prompt.
+        t.send("one\n\x04")
+        t.end()
+        for keys in ("\x04", "one\n\x04", "/quit\n"):
+            t = Terminal(h, *OPTIONS)
+            t.send(keys)
+            t.end()
+        # A signal that ends it, in the middle of an answer, leaves the terminal as it was.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            t = Terminal(h, "--ignore-end", "--seed=3")
+            t.prompt()
+            t.send("one\n")
+            t.wait("one\n.")
+            t.is_mute()
+            t.process.send_signal(number)
+            t.end(-number)
 
 
 @test
