@@ -11,6 +11,7 @@
 
 #include "base/cleanup.h"
 #include "client/llmctl-output.h"
+#include "ipc/names.h"
 
 DEFINE_CLEANUP(struct llm_stream *, llm_stream_free)
 
@@ -43,6 +44,16 @@ const char *answer_error_text(const struct llm_event *e, const char *hint)
                  e->requested, e->available, hint);
     else
         snprintf(text, sizeof(text), "%s", e->message);
+    return text;
+}
+
+const char *answer_refusal_text(const struct llm_error *err, const char *hint)
+{
+    static char text[700];
+
+    if (strcmp(err->name, LLM_ERROR_PREFIX "ContextFull") != 0)
+        return err->message;
+    snprintf(text, sizeof(text), "%s; nothing was cut: %s", err->message, hint);
     return text;
 }
 

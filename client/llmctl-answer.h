@@ -38,5 +38,7 @@ void answer_clear(struct answer *a);
 typedef void (*answer_cancel)(void *userdata);
 int answer_read(struct answer *a, int fd, answer_cancel cancel, void *userdata);
 
-/* What an error event says to people; hint: see above. Static until the next call. */
+/* What an error event, or a request that was refused at once, says to people; hint: see above.
+ * Valid until the next call, and as long as err. */
+const char *answer_refusal_text(const struct llm_error *err, const char *hint);
 const char *answer_error_text(const struct llm_event *e, const char *hint);

@@ -153,7 +153,7 @@ static int turn(struct chat *c, const char *text, size_t n, struct answer *a)
     if (status == STATUS_OK) {
         r = llm_session_generate(c->session, options, &fd, NULL, &err);
         if (r < 0)
-            status = complain(status_of(r), "%s", err.message);
+            status = complain(status_of(r), "%s", answer_refusal_text(&err, a->hint));
     }
     deadlines_hold();
     if (status == STATUS_OK)

@@ -378,7 +378,7 @@ static int append_instructions(struct map *m)
         return complain(STATUS_FAILED, "%s", strerror(-r));
     r = llm_session_append(m->base, options, &fd, NULL, &err);
     if (r < 0)
-        return complain(status_of(r), "%s", err.message);
+        return complain(status_of(r), "%s", answer_refusal_text(&err, hint()));
     r = answer_read(&answer, fd, NULL, NULL);
     deadlines_release();
     if (r == STATUS_TIMEOUT)
@@ -485,7 +485,7 @@ static int start_item(struct map *m, struct item *item)
         m->allowed = m->n_running; /* until one of ours is through */
         return STATUS_OK;
     }
-    fail(m, item, err.name, "%s", err.message);
+    fail(m, item, err.name, "%s", answer_refusal_text(&err, hint()));
     return STATUS_OK;
 }
 

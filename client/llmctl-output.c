@@ -23,6 +23,10 @@
  */
 int output_put(const char *data, size_t n)
 {
+    static bool failed; /* that was told */
+
+    if (failed)
+        return STATUS_FAILED;
     while (n > 0) {
         struct pollfd p = {.fd = STDOUT_FILENO, .events = POLLOUT};
         ssize_t w;
@@ -36,7 +40,8 @@ int output_put(const char *data, size_t n)
         w = write(STDOUT_FILENO, data, MIN(n, PIPE_BUF));
         if (w < 0 && (errno == EINTR || errno == EAGAIN))
             continue;
-        if (w < 0)
+        failed = w < 0;
+        if (failed)
             return complain(STATUS_FAILED, "cannot write: %s", strerror(errno));
         data += w;
         n -= (size_t)w;

@@ -80,7 +80,7 @@ static int ask(struct run *run, struct answer *a)
         if (r == 0)
             status = answer_read(a, fd, NULL, NULL);
         else
-            status = complain(status_of(r), "%s", err.message);
+            status = complain(status_of(r), "%s", answer_refusal_text(&err, a->hint));
     }
     if (status == STATUS_TIMEOUT)
         complain(status, "no answer within the time given");
@@ -114,8 +114,11 @@ int verb_run(int argc, char **argv)
         status = prompt_read(&run.prompt, argc, argv, !run.no_stdin);
         if (status == STATUS_OK)
             status = ask(&run, &answer);
-        if (answer.output == ANSWER_TERMINAL && answer.newline_due)
-            output_put("\n", 1);
+        if (answer.newline_due) { /* a text's last line ends, as everywhere; --json has the bytes */
+            int ended = output_put("\n", 1);
+
+            status = status == STATUS_OK ? ended : status;
+        }
     }
     answer_done(&answer);
     buffer_done(&run.prompt);

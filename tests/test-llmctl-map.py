@@ -35,9 +35,9 @@ def lines(words):
 
 
 def answer_of(h, *args):
-    status, out, err = h.call("run", *OPTIONS, *args)
+    status, out, err = h.call("run", *OPTIONS, "--json", *args)
     assert status == 0, err
-    return out
+    return "".join(r.get("text", "") for r in map(json.loads, out.strip("\n").split("\n")))
 
 
 @test

@@ -28,6 +28,11 @@ except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
 
+
+def text_of(records):
+    return "".join(r["text"] for r in records if r["type"] == "delta")
+
+
 @test
 def answers():
     with Home() as h:
@@ -39,8 +44,15 @@ def answers():
         assert h.call("run", *options, "--seed", "5", "--instructions", "be brief", "hello")[1] != first[1]
         status, out, _ = h.call("run", *options, "--seed", "5", "--json", "hello")
         records = list(map(json.loads, out.splitlines()))
-        assert status == 0 and "".join(r["text"] for r in records if r["type"] == "delta") == first[1]
+        assert status == 0 and text_of(records) + "\n" == first[1], "the last line of a text ends"
         assert records[-2]["completion_tokens"] == 30 and records[-1] == {"type": "end", "reason": "length"}
+        # A line feed of the model's own is the only one.
+        hot = ("--raw", "--ignore-end", "--seed", "1", "--temperature", "2", "x", "--max-tokens")
+        for n in range(1, 400):
+            out = h.call("run", *hot, str(n), "--json")[1]
+            if text_of(map(json.loads, out.splitlines())).endswith("\n"):
+                break
+        assert n < 399 and h.call("run", *hot, str(n))[1] == text_of(map(json.loads, out.splitlines()))
         assert len(h.starts()) == 1, "one daemon for all of them"
         status, out, _ = h.call("status")
         assert status == 0 and "ready" in out and "chat" in out, out
@@ -73,7 +85,12 @@ def standard_input():
         assert tokens("one", data=b"x" * 5000) == 5004
         complaint(h.call("run", data=b"x" * (8 << 20) + b"x"), 1, "more than 8388608 bytes")
         complaint(h.call("run", "--raw", data=b"x" * 9000), 1, "9001", "8192")
-        complaint(h.call("run", "--context", "64", "x" * 100), 1, "room for 64")
+        complaint(h.call("run", "--context", "64", "x" * 100), 1, "room for 64", "nothing was cut", "--context")
+        complaint(h.call("run", "--raw", data=b"x" * (1 << 20)), 1, "at least", "nothing was cut", "--context")
+        with open("/dev/full", "wb") as full:
+            p = h.popen("run", "--max-tokens=4", "--ignore-end", "x", stdout=full)
+            assert p.communicate(timeout=PATIENCE)[1] == b"llmctl: cannot write: No space left on device\n"
+            assert p.returncode == 1
         complaint(h.call("run"), 2, "no prompt", "--help")
         complaint(h.call("run", "--no-stdin", data=b"x"), 2, "no prompt")
 
