@@ -252,6 +252,8 @@ static void job_came_back(struct session_set *set, struct job *j)
             set->observer->finished(set->observer_userdata, s, j);
     }
     user_charge_tokens(q->user, (uint64_t)j->usage.prompt_tokens + j->usage.completion_tokens);
+    if (j->request.kind == JOB_RESTORE && j->result >= 0)
+        user_charge_tokens(q->user, j->n_tokens); /* they are computed with the next request */
     if (j->on_finished)
         j->on_finished(j, j->userdata);
     if (j->fork) /* nobody took it */

@@ -475,12 +475,20 @@ static uint64_t quota(sd_bus *bus, uid_t uid, const char *wanted)
     return found;
 }
 
+static sd_bus_message *with_fd(sd_bus_message *m, int fd)
+{
+    assert(sd_bus_message_append(m, "h", fd) >= 0);
+    return m;
+}
+
 static void test_quotas(void)
 {
     sd_bus *alice = connect_as(ALICE), *bob = connect_as(BOB), *root = connect_as(ROOT_UID);
     CLEANUP(freep)
     char *one = create(alice), *two = create(alice), *bobs = create(bob), *end = NULL;
+    CLEANUP(freep) char *restored = NULL;
     sd_bus_message *m, *stream;
+    int file;
 
     m = manager_call(bob, "SetQuota");
     assert(sd_bus_message_append(m, "u", (uint32_t)BOB) >= 0);
@@ -526,6 +534,18 @@ static void test_quotas(void)
     append(bob, bobs, 10);
     set_quota(root, ALICE, "tokens-per-minute", "u", 0);
     append(alice, two, 10);
+
+    /* What is restored is computed as well, with the next request. */
+    assert((file = memfd_create("saved", MFD_CLOEXEC)) >= 0);
+    done(alice, with_fd(session_call(alice, two, "Save"), file));
+    done(alice, session_call(alice, one, "Close"));
+    restored = create(alice);
+    assert(lseek(file, 0, SEEK_SET) == 0);
+    set_quota(root, ALICE, "tokens-per-minute", "u", 100);
+    done(alice, with_fd(session_call(alice, restored, "Restore"), file));
+    bad(alice, with_option(session_call(alice, restored, "Generate"), "prompt", "s", "x"),
+        "QuotaExceeded", "tokens per minute");
+    close(file);
     close_bus(alice);
     close_bus(bob);
     close_bus(root);
@@ -544,12 +564,6 @@ static uint32_t measure(sd_bus *bus, const char *text, const char *session)
     reply = good(bus, TAKE_PTR(m));
     assert(sd_bus_message_read(reply, "u", &tokens) > 0);
     return tokens;
-}
-
-static sd_bus_message *with_fd(sd_bus_message *m, int fd)
-{
-    assert(sd_bus_message_append(m, "h", fd) >= 0);
-    return m;
 }
 
 static sd_bus_message *with_tokens(sd_bus_message *m, uint32_t n)
