@@ -11,6 +11,9 @@
  * Answers to `use` are remembered as the generation they belong to. Everything that may change
  * polkit's mind (its Changed signal, its end, the bus's) begins a new generation.
  *
+ * The broker lets us wait for some hundred answers only, whoever they are for. So each user has but
+ * some questions asked at a time; the others wait here.
+ *
  * Once polkit has answered, its absence is no longer taken for a machine without it: an
  * administrator's "no" does not end because the bus was restarted.
  */
@@ -33,6 +36,8 @@
 
 #define ALLOW_INTERACTION 1u
 #define CHECK_USEC UINT64_C(25000000)
+#define ASKED_OF_USER_MAX 8u
+#define ASKED_MAX 96u                        /* dbus-daemon's max_replies_per_connection is 128 */
 #define INTERACTIVE_USEC UINT64_C(600000000) /* somebody looks for a password */
 
 struct check {
@@ -41,6 +46,7 @@ struct check {
     enum action action;
     uint64_t id, generation;
     bool interactive;
+    bool asked;
     sd_bus_slot *slot;
     authority_answer answer;
     void *userdata;
@@ -144,15 +150,19 @@ static int read_answer(struct check *c, sd_bus_message *m)
     return yes ? 1 : challenge ? 2 : 0;
 }
 
+static void ask_next(struct authority *a);
+
 static int on_answer(sd_bus_message *m, void *userdata, sd_bus_error *error)
 {
     struct check *c = userdata;
+    struct authority *a = c->authority;
     int r = read_answer(c, m);
 
     (void)error;
-    if (r == 1 && c->action == ACTION_USE && c->generation == c->authority->generation)
+    if (r == 1 && c->action == ACTION_USE && c->generation == a->generation)
         c->who->use_granted = c->generation;
     give(c, r);
+    ask_next(a);
     return 0;
 }
 
@@ -184,6 +194,42 @@ static int ask(struct check *c)
         r = sd_bus_call_async(a->bus, &c->slot, m, on_answer, c,
                               c->interactive ? INTERACTIVE_USEC : CHECK_USEC);
     return r;
+}
+
+static bool may_be_asked(const struct check *wanted)
+{
+    uint32_t n = 0, n_of_user = 0;
+
+    for (const struct check *c = wanted->authority->checks; c; c = c->next) {
+        n += c->asked;
+        n_of_user += c->asked && c->who->uid == wanted->who->uid;
+    }
+    return n < ASKED_MAX && n_of_user < ASKED_OF_USER_MAX;
+}
+
+/* Those that have waited, the oldest first: the list has it last. */
+static void ask_next(struct authority *a)
+{
+    struct check *c = a->checks;
+    int r;
+
+    while (c && c->next)
+        c = c->next;
+    while (a->bus && c) {
+        if (c->asked || !may_be_asked(c)) {
+            c = c->previous;
+            continue;
+        }
+        c->asked = true;
+        r = ask(c);
+        if (r >= 0) {
+            c = c->previous;
+            continue;
+        }
+        give(c, r); /* what hears of it may end others */
+        for (c = a->checks; c && c->next; c = c->next)
+            ;
+    }
 }
 
 void authority_check(struct authority *a, struct client_identity *who, enum action action,
@@ -229,6 +275,9 @@ void authority_check(struct authority *a, struct client_identity *who, enum acti
     if (c->next)
         c->next->previous = c;
     a->checks = c;
+    if (!may_be_asked(c))
+        return;
+    c->asked = true;
     r = ask(c);
     if (r < 0)
         give(c, r);
@@ -240,7 +289,7 @@ static void withdraw(struct check *c)
     CLEANUP(sd_bus_message_unrefp) sd_bus_message *m = NULL;
     char id[32];
 
-    if (!c->interactive || !c->authority->bus)
+    if (!c->asked || !c->interactive || !c->authority->bus)
         return;
     snprintf(id, sizeof(id), "llmd-%" PRIu64, c->id);
     if (sd_bus_message_new_method_call(c->authority->bus, &m, POLKIT_NAME, POLKIT_PATH,
@@ -264,6 +313,8 @@ static void give_all(struct authority *a, const struct client_identity *who, int
         give(c, r);
         c = a->checks;
     }
+    if (who)
+        ask_next(a);
 }
 
 void authority_forget(struct authority *a, struct client_identity *who)

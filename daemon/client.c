@@ -276,8 +276,12 @@ void pending_call_fail(struct pending_call *p, int r, const struct error *err)
 
 /* ---- who may ---- */
 
+/* A dialogue may be open for minutes, and each call keeps its message with all its descriptors. */
+#define QUESTIONS_OF_USER_MAX 128u
+
 struct question {
     struct pending_call *call;
+    struct user *user; /* charged while it waits */
     enum action action;
     client_method go;
     bool waits; /* the handler has returned */
@@ -326,6 +330,8 @@ static void on_answer(void *userdata, int answer)
         else if (r < 0)
             sd_bus_reply_method_errno(q->call->message, r, NULL);
     }
+    q->user->n_questions--;
+    user_unref(q->user);
     pending_call_free(q->call);
     free(q);
 }
@@ -333,9 +339,18 @@ static void on_answer(void *userdata, int answer)
 int client_authorise(struct client *c, enum action action, sd_bus_message *m, client_method go,
                      sd_bus_error *error)
 {
-    struct question *q = calloc(1, sizeof(*q));
+    struct question *q;
+    struct error err;
     int r;
 
+    if (c->user->n_questions >= QUESTIONS_OF_USER_MAX) {
+        error_set(&err, EDQUOT,
+                  "calls: requested 1, available 0: %u of user %u wait to be allowed already",
+                  QUESTIONS_OF_USER_MAX, (unsigned)c->user->uid);
+        session_set_count_refused(c->service->sessions);
+        return bus_error_set(error, EDQUOT, &err);
+    }
+    q = calloc(1, sizeof(*q));
     if (!q || pending_call_new(&q->call, c, m) < 0) {
         free(q);
         return bus_error_set(error, ENOMEM, NULL);
@@ -345,6 +360,8 @@ int client_authorise(struct client *c, enum action action, sd_bus_message *m, cl
     authority_check(c->service->authority, &c->who, action, m, on_answer, q);
     if (!q->answered) {
         q->waits = true;
+        q->user = user_ref(c->user);
+        q->user->n_questions++;
         return 1;
     }
     r = go_on(q, q->answer, error);

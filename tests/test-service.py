@@ -19,7 +19,7 @@ try:
     import dbus
     from daemon_client import (BUS_NAME, Broker, BusClient, Child, Client, Daemon, ERROR, MANAGER, PATIENCE, ROOT,
                                SESSION, SystemDaemon, error_of, options_of)
-    from raw_bus import BusError, RawBus
+    from raw_bus import DESTINATION, REPLY_SERIAL, RETURN, BusError, RawBus, encode
 except ImportError:
     print("python3-dbus is not there")
     sys.exit(77)
@@ -407,6 +407,58 @@ def ends_while_files_wait(folder, model):
                 assert e.name == ERROR + "ShuttingDown", e
         os.close(read)
         os.close(write)
+
+
+@test
+def questions_have_a_limit(folder, model):
+    """polkit that does not answer one user: calls that wait are only so many, and others are asked about."""
+    if os.geteuid() != 0:
+        return "root only: another user"
+    os.chmod(folder, 0o755)
+
+    class PolkitBroker(Broker):
+        CONFIG = Broker.CONFIG.replace("<policy user", "<policy context='default'>"
+                                       "<allow own='org.freedesktop.PolicyKit1'/>"
+                                       "<allow send_destination='org.freedesktop.PolicyKit1'/></policy><policy user", 1)
+
+    with PolkitBroker(folder) as broker, RawBus(broker.path, broker=True) as polkit:
+        polkit.call("/org/freedesktop/DBus", "org.freedesktop.DBus", "RequestName", "su", "org.freedesktop.PolicyKit1",
+                    0, destination="org.freedesktop.DBus")
+        with SystemDaemon(llmd, folder, broker, model=model) as d:
+            d.wait_named()
+
+            def asks(m):
+                return m.member == "CheckAuthorization" and m.body[1]
+
+            def flood(child):
+                with RawBus(d.socket) as c:
+                    serials = [c.start(ROOT, MANAGER, "SetDefaultModel", "sa{sv}", "model", []) for _ in range(129)]
+                    try:
+                        c.reply(serials[-1])
+                        raise AssertionError("answered")
+                    except BusError as e:
+                        assert e.name == ERROR + "QuotaExceeded" and "wait to be allowed" in e.text, e
+                    assert not c.others, c.others
+                    child.say("waits")
+                    child.words.readline()
+
+            def other(_):
+                with RawBus(d.socket) as c:
+                    c.call(ROOT, MANAGER, "CreateSession", "a{sv}", [])
+
+            for _ in range(2):  # places are free again when who waited has gone
+                first = Child(65534, flood)
+                assert first.hear() == "waits"
+                second = Child(65533, other)
+                asked = polkit.wait_for(lambda m: asks(m) == "org.llmd.Llm1.use")
+                polkit.send(*encode(RETURN, 1000, {DESTINATION: asked.sender, REPLY_SERIAL: asked.serial}, "(bba{ss})",
+                                    [(True, False, [])]))
+                second.join()
+                assert len([m for m in polkit.pending() if asks(m)]) == 8
+                first.kill()
+                with d.connect() as c:  # by then it knows that the first has gone
+                    assert c.manager("State") == "ready"
+            assert d.stop() == 0
 
 
 @test
