@@ -17,7 +17,7 @@ import sys
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
-    from llmctl_home import PATIENCE, Home, main, test
+    from llmctl_home import ENDLESS, PATIENCE, Home, main, test
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
@@ -199,6 +199,94 @@ def the_daemon_dies():
         os.kill(h.starts()[0], signal.SIGKILL)
         out, err = p.communicate(timeout=PATIENCE)
         assert p.returncode == 1 and b"went away" in err and len(err.splitlines()) == 1, (p.returncode, err)
+
+
+@test
+def one_instruction():
+    """It is read once, and each input is answered as if it stood before it alone."""
+    with Home() as h:
+        words = ["one", "two", "x" * 300, "four"]
+        options = ("--instructions=be brief",)
+        want = [answer_of(h, *options, w) for w in words]
+        assert want[0] != answer_of(h, "one")
+        text = "".join(escaped(w) + "\n" for w in want)
+        for args in (["be", "brief"], ["--instructions=be brief"], ["-j1", "be brief"], ["-j13", "be brief"]):
+            status, out, err = h.call("map", *OPTIONS, *args, data=lines(words))
+            assert (status, out, err) == (0, text, ""), (args, out, text, err)
+        both = answer_of(h, "--instructions=be brief\n\nand kind", "one")
+        assert h.call("map", *OPTIONS, "--instructions=be brief", "and kind", data=b"one\n")[1] == escaped(both) + "\n"
+        raw = answer_of(h, "--raw", "AB")
+        assert h.call("map", *OPTIONS, "--raw", "A", data=b"B\n")[1] == escaped(raw) + "\n", "no chat template"
+        status, out, err = h.call("map", *OPTIONS, "--json", "be brief", data=lines(words))
+        objects = list(map(json.loads, out.splitlines()))
+        cached = {o["usage"]["cached_tokens"] for o in objects}
+        assert len(cached) == 1 and cached.pop() > len("be brief"), objects
+        # One that fails among others; one that is too long for all of them.
+        status, out, err = h.call("map", *OPTIONS, "--context=100", "be brief", data=lines(["one", "x" * 200, "two"]))
+        assert status == 1 and [bool(x) for x in out.split("\n")] == [True, False, True, False], out
+        assert len(err.splitlines()) == 1 and "line 2: " in err and "--context" in err, err
+        for n in (100, 100000):
+            status, out, err = h.call("map", *OPTIONS, "--context=64", "x" * n, data=b"one\n")
+            assert (status, out) == (1, "") and len(err.splitlines()) == 1 and "--context" in err, err
+        h.wait_sessions(0)
+        # Ctrl-C, and a daemon that dies.
+        for end in ("interrupt", "kill"):
+            p = h.popen("map", "--ignore-end", "--seed=1", "-j3", "be brief", stdin=subprocess.PIPE)
+            p.stdin.write(lines(["a", "b", "c", "d"]))
+            p.stdin.flush()
+            h.wait_sessions(4)
+            if end == "interrupt":
+                p.send_signal(signal.SIGINT)
+            else:
+                os.kill(h.starts()[-1], signal.SIGKILL)
+            out, err = p.communicate(timeout=PATIENCE)
+            if end == "interrupt":
+                assert (p.returncode, err) == (130, b""), (p.returncode, err)
+                h.wait_sessions(0)
+            else:
+                assert p.returncode == 1 and b"went away" in err and len(err.splitlines()) == 1, (p.returncode, err)
+
+
+@test
+def a_session():
+    """Each input goes on with a copy: the session stays as it was, and holds what was said in it."""
+    with Home() as h:
+        session = h.call("session", "create")[1].strip()
+
+        def say(text):
+            status, out, err = h.call("run", *OPTIONS, "--json", "--session", session, text)
+            assert status == 0, err
+            return "".join(r.get("text", "") for r in map(json.loads, out.splitlines()))
+
+        say("first")
+        with h.client() as c:
+            used = json.loads(h.call("session", "show", session, "--json")[1])["context_used"]
+            status, out, err = h.call("map", *OPTIONS, "--session", session, data=b"one\ntwo\none\n")
+            assert (status, err) == (0, "") and c.manager("Sessions") == 1, err
+            answers = out.split("\n")
+            assert answers[0] == answers[2] != answers[1]
+            assert used == json.loads(h.call("session", "show", session, "--json")[1])["context_used"]
+            assert answers[0] == escaped(say("one")) != escaped(answer_of(h, "one"))
+            status, out, err = h.call("map", *OPTIONS, "--session", session, "Say:", data=b"two\n")
+            assert status == 0 and out == escaped(say("Say:\ntwo")) + "\n", (out, err)
+            for args in (["map", "--session", "999"], ["run", "--session", "999", "--no-stdin", "x"],
+                         ["chat", "--session", "999"]):
+                status, out, err = h.call(*args, data=b"x\n")
+                assert (status, out) == (1, "") and "999" in err and len(err.splitlines()) == 1, (args, status, err)
+            # Interrupted, run leaves the session as it was; a message that finds it at work is told so.
+            used = json.loads(h.call("session", "show", session, "--json")[1])["context_used"]
+            p = h.popen("run", *ENDLESS, "--session", session, "x")
+            p.stdout.readline()
+            status, out, err = h.call("run", "--session", session, "--no-stdin", "y")
+            assert (status, out) == (75, "") and len(err.splitlines()) == 1, (status, err)
+            status, out, err = h.call("map", "--session", session, data=b"y\n")
+            assert (status, out) == (75, "") and len(err.splitlines()) == 1, (status, err)
+            p.send_signal(signal.SIGINT)
+            p.communicate(timeout=PATIENCE)
+            assert p.returncode == 130
+            while "idle" not in h.call("session", "show", session)[1]:
+                pass
+            assert used == json.loads(h.call("session", "show", session, "--json")[1])["context_used"]
 
 
 @test
