@@ -472,6 +472,14 @@ static uint32_t keep_wanted(struct engine *e, uint32_t n)
     return k;
 }
 
+static bool all_finite(const float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite(x[i]))
+            return false;
+    return true;
+}
+
 /* §3.8 to §3.10. */
 static void head(struct engine *e, uint32_t n)
 {
@@ -503,6 +511,11 @@ static void head(struct engine *e, uint32_t n)
     matmul(e, &rows, &x, b->logits, c->vocab_size);
     if (c->softcap > 0)
         ops->softcap(e->backend, b->logits, (size_t)n * c->vocab_size, c->softcap);
+    /* Rounding to int8 and softcap's exponential make numbers of what is none. */
+    for (uint32_t i = 0; i < n; i++)
+        if (!all_finite(b->xn + (size_t)i * c->hidden, c->hidden))
+            for (uint32_t k = 0; k < c->vocab_size; k++)
+                b->logits[(size_t)i * c->vocab_size + k] = NAN;
 }
 
 int forward(struct engine *e, uint32_t n)

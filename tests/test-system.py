@@ -375,7 +375,7 @@ def _(d, c):
 
 @provokes("NumericalError")
 def _(d, c):
-    """The chat model with a weight that is no number; the vector levels' soft cap makes numbers of what comes of it."""
+    """The chat model with weights that are no numbers, at each level."""
     path = os.path.join(folder, "nan.llmd")
     with open(chat, "rb") as f:
         data = bytearray(f.read())
@@ -387,7 +387,11 @@ def _(d, c):
     with open(path, "wb") as f:
         f.write(data)
     with System(*SLOW, model=path) as other, other.connect() as oc:
-        return stream_error(oc.create(), SHORT, prompt="x")
+        first = stream_error(oc.create(), SHORT, prompt="x")
+    with System(model=path) as other, other.connect() as oc:
+        second = stream_error(oc.create(), SHORT, prompt="x")
+    assert first == second
+    return second
 
 
 @provokes("ShuttingDown")
