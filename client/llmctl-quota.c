@@ -204,7 +204,7 @@ static int verb_set(int argc, char **argv)
     bool set[N_SETTINGS] = {false}, any = false;
     uint64_t values[N_SETTINGS] = {0};
     int option, status = STATUS_FAILED;
-    uint32_t uid;
+    uint32_t uid = 0; /* gcc 12 at -O3 does not see that parsing sets it */
 
     for (size_t i = 0; i < N_SETTINGS; i++)
         table[i] = (struct option){settings[i], required_argument, NULL, OPT_SETTING + (int)i};
