@@ -141,9 +141,10 @@ static void read_events(struct reading *g, struct llm_stream *stream)
             take_event(g, &event);
         else if (r == 0)
             g->over = true;
-        else if (r == -EPIPE)
+        else if (r == -EPIPE) {
+            g->answer->broken = true;
             g->status = complain(STATUS_FAILED, "the daemon went away before the answer's end");
-        else if (g->status == STATUS_OK)
+        } else if (g->status == STATUS_OK)
             g->status = complain(STATUS_FAILED, "the stream cannot be read: %s", strerror(-r));
     }
 }

@@ -19,6 +19,7 @@ struct answer {
     const char *hint; /* what may help when the context is full */
     struct buffer text;
     bool newline_due; /* the text shown does not end with a line feed */
+    bool broken;      /* the stream had no end: the daemon went away */
     char reason[32];  /* of the end; "": there was none */
     uint32_t prompt_tokens, completion_tokens, cached_tokens;
     char error_name[96]; /* of the error record; "": there was none, or it has no name */

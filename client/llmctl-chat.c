@@ -187,7 +187,7 @@ static bool say(struct chat *c, const char *text, struct answer *a)
              status == STATUS_TIMEOUT ? "out of time" : "cancelled");
     else if (status == STATUS_INTERRUPTED && a->reason[0] == 0)
         return false; /* twice, and the daemon has not said that it ended */
-    return !has_ended(status) && strcmp(a->reason, "shutdown") != 0 &&
+    return !has_ended(status) && !a->broken && strcmp(a->reason, "shutdown") != 0 &&
            strcmp(a->reason, "closed") != 0;
 }
 

@@ -115,10 +115,10 @@ def shown(text):
 class Terminal:
     """llmctl chat at a terminal of its own, of which it is the controlling process."""
 
-    def __init__(self, home, *options, more_env=None):
+    def __init__(self, home, *options, more_env=None, columns=200):
         self.home = home
         self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.before = termios.tcgetattr(slave)
         env = dict(home.env, TERM="xterm", XDG_STATE_HOME=os.path.join(home.path, "state"), LC_ALL="C", NO_COLOR="1")
         env.update(more_env or {})
@@ -171,9 +171,14 @@ class Terminal:
         return self.prompt()
 
     def end(self, status=0):
-        while self.process.poll() is None:  # it may have something to say still
-            if select.select([self.master], [], [], 0.01)[0]:
+        end = os.pidfd_open(self.process.pid)
+        while not select.select([end], [], [], 0)[0]:  # it may have something to say still
+            ready = select.select([self.master, end], [], [], PATIENCE)[0]
+            assert ready, self.seen
+            if select.select([self.master], [], [], 0)[0]:
                 self.take(os.read(self.master, 65536))
+        os.close(end)
+        self.process.wait()
         assert self.process.returncode == status, (self.process.returncode, self.seen[-500:])
         after = termios.tcgetattr(self.slave)
         assert after == self.before, "the terminal is left as it was"
@@ -231,6 +236,58 @@ def typed_ahead():
             t.is_mute()
             t.process.send_signal(number)
             t.end(-number)
+
+
+@test
+def stopped_and_continued():
+    with Home() as h:
+        one, two = answers(h, "one", "two")
+        t = Terminal(h, *OPTIONS)
+        t.prompt()
+        assert shown(t.say("one")) == shown(one)
+        t.process.send_signal(signal.SIGSTOP)
+        os.waitpid(t.process.pid, os.WUNTRACED)
+        termios.tcsetattr(t.slave, termios.TCSANOW, t.before)
+        t.process.send_signal(signal.SIGCONT)
+        t.wait("> ")  # drawn anew
+        t.is_mute()
+        assert shown(t.say("two")) == shown(two)
+        t.send("/quit\n")
+        t.end()
+
+
+@test
+def other_terminals():
+    """Without cursor movement, and narrower than what is typed: all of it is read."""
+    with Home() as h:
+        long = "a message that is wider than the terminal, by far"
+        answer, = answers(h, long)
+        for env, columns in (({"TERM": "dumb"}, 80), ({"TERM": "xterm"}, 12), ({"TERM": "nonesuch"}, 20),
+                             ({"LC_ALL": "C.UTF-8"}, 80), ({"TERM": ""}, 80), ({"NO_COLOR": ""}, 80)):
+            t = Terminal(h, *OPTIONS, "--no-history", more_env=env, columns=columns)
+            t.wait("> ")
+            t.send(long + "\n")
+            t.send("/measure\n")
+            t.wait(r"\d+ *of +4000 *tokens")
+            assert shown(answer) in shown(t.seen), (env, t.seen)
+            t.send("/quit\n")
+            t.end()
+
+
+@test
+def the_daemon_dies():
+    with Home() as h:
+        for message in ("", "one\n"):
+            t = Terminal(h, "--ignore-end", "--seed=3")
+            t.prompt()
+            if message:
+                t.send(message)
+                t.wait("one\n.")
+            os.kill(h.starts()[-1], signal.SIGKILL)
+            if not message:
+                t.send("one\n")
+            t.wait("llmctl: [^\n]*\n")
+            t.end(1)
 
 
 @test
