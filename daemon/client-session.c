@@ -34,6 +34,10 @@
 #define STREAMS_MAX 512u
 #define STREAMS_OF_USER_MAX 256u
 
+/* Text that waits to be tokenised, or stays until its request ends. Eight of the longest prompts.
+ */
+#define PROMPT_BYTES_OF_USER_MAX (8 * (uint64_t)LLM_PROMPT_BYTES_MAX)
+
 #define LINGER_USEC_DEFAULT (3600 * UINT64_C(1000000))
 #define BUCKETS 256u /* a power of two */
 
@@ -64,6 +68,7 @@ struct session_set {
 struct request {
     struct session_set *set;
     struct user *user;               /* who pays */
+    uint64_t prompt_bytes;           /* of the job's text */
     struct job *job;                 /* NULL: has come back */
     struct stream *stream;           /* NULL: gone */
     struct request *previous, *next; /* session_set::requests */
@@ -241,6 +246,7 @@ static void job_came_back(struct session_set *set, struct job *j)
         log_finished(q, j);
     q->job = NULL;
     q->user->n_queued--;
+    q->user->prompt_bytes -= q->prompt_bytes;
     set->n_jobs--;
     if (s) {
         s->job = NULL;
@@ -807,6 +813,28 @@ static int check_streams(const struct session_set *set, const struct user *user,
     return 0;
 }
 
+static uint64_t prompt_bytes(const struct job_request *request)
+{
+    uint64_t n = 0;
+
+    for (size_t i = 0; i < request->n_messages; i++)
+        n += request->messages[i].n; /* the bus allows LLM_PROMPT_BYTES_MAX in all */
+    return n;
+}
+
+static int check_prompt_bytes(const struct user *user, const struct job_request *request,
+                              struct error *err)
+{
+    uint64_t n = prompt_bytes(request), left = PROMPT_BYTES_OF_USER_MAX - user->prompt_bytes;
+
+    if (n <= left)
+        return 0;
+    return error_set(err, EDQUOT,
+                     "prompt bytes: requested %" PRIu64 ", available %" PRIu64
+                     ": the others wait in requests of user %u that have not ended",
+                     n, left, (unsigned)user->uid);
+}
+
 static void list_request(struct session_set *set, struct request *q, struct user *user,
                          struct job *j)
 {
@@ -816,20 +844,25 @@ static void list_request(struct session_set *set, struct request *q, struct user
     if (q->next)
         q->next->previous = q;
     set->requests = q;
+    q->prompt_bytes = prompt_bytes(&j->request);
+    user->prompt_bytes += q->prompt_bytes;
     set->n_jobs++;
     user->n_queued++;
 }
 
 /* All that must be so for a job on this timeline. *ret_job takes the request over. */
-static int new_job(struct session_set *set, struct timeline *timeline, struct job_request *request,
-                   struct job **ret_job, struct request **ret_request, struct error *err)
+static int new_job(struct session_set *set, const struct user *user, struct timeline *timeline,
+                   struct job_request *request, struct job **ret_job, struct request **ret_request,
+                   struct error *err)
 {
     CLEANUP(freep) struct request *q = calloc(1, sizeof(*q));
     int r;
 
     if (!q)
         return error_set(err, ENOMEM, "out of memory");
-    r = engine_thread_check(set->engine, timeline, request, err);
+    r = check_prompt_bytes(user, request, err);
+    if (r >= 0)
+        r = engine_thread_check(set->engine, timeline, request, err);
     if (r < 0)
         return r;
     if (job_new(ret_job, set->last_request_id + 1, timeline, request) < 0)
@@ -851,7 +884,7 @@ int client_session_generate(struct client_session *s, struct job_request *reques
     if (r >= 0)
         r = check_streams(set, s->user, err);
     if (r >= 0)
-        r = new_job(set, s->timeline, request, &j, &q, err);
+        r = new_job(set, s->user, s->timeline, request, &j, &q, err);
     if (r < 0)
         return r;
     r = stream_new(&q->stream, set->event, set->engine, j, on_stream_gone, q, ret_fd);
@@ -879,7 +912,7 @@ int client_session_ask(struct client_session *s, struct job_request *request, jo
 
     r = check_may_ask(set, s->user, alone ? s->job : NULL, err);
     if (r >= 0)
-        r = new_job(set, s->timeline, request, &j, &q, err);
+        r = new_job(set, s->user, s->timeline, request, &j, &q, err);
     if (r < 0)
         return r;
     j->on_finished = finished;
@@ -906,7 +939,7 @@ int session_set_measure(struct session_set *set, struct user *user, struct job_r
         r = check_may_ask(set, user, NULL, err);
     request->account = user->uid;
     if (r >= 0)
-        r = new_job(set, NULL, request, &j, &q, err);
+        r = new_job(set, user, NULL, request, &j, &q, err);
     if (r < 0)
         return r;
     j->on_finished = finished;

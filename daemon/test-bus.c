@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "base/checked.h"
 #include "base/cleanup.h"
 #include "daemon/client.h"
 #include "daemon/users.h"
@@ -630,6 +631,53 @@ static int on_later(sd_bus_message *m, void *userdata, sd_bus_error *error)
     return 0;
 }
 
+static int on_too_long(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+    uint32_t *n_refused = userdata;
+
+    (void)error;
+    if (sd_bus_message_is_method_error(m, LLM_ERROR_PREFIX "QuotaExceeded")) {
+        assert(strstr(sd_bus_message_get_error(m)->message, "prompt bytes: requested"));
+        ++*n_refused;
+    }
+    return 0;
+}
+
+/* Texts come faster than they can be tokenised: those that wait are not to fill the memory. */
+static void test_many_long_prompts(void)
+{
+    sd_bus *alice = connect_as(ALICE), *bob = connect_as(BOB);
+    CLEANUP(freep) char *path = create(alice), *bobs = create(bob);
+    CLEANUP(closep) int file = memfd_create("prompt", MFD_CLOEXEC);
+    const struct user *user = users_find(daemon_here.service.users, ALICE);
+    sd_bus_slot *slots[40];
+    uint32_t n_refused = 0;
+
+    assert(file >= 0 && ftruncate(file, LLM_PROMPT_BYTES_MAX) == 0);
+    for (size_t i = 0; i < ARRAY_SIZE(slots); i++) {
+        CLEANUP(sd_bus_message_unrefp) sd_bus_message *m = manager_call(alice, "Measure");
+
+        assert(sd_bus_message_append(m, "a{sv}", 3, "prompt-fd", "h", file, "raw", "b", 1,
+                                     "session", "o", path) >= 0);
+        assert(sd_bus_call_async(alice, &slots[i], m, on_too_long, &n_refused, UINT64_MAX) >= 0);
+    }
+    while (n_refused == 0) {
+        sd_event_run(daemon_here.service.event, 1000);
+        while (sd_bus_process(alice, NULL) > 0)
+            ;
+        assert(user->prompt_bytes <= 8 * LLM_PROMPT_BYTES_MAX);
+    }
+    append(bob, bobs, 10);
+    done(alice, session_call(alice, path, "Close")); /* stops those that wait */
+    while (user->n_queued > 0)
+        sd_event_run(daemon_here.service.event, 1000);
+    assert(user->prompt_bytes == 0);
+    for (size_t i = 0; i < ARRAY_SIZE(slots); i++)
+        sd_bus_slot_unref(slots[i]);
+    close_bus(alice);
+    close_bus(bob);
+}
+
 /* Descriptors that block for ever hold up nobody, and there are only so many. */
 static void test_stuck_files(void)
 {
@@ -790,6 +838,7 @@ int main(int argc, char **argv)
     test_signals();
     test_life();
     test_stuck_files();
+    test_many_long_prompts();
     test_lingering();
     test_reads_nothing();
     test_vanishes();

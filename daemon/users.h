@@ -37,10 +37,11 @@ struct user {
     uint32_t n_connections; /* peer to peer */
     uint32_t n_clients;     /* names on the bus */
     uint32_t n_sessions;
-    uint32_t n_transfers; /* files being read or written for it */
-    uint32_t n_questions; /* calls that wait until it is known whether they are allowed */
-    uint32_t n_streams;   /* until their readers have read them */
-    uint32_t n_queued;    /* as user_limits::max_queued */
+    uint32_t n_transfers;  /* files being read or written for it */
+    uint64_t prompt_bytes; /* text of its requests that have not ended */
+    uint32_t n_questions;  /* calls that wait until it is known whether they are allowed */
+    uint32_t n_streams;    /* until their readers have read them */
+    uint32_t n_queued;     /* as user_limits::max_queued */
     double tokens; /* in the bucket: may be negative, for what a request took is known late */
     uint64_t tokens_usec; /* when it was last filled */
     struct user *next;    /* users::list */
