@@ -8,16 +8,22 @@
 What an input must be answered with is what llmctl run answers it with: seeded answers are the same bytes alone and in
 company. Nothing here is decided by time.
 """
+import fcntl
 import json
 import os
+import pty
+import re
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
-    from llmctl_home import ENDLESS, PATIENCE, Home, main, test
+    from llmctl_home import ENDLESS, LLMCTL, PATIENCE, Home, main, test
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
@@ -185,6 +191,46 @@ def interrupted():
             out, err = p.communicate(timeout=PATIENCE)
             assert p.returncode == status and b"Sanitizer" not in err, (p.returncode, err)
             h.wait_sessions(0)
+
+
+@test
+def status_line():
+    """On a terminal one line says how far it is, no wider than that; it goes before anything else is said, and at the end."""
+    with Home() as h:
+        h.call("run", "--max-tokens=1", "x")
+        for env, options, columns in (({"TERM": "xterm"}, (), 80), ({"TERM": "xterm"}, (), 12),
+                                      ({"TERM": "dumb"}, (), 80), ({"TERM": "xterm"}, ("--quiet",), 80)):
+            master, slave = pty.openpty()
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            p = subprocess.Popen([LLMCTL, "--private", "map", *options, "--ignore-end", "--seed=1"], stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, stderr=slave, env=dict(h.env, **env))
+            os.close(slave)
+            p.stdin.write(b"one\n" + b"x" * 9000 + b"\ntwo\n")  # the second one is too long
+            p.stdin.flush()
+            h.wait_sessions(2)
+            seen = b""
+            wants = env["TERM"] == "xterm" and not options
+            while b"nothing was cut" not in seen or wants and not re.search(rb"1 answered, 2 running|\r1 answered,\x1b", seen):
+                assert select.select([master], [], [], PATIENCE)[0], seen
+                seen += os.read(master, 65536)
+            p.send_signal(signal.SIGINT)
+            p.stdin.close()
+            p.stdout.read()
+            p.stdout.close()
+            assert p.wait(PATIENCE) == 130
+            try:
+                while data := os.read(master, 65536):
+                    seen += data
+            except OSError:
+                pass  # the other end is closed
+            os.close(master)
+            if wants:
+                assert seen.endswith(b"\r\033[K"), seen
+                lines_shown = re.findall(rb"\r([^\r\n\033]+)\033\[K", seen)
+                assert lines_shown and max(map(len, lines_shown)) < columns, lines_shown
+                assert b"\033[Kllmctl: line 2: " in seen, seen
+            else:
+                assert b"running" not in seen and b"\033" not in seen, seen
 
 
 @test
