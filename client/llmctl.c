@@ -320,12 +320,13 @@ static void help(void)
 
 int main(int argc, char **argv)
 {
+    static char name[] = "llmctl"; /* what getopt_long() begins its complaints with */
     int status;
 
     standard_fds_fill();
     sd_bus_error_add_map(bus_errors); /* for calls of sd-bus itself; libllm needs it not */
     if (argc > 0)
-        argv[0] = (char[]){"llmctl"};
+        argv[0] = name;
     status = argc > 0 ? verb_dispatch(&table, argc, argv) : usage_error("no command is given");
     if (fflush(stdout) == EOF && status == STATUS_OK)
         status = complain(STATUS_FAILED, "cannot write: %s", strerror(errno));
