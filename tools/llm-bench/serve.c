@@ -346,8 +346,8 @@ static void note(const char *text)
 static int measure_all(struct bench *b, struct error *err)
 {
     struct results *results = &b->results;
-    uint64_t idle_from, busy_from, first, others;
-    double seconds;
+    uint64_t idle_from, busy_from, first = 0, others = 0;
+    double seconds = 1;
     int r;
 
     r = calibrate(b, err);
