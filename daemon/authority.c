@@ -29,6 +29,7 @@
 
 #include "base/cleanup.h"
 #include "daemon/log.h"
+#include "ipc/names.h"
 
 #define POLKIT_NAME "org.freedesktop.PolicyKit1"
 #define POLKIT_PATH "/org/freedesktop/PolicyKit1/Authority"
@@ -65,11 +66,11 @@ struct authority {
 };
 
 static const char *const names[ACTION_N] = {
-    [ACTION_USE] = "org.llmd.Llm1.use",
-    [ACTION_USE_BACKGROUND] = "org.llmd.Llm1.use-background",
-    [ACTION_MANAGE_MODELS] = "org.llmd.Llm1.manage-models",
-    [ACTION_INSPECT_SESSIONS] = "org.llmd.Llm1.inspect-sessions",
-    [ACTION_MANAGE_QUOTAS] = "org.llmd.Llm1.manage-quotas",
+    [ACTION_USE] = LLM_ACTION_USE,
+    [ACTION_USE_BACKGROUND] = LLM_ACTION_USE_BACKGROUND,
+    [ACTION_MANAGE_MODELS] = LLM_ACTION_MANAGE_MODELS,
+    [ACTION_INSPECT_SESSIONS] = LLM_ACTION_INSPECT_SESSIONS,
+    [ACTION_MANAGE_QUOTAS] = LLM_ACTION_MANAGE_QUOTAS,
 };
 
 const char *action_name(enum action action)
@@ -381,9 +382,4 @@ struct authority *authority_free(struct authority *a)
     sd_bus_unref(a->bus);
     free(a);
     return NULL;
-}
-
-void authority_freep(struct authority **a)
-{
-    *a = authority_free(*a);
 }

@@ -39,7 +39,6 @@ typedef void (*authority_answer)(void *userdata, int r);
 /* A user or private mode, or without a system bus: own-uid rule. 0, -ENOMEM */
 int authority_new(struct authority **ret, bool ask_polkit);
 struct authority *authority_free(struct authority *a); /* answers what waits with -ECANCELED */
-void authority_freep(struct authority **a);
 
 /* The system bus, NULL when it is lost. Answers what waits with -ECONNRESET. 0, -errno */
 int authority_set_bus(struct authority *a, sd_bus *bus);

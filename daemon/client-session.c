@@ -388,11 +388,6 @@ struct session_set *session_set_free(struct session_set *set)
     return NULL;
 }
 
-void session_set_freep(struct session_set **set)
-{
-    *set = session_set_free(*set);
-}
-
 uint32_t session_set_n_sessions(const struct session_set *set)
 {
     return set->n_sessions;

@@ -40,7 +40,6 @@ int session_set_new(struct session_set **ret, sd_event *event, session_set_chang
                     void *userdata);
 /* All sessions must be gone and all jobs have come back; streams that still flush are cut. */
 struct session_set *session_set_free(struct session_set *set);
-void session_set_freep(struct session_set **set);
 
 void session_set_observe(struct session_set *set, const struct session_observer *o, void *userdata);
 

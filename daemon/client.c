@@ -55,11 +55,6 @@ struct clients *clients_free(struct clients *c)
     return NULL;
 }
 
-void clients_freep(struct clients **c)
-{
-    *c = clients_free(*c);
-}
-
 uint32_t clients_n(const struct clients *c)
 {
     return c->n;

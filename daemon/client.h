@@ -49,7 +49,6 @@ struct client {
 
 int clients_new(struct clients **ret, struct service *s); /* 0, -ENOMEM */
 struct clients *clients_free(struct clients *c); /* those on the bus; no other may be left */
-void clients_freep(struct clients **c);
 uint32_t clients_n(const struct clients *c);
 uint64_t clients_uptime_usec(const struct clients *c); /* since clients_new() */
 struct client *clients_first(const struct clients *c); /* then client::next */

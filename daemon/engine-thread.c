@@ -322,11 +322,6 @@ struct engine_thread *engine_thread_free(struct engine_thread *t)
     return NULL;
 }
 
-void engine_thread_freep(struct engine_thread **t)
-{
-    *t = engine_thread_free(*t);
-}
-
 const struct model *engine_thread_model(const struct engine_thread *t)
 {
     return t->model;

@@ -33,7 +33,6 @@ int engine_thread_new(struct engine_thread **ret, const struct model *m,
 
 /* All jobs must have come back and all timelines be closed. */
 struct engine_thread *engine_thread_free(struct engine_thread *t);
-void engine_thread_freep(struct engine_thread **t);
 
 const struct model *engine_thread_model(const struct engine_thread *t);
 const char *engine_thread_description(const struct engine_thread *t);

@@ -240,11 +240,6 @@ void server_something_went(struct server *s)
             sd_event_source_set_enabled(s->listen_sources[i], SD_EVENT_ON);
 }
 
-uint32_t server_n_connections(const struct server *s)
-{
-    return s->n_guests;
-}
-
 void server_set_max_connections(struct server *s, uint32_t n)
 {
     s->max_connections = n;

@@ -51,5 +51,4 @@ bool server_leave(struct server *s);
 /* A descriptor may be free again. */
 void server_something_went(struct server *s);
 
-uint32_t server_n_connections(const struct server *s);
 void server_set_max_connections(struct server *s, uint32_t n);

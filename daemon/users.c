@@ -51,11 +51,6 @@ struct users *users_free(struct users *u)
     return NULL;
 }
 
-void users_freep(struct users **u)
-{
-    *u = users_free(*u);
-}
-
 static uint64_t now_usec(void)
 {
     struct timespec ts;

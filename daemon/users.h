@@ -50,7 +50,6 @@ struct user {
 /* 0, -ENOMEM */
 int users_new(struct users **ret, const struct user_limits *defaults);
 struct users *users_free(struct users *u); /* nothing may hang on any user any more */
-void users_freep(struct users **u);
 
 /* For those without limits of their own, from now on: after the configuration was read again. */
 void users_set_defaults(struct users *u, const struct user_limits *defaults);

@@ -72,11 +72,6 @@ struct kv_pool *kv_pool_free(struct kv_pool *p)
     return NULL;
 }
 
-void kv_pool_freep(struct kv_pool **p)
-{
-    kv_pool_free(*p);
-}
-
 const struct kv_shape *kv_pool_shape(const struct kv_pool *p)
 {
     return &p->shape;

@@ -30,7 +30,6 @@ struct kv_page;
 int kv_pool_new(struct kv_pool **ret, struct backend *b, const struct kv_shape *shape,
                 uint64_t bytes_max); /* 0, -ENOMEM, -EINVAL: not even one page fits */
 struct kv_pool *kv_pool_free(struct kv_pool *p); /* every page must be back */
-void kv_pool_freep(struct kv_pool **p);
 const struct kv_shape *kv_pool_shape(const struct kv_pool *p);
 uint64_t kv_pool_bytes_used(const struct kv_pool *p);
 uint64_t kv_pool_bytes_max(const struct kv_pool *p);

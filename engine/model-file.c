@@ -531,11 +531,6 @@ const void *model_file_blob(const struct model_file *f, const char *name, size_t
     return e->tensor.weight.data;
 }
 
-int model_file_fd(const struct model_file *f)
-{
-    return f->fd;
-}
-
 const void *model_file_map(const struct model_file *f, size_t *ret_size)
 {
     *ret_size = f->size;

@@ -59,9 +59,6 @@ const struct model_tensor *model_file_find(const struct model_file *f, const cha
 /* A blob: a U8 tensor without weight type, such as "tokenizer.pieces". NULL if there is none. */
 const void *model_file_blob(const struct model_file *f, const char *name, size_t *ret_bytes);
 
-/* The open file, for prefetch; borrowed. Verification reads through it too: no SIGBUS on EIO. */
-int model_file_fd(const struct model_file *f);
-
 /* The whole mapping, for prefetch and statistics: file bytes [0, size). */
 const void *model_file_map(const struct model_file *f, size_t *ret_size);
 
