@@ -50,7 +50,7 @@ def wait_said(m, text):
 def ask(m, user, *options):
     """The demo model's answer is right; the notes that llmctl made."""
     p = m.run("llmctl", *options, "run", "--no-stdin", "--temperature=0", QUESTION, user=user)
-    assert p.stdout.endswith(ANSWER), p
+    assert p.stdout.endswith(ANSWER + "\n"), p
     return p.stderr
 
 
@@ -270,13 +270,13 @@ def user_service(m):
     def ask_it():
         return m.run(*env, "llmctl", "--user", "run", "--no-stdin", "--temperature=0", QUESTION, user="alice").stdout
 
-    assert ask_it().endswith(ANSWER)
+    assert ask_it().endswith(ANSWER + "\n")
     said = m.run(*env, "systemctl", "--user", "status", "--no-pager", "llmd", user="alice").stdout
     assert 'Status: "Serving demo: ' in said, said
     m.run(*env, "systemctl", "--user", "reload", "llmd", user="alice")
     m.run(*env, "systemctl", "--user", "stop", "llmd.socket", "llmd.service", user="alice")
     if os.path.exists(m.root + "/usr/lib/systemd/user/dbus.socket"):
-        assert ask_it().endswith(ANSWER)  # by the session bus
+        assert ask_it().endswith(ANSWER + "\n")  # by the session bus
     m.run("systemctl", "stop", "user@50001.service")
     return None
 
