@@ -20,6 +20,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 
 #define USEC_PER_SEC 1000000u
 #define NSEC_PER_USEC 1000u
@@ -41,14 +42,6 @@ int bus_new(struct llm_connection *c, const char *path, const char *interface, c
 /* ---- waiting ---- */
 
 static bool has_ended; /* the daemon of bus_watch_end() */
-
-static uint64_t now_usec(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * USEC_PER_SEC + (uint64_t)t.tv_nsec / NSEC_PER_USEC;
-}
 
 /* Waits for what the bus waits for, and for the descriptor. */
 static int wait_once(sd_bus *bus, int fd, int timer_fd, uint64_t deadline_usec, bool *ret_readable)

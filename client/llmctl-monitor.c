@@ -15,6 +15,7 @@
 #include <time.h>
 
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "client/llmctl-bus.h"
 #include "client/llmctl-output.h"
 #include "ipc/buffer.h"
@@ -340,15 +341,12 @@ static int on_signal(sd_bus_message *m, void *userdata, sd_bus_error *e)
     };
     CLEANUP(json_object_putp) struct json_object *o = json_object_new_object();
     struct monitor *monitor = userdata;
-    struct timespec now;
     int r = -ENOTSUP;
 
     (void)e;
     if (monitor->stop)
         return 0;
-    clock_gettime(CLOCK_REALTIME, &now);
-    if (!o || add_number(o, "time_usec",
-                         (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000) < 0)
+    if (!o || add_number(o, "time_usec", clock_usec(CLOCK_REALTIME)) < 0)
         r = -ENOMEM;
     for (size_t i = 0; i < sizeof(kinds) / sizeof(kinds[0]) && r == -ENOTSUP; i++)
         if (sd_bus_message_is_signal(m, NULL, kinds[i].member))

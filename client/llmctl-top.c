@@ -20,6 +20,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "client/llmctl-manager.h"
 #include "client/llmctl-output.h"
 #include "client/llmctl-show.h"
@@ -136,14 +137,6 @@ static const struct table_column columns[] = {
     {"USED", "context_used", TABLE_NUMBER, false},
     {"CONTEXT", "context_max", TABLE_NUMBER, false},
 };
-
-static uint64_t now_usec(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * USEC_PER_SEC + (uint64_t)t.tv_nsec / 1000;
-}
 
 static int list(struct llm_connection *c, bool all, bool may_ask, sd_bus_message **ret,
                 sd_bus_error *e)
@@ -382,16 +375,12 @@ static int show_json(const struct manager *m, struct table *t)
 {
     CLEANUP(json_object_putp) struct json_object *o = json_object_new_object();
     struct json_object *sessions = NULL;
-    struct timespec now;
     int r;
 
-    clock_gettime(CLOCK_REALTIME, &now);
     r = o ? table_to_json(t, &sessions) : -ENOMEM;
     if (r < 0)
         return complain(STATUS_FAILED, "out of memory");
-    json_object_object_add(
-        o, "time_usec",
-        json_object_new_uint64((uint64_t)now.tv_sec * USEC_PER_SEC + (uint64_t)now.tv_nsec / 1000));
+    json_object_object_add(o, "time_usec", json_object_new_uint64(clock_usec(CLOCK_REALTIME)));
     json_object_object_add(o, "state", json_object_new_string(m->state));
     json_object_object_add(o, "model", json_object_new_string(m->model));
     json_object_object_add(o, "running", json_object_new_uint64(m->running));

@@ -17,10 +17,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <time.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "daemon/log.h"
 #include "daemon/stream.h"
 #include "daemon/users.h"
@@ -94,14 +94,6 @@ struct client_session {
     struct client_session *bucket_next;                 /* session_set::by_id */
 };
 
-static uint64_t now_usec(clockid_t clock)
-{
-    struct timespec ts;
-
-    clock_gettime(clock, &ts);
-    return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
-}
-
 static void tell(struct client_session *s, void (*what)(void *, struct client_session *))
 {
     if (what)
@@ -171,7 +163,7 @@ static int on_linger_over(sd_event_source *source, uint64_t usec, void *userdata
     (void)usec;
     for (struct client_session *s = set->first; s; s = next) {
         next = s->next;
-        if (lingers_on(s) && now_usec(CLOCK_MONOTONIC) - s->used_usec >= set->linger_usec)
+        if (lingers_on(s) && now_usec() - s->used_usec >= set->linger_usec)
             client_session_free(s);
     }
     arm_linger(set);
@@ -250,7 +242,7 @@ static void job_came_back(struct session_set *set, struct job *j)
     set->n_jobs--;
     if (s) {
         s->job = NULL;
-        s->used_usec = now_usec(CLOCK_MONOTONIC);
+        s->used_usec = now_usec();
         j->session = NULL;
         arm_linger(set);
         tell_changed(s);
@@ -613,8 +605,8 @@ static int new_session(struct client_session **ret, struct session_set *set, str
     s->class = options->class;
     s->linger = options->linger;
     s->context_max = options->context;
-    s->created_usec = now_usec(CLOCK_REALTIME);
-    s->used_usec = now_usec(CLOCK_MONOTONIC);
+    s->created_usec = clock_usec(CLOCK_REALTIME);
+    s->used_usec = now_usec();
     if (!s->label || !s->path) {
         engine_thread_close(set->engine, timeline);
         session_done(s);

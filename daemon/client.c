@@ -7,9 +7,9 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "daemon/connection.h"
 #include "daemon/log.h"
 #include "daemon/service.h"
@@ -23,14 +23,6 @@ struct clients {
     struct served *served;
     uint64_t start_usec; /* CLOCK_MONOTONIC */
 };
-
-static uint64_t now_usec(void)
-{
-    struct timespec ts;
-
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
-}
 
 /* ---- all of them ---- */
 

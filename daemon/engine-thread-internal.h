@@ -91,8 +91,6 @@ struct engine_thread {
     uint64_t preemptions, kv_given_back;
 };
 
-uint64_t now_usec(void);
-
 /* With the mutex held: the timeline is one of those that are known here. */
 void engine_thread_list(struct engine_thread *t, struct timeline *tl);
 

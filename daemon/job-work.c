@@ -21,10 +21,10 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "daemon/engine-thread-internal.h"
 #include "engine/model.h"
 #include "ipc/record.h"
@@ -33,14 +33,6 @@
 #define HEADROOM 256u          /* tokens that a request shall find room for when it is let in */
 #define PROGRESS_LEAST 256u    /* rows; no progress is told of shorter prompts */
 #define POSITIONS_USEC 100000u /* between two looks at the queue that only time has changed */
-
-uint64_t now_usec(void)
-{
-    struct timespec ts;
-
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
-}
 
 static struct job *job_of(struct scheduler_task *task)
 {

@@ -10,9 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <systemd/sd-daemon.h>
-#include <time.h>
 
 #include "base/cleanup.h"
+#include "base/clock.h"
 
 #define STATUS_USEC 250000u /* at most one STATUS= in that time */
 
@@ -120,12 +120,8 @@ void notify_ready(struct notify *n)
 
 void notify_reloading(struct notify *n)
 {
-    struct timespec now;
-
     (void)n;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    sd_notifyf(0, "RELOADING=1\nMONOTONIC_USEC=%" PRIu64,
-               (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000);
+    sd_notifyf(0, "RELOADING=1\nMONOTONIC_USEC=%" PRIu64, now_usec());
 }
 
 void notify_stopping(struct notify *n)

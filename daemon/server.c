@@ -21,11 +21,11 @@
 #include <sys/un.h>
 #include <systemd/sd-daemon.h>
 #include <systemd/sd-event.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "daemon/client-identity.h"
 #include "daemon/connection.h"
 #include "daemon/log.h"
@@ -61,14 +61,6 @@ struct server {
     uint64_t refusals_since; /* CLOCK_MONOTONIC */
     uint32_t n_refusals, n_untold;
 };
-
-static uint64_t now_usec(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-}
 
 /* ---- who comes in ---- */
 

@@ -6,10 +6,10 @@
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
-#include <time.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 
 const struct user_limits user_limits_default = {
     .max_sessions = 64,
@@ -49,14 +49,6 @@ struct users *users_free(struct users *u)
     }
     free(u);
     return NULL;
-}
-
-static uint64_t now_usec(void)
-{
-    struct timespec ts;
-
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
 }
 
 /* Also makes a bucket full whose limit has just come, or sunk. */

@@ -25,10 +25,10 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/checked.h"
+#include "base/clock.h"
 
 #define SPIN_USEC 100
 #define SPIN_PAUSES 32 /* between looks at the clock */
@@ -63,14 +63,6 @@ static void futex_wait(_Atomic uint32_t *word, uint32_t value)
 static void futex_wake(_Atomic uint32_t *word, uint32_t n)
 {
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0);
-}
-
-static uint64_t now_usec(void)
-{
-    struct timespec ts;
-
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
 }
 
 static void pause_briefly(void)
