@@ -28,6 +28,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "base/utf8.h"
 #include "daemon/engine-thread-internal.h"
 #include "daemon/prompt-thread.h"
