@@ -36,7 +36,9 @@ int main(int argc, char **argv)
             if (e.type == LLM_DELTA && fwrite(e.text, 1, e.n_text, stdout) == e.n_text)
                 fflush(stdout);
     }
-    if (e.type != LLM_END)
+    if (e.type == LLM_END)
+        putchar('\n');
+    else
         fprintf(stderr, "%s: %s\n", argv[0], e.type == LLM_ERROR ? e.message : err.message);
     llm_stream_free(stream);
     llm_options_free(options);
