@@ -8,7 +8,9 @@
  * once, so that an account with many flows gives one now and one then and not all together. Who
  * joins either set is lifted to its least virtual time: time spent away, waiting for
  * memory, or in a prompt whose pace is bounded for the others' sake, is no claim to stop them
- * later. Flows within an account likewise.
+ * later. Flows within an account likewise; but where several accounts want rows, an account's
+ * decoding waits for its own prompts as well, which would never be read if decoding took all that
+ * the account can have.
  *
  * Costs. Steps without prompts tell, for each number of decoding rows, what such a step takes. What
  * a step with prompts takes longer, per row of prompt, is learned for two situations apart, because
@@ -79,8 +81,10 @@ struct account {
 
     /* of this choice */
     bool is_interactive;
-    double least;          /* virtual time of its flows */
-    double least_decoding; /* likewise, of those that decode when all they have gets its row */
+    double least; /* virtual time of its flows */
+    /* Likewise, of those that decode when all they have gets its row; and, where other accounts
+     * want rows too, of those with a prompt. */
+    double least_decoding;
 };
 
 struct scheduler_entry {
@@ -678,6 +682,7 @@ static void gather(struct scheduler *s, bool is_idle, double *ret_least, double 
     uint64_t now = s->n_steps + 1;
     struct company company = {.most = s->most[is_idle]};
     double least = HUGE_VAL, decoding = HUGE_VAL;
+    uint32_t n_accounts = 0;
 
     for (struct account *a = s->accounts; a; a = a->next) {
         if (a->is_idle != is_idle)
@@ -705,8 +710,10 @@ static void gather(struct scheduler *s, bool is_idle, double *ret_least, double 
             a->is_interactive = e->flow->is_interactive = true;
     }
     for (struct account *a = s->accounts; a; a = a->next)
-        if (a->is_idle == is_idle)
+        if (a->is_idle == is_idle) {
             note_company(&company, &a->share);
+            n_accounts += a->share.is_runnable;
+        }
     for (struct account *a = s->accounts; a; a = a->next) {
         struct company flows = {0};
 
@@ -727,6 +734,8 @@ static void gather(struct scheduler *s, bool is_idle, double *ret_least, double 
             if (f->share.decodes)
                 a->least_decoding =
                     MIN(a->least_decoding, f->share.time + f->share.n_decoding * flow_pace(a, f));
+            else if (f->share.is_runnable && n_accounts > 1)
+                a->least_decoding = MIN(a->least_decoding, f->share.time);
         }
     }
     s->most[is_idle] = company.most;

@@ -509,6 +509,34 @@ static void check_prompt_beside(const struct machine *m, uint32_t n_decoding, do
 }
 
 /* The scheduler has seen nothing at all, and both come at once. */
+/* A prompt and greedy decoding of the same account share what that account gets of two. */
+static void check_prompt_among_own(const struct machine *m, uint32_t n_decoding)
+{
+    uint64_t n = 0, first, others;
+    struct client *reads;
+    struct world w;
+
+    world_init(&w, m, 256, 16);
+    client(&w, 1, CLASS_INTERACTIVE, 1, 0, 0);
+    for (uint32_t i = 0; i < n_decoding; i++)
+        client(&w, 2, CLASS_INTERACTIVE, 1, 0, 0);
+    steps(&w, 50);
+    reads = client(&w, 2, CLASS_INTERACTIVE, 2000, 10, UINT32_MAX);
+    ask(&w, reads);
+    forget_counts(&w);
+    while (reads->prompt_rows < 2000) {
+        step(&w);
+        assert(w.n_decoding >= 1 && ++n < 20000);
+    }
+    first = (uint64_t)decoded_by(&w, 1);
+    others = (uint64_t)decoded_by(&w, 2);
+    assert(first * 10 >= n * 9);                /* the other account feels nothing of it */
+    assert(others * (n_decoding + 3) >= first); /* and its own others go on */
+    for (uint32_t i = 0; i < n_decoding; i++)
+        assert(w.c[1 + i].decoded * 10 * n_decoding >= others * 7);
+    world_done(&w);
+}
+
 static void check_cold(const struct machine *m)
 {
     double without = MAX(m->base + m->decode, m->read), worst = 0;
@@ -1046,6 +1074,11 @@ int main(void)
         check_prompt_beside(&fast, n, 0.0, "fast");
         check_prompt_beside(&reading, n, 0.2, "reading");
         check_prompt_beside(&noisy, n, 0.2, "noisy");
+    }
+    for (uint32_t n = 1; n <= 7; n += 3) {
+        check_prompt_among_own(&slow, n);
+        check_prompt_among_own(&fast, n);
+        check_prompt_among_own(&reading, n);
     }
     check_cold(&slow);
     check_cold(&fast);
