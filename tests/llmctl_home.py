@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 
+import dbus
+
 from daemon_client import Client
 
 LLMCTL, LLMD, MAKE_MODEL = map(os.path.abspath, sys.argv[1:4])
@@ -66,8 +68,16 @@ class Home:
     def client(self):
         return Client(self.socket)
 
+    def wait_client(self):
+        """A client of the daemon that is about to be started."""
+        while True:
+            try:
+                return self.client()
+            except (OSError, dbus.DBusException):
+                pass  # it does not listen yet
+
     def wait_sessions(self, n):
-        with self.client() as c:
+        with self.wait_client() as c:
             while c.manager("Sessions") != n:
                 pass
 

@@ -342,6 +342,7 @@ def more_jobs_than_the_quota():
         status, out, err = h.call("map", "--max-tokens=3", "--ignore-end", "--seed=3", "--jobs=256", data=lines(words))
         assert (status, err) == (0, "") and out.count("\n") == 100, (status, err)
         # All of it is taken by others.
+        h.wait_sessions(0)
         with h.client() as c:
             sessions = []
             try:
