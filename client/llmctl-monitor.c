@@ -9,13 +9,13 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <json-c/json.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
 #include "base/cleanup.h"
 #include "base/clock.h"
+#include "base/json.h"
 #include "client/llmctl-bus.h"
 #include "client/llmctl-output.h"
 #include "ipc/buffer.h"
@@ -31,11 +31,6 @@ static void help(void)
          "\n"
          "  -a, --all                      everybody's sessions, not only yours\n"
          "      --json                     a JSON object an event\n" GLOBAL_HELP);
-}
-
-static void json_object_putp(struct json_object **o)
-{
-    json_object_put(*o);
 }
 
 struct monitor {

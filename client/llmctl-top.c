@@ -9,7 +9,6 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <json-c/json.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,6 +20,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "base/clock.h"
+#include "base/json.h"
 #include "client/llmctl-manager.h"
 #include "client/llmctl-output.h"
 #include "client/llmctl-show.h"
@@ -54,11 +54,6 @@ static void help(void)
          "  -1, --once                     print it once, as it is now\n"
          "  -n, --rounds=N                 so many times\n"
          "  -d, --delay=SECONDS            time between two of them, default 1\n" GLOBAL_HELP);
-}
-
-static void json_object_putp(struct json_object **o)
-{
-    json_object_put(*o);
 }
 
 /* ---- the terminal ---- */

@@ -11,7 +11,6 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <json-c/json.h>
 #include <langinfo.h>
 #include <libsmartcols/libsmartcols.h>
 #include <locale.h>
@@ -24,6 +23,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/json.h"
 
 #define CELL_TEXT_MAX 64 /* of what is no TABLE_TEXT */
 #define USEC_PER_SEC 1000000u
@@ -47,11 +47,6 @@ struct table {
 static void scols_unref_tablep(struct libscols_table **t)
 {
     scols_unref_table(*t);
-}
-
-static void json_object_putp(struct json_object **o)
-{
-    json_object_put(*o);
 }
 
 /* ---- filling ---- */

@@ -6,12 +6,12 @@
  * json_text: JSON from files nobody vouches for, read by json-c but without its leniency.
  */
 
-#include <json-c/json.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "base/error.h"
+#include "base/json.h"
 
 struct json_limits {
     int depth;         /* of nested objects and arrays */
@@ -38,9 +38,3 @@ bool json_text_float(json_object *v, float *ret);
 
 /* v[key] where v is an object, else NULL. Borrowed. */
 json_object *json_text_get(json_object *v, const char *key);
-
-/* For CLEANUP. */
-static inline void json_object_putp(json_object **v)
-{
-    json_object_put(*v);
-}
