@@ -105,19 +105,29 @@ static int list_all_sessions(struct client *c, sd_bus_message *m, sd_bus_error *
     return list_sessions(c, m, true);
 }
 
-static int method_list_sessions(sd_bus_message *m, void *userdata, sd_bus_error *error)
+/* Who calls, and whether the one option there is asks for everybody's sessions. */
+static int read_caller_and_all(sd_bus_message *m, void *userdata, struct client **ret,
+                               bool *ret_all, sd_bus_error *error)
 {
     struct error err = {0};
+    int r;
+
+    r = served_client(userdata, m, ret, error);
+    if (r < 0)
+        return r;
+    r = options_read_all(m, ret_all, &err);
+    return r < 0 ? bus_error_set(error, r, &err) : 0;
+}
+
+static int method_list_sessions(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
     struct client *c;
     bool all;
     int r;
 
-    r = served_client(userdata, m, &c, error);
+    r = read_caller_and_all(m, userdata, &c, &all, error);
     if (r < 0)
         return r;
-    r = options_read_all(m, &all, &err);
-    if (r < 0)
-        return bus_error_set(error, r, &err);
     return all ? client_authorise(c, ACTION_INSPECT_SESSIONS, m, list_all_sessions, error)
                : list_sessions(c, m, false);
 }
@@ -130,17 +140,13 @@ static int subscribe_all(struct client *c, sd_bus_message *m, sd_bus_error *erro
 
 static int subscribe(sd_bus_message *m, void *userdata, sd_bus_error *error)
 {
-    struct error err = {0};
     struct client *c;
     bool all;
     int r;
 
-    r = served_client(userdata, m, &c, error);
+    r = read_caller_and_all(m, userdata, &c, &all, error);
     if (r < 0)
         return r;
-    r = options_read_all(m, &all, &err);
-    if (r < 0)
-        return bus_error_set(error, r, &err);
     if (all)
         return client_authorise(c, ACTION_INSPECT_SESSIONS, m, subscribe_all, error);
     c->subscription = SUBSCRIBED_OWN;

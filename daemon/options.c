@@ -134,20 +134,7 @@ static int read_string(sd_bus_message *m, const struct option *o, void *target, 
 {
     char **place = (char **)((char *)target + o->offset);
     const char *v;
-    int r = sd_bus_message_read(m, "s", &v);
-
-    (void)err;
-    if (r < 0)
-        return r;
-    *place = strdup(v);
-    return *place ? 0 : -ENOMEM;
-}
-
-static int read_path(sd_bus_message *m, const struct option *o, void *target, struct error *err)
-{
-    char **place = (char **)((char *)target + o->offset);
-    const char *v;
-    int r = sd_bus_message_read(m, "o", &v);
+    int r = sd_bus_message_read_basic(m, o->signature[0], &v); /* "s", or "o" */
 
     (void)err;
     if (r < 0)
@@ -401,7 +388,7 @@ static const struct option measure_options[] = {
     {"prompt-fd", "h", read_prompt_fd},
     {"messages", "a(ss)", read_messages},
     {"raw", "b", read_bool, offsetof(struct generate, raw)},
-    {"session", "o", read_path, offsetof(struct generate, session)},
+    {"session", "o", read_string, offsetof(struct generate, session)},
 };
 
 _Static_assert(ARRAY_SIZE(generate_options) <= OPTIONS_MAX, "read_options() counts on it");
