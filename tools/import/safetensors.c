@@ -214,11 +214,6 @@ void safetensors_freep(struct safetensors **s)
     safetensors_free(*s);
 }
 
-uint64_t safetensors_file_size(const struct safetensors *s)
-{
-    return s->file_size;
-}
-
 size_t safetensors_n_tensors(const struct safetensors *s)
 {
     return s->n_tensors;

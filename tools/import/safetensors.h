@@ -38,8 +38,6 @@ int safetensors_parse(struct safetensors **ret, const char *text, size_t n, uint
 struct safetensors *safetensors_free(struct safetensors *s);
 void safetensors_freep(struct safetensors **s);
 
-uint64_t safetensors_file_size(const struct safetensors *s);
-
 /* In the order of their names. */
 size_t safetensors_n_tensors(const struct safetensors *s);
 const struct safetensors_tensor *safetensors_tensor(const struct safetensors *s, size_t i);
