@@ -63,6 +63,11 @@ def wait_for(what):
         time.sleep(0.01)
 
 
+def listens(path):
+    with socket.socket(socket.AF_UNIX) as s:
+        return s.connect_ex(path) == 0
+
+
 def wait_log(d, text):
     wait_for(lambda: re.search(text, d.log()))
 
@@ -237,7 +242,7 @@ def inherits_sockets(folder, model):
     with open(os.path.join(folder, "log"), "wb") as log:
         p = subprocess.Popen(["systemd-socket-activate", "--fdname=llmd", "-l", path, *setenv, llmd, "--user", "--no-bus",
                               "--model", model], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
-    wait_for(lambda: os.path.exists(path))
+    wait_for(lambda: listens(path))  # the file comes first
     with Client(path) as c:
         assert c.create().run(prompt="a", max_tokens=dbus.UInt32(1))
         assert not os.path.exists(os.path.join(folder, "llmd", "llmd.socket"))
