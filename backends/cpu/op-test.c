@@ -1,0 +1,264 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+#undef NDEBUG
+#include "backends/cpu/op-test.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/checked.h"
+
+#define GUARD 32 /* values before and behind an array */
+
+const uint32_t batches[N_BATCHES] = {1, 2, 3, 5, 8, 17, N_MAX};
+
+static const char *const level_names[] = {"reference", "avx2", "avx512", "amx"};
+
+struct backend *ref, *one, *two;
+
+static uint64_t seed = 1;
+
+uint32_t next_random(void)
+{
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(seed >> 33);
+}
+
+float uniform(void) /* in -1..1 */
+{
+    return (float)((double)next_random() * 0x1p-30 - 1);
+}
+
+struct array array_new(size_t n, size_t width, size_t gap)
+{
+    struct array a = {.n = n, .width = width, .ld = width + gap};
+
+    a.total = n * a.ld + 2 * GUARD + 1;
+    a.memory = malloc(a.total * 4);
+    a.copy = malloc(a.total * 4);
+    assert(a.memory && a.copy);
+    memset(a.memory, 0xa5, a.total * 4);
+    a.p = (float *)a.memory + GUARD + 1; /* odd on purpose */
+    return a;
+}
+
+struct array array_random(size_t n, size_t width, size_t gap, float scale)
+{
+    struct array a = array_new(n, width, gap);
+
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; k < width; k++)
+            a.p[i * a.ld + k] = uniform() * scale;
+    return a;
+}
+
+void array_free(struct array *a)
+{
+    free(a->memory);
+    free(a->copy);
+}
+
+void array_mark(struct array *a)
+{
+    memset(a->memory, 0xa5, a->total * 4);
+}
+
+void check_guards(const struct array *a, size_t n)
+{
+    for (size_t i = 0; i < a->total; i++) {
+        bool inside = i > GUARD && i - GUARD - 1 < n * a->ld;
+
+        if (inside && (i - GUARD - 1) % a->ld < a->width)
+            continue;
+        if (a->memory[i] != 0xa5a5a5a5u) {
+            fprintf(stderr, "%s: written outside: %zu of [%zu][%zu] ld %zu\n", two->ops->name, i, n,
+                    a->width, a->ld);
+            abort();
+        }
+    }
+}
+
+void check_near(const char *what, size_t row, size_t k, double got, double want, double bound)
+{
+    if (fabs(got - want) <= bound + EPS * fabs(want) + 1e-42)
+        return;
+    fprintf(stderr, "%s: %s: row %zu value %zu: %.9g, not %.9g; off by %.3g, allowed %.3g\n",
+            two->ops->name, what, row, k, got, want, fabs(got - want), bound);
+    abort();
+}
+
+void check_same(const char *what, const float *a, const float *b, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (memcmp(&a[i], &b[i], 4) != 0) {
+            fprintf(stderr, "%s: %s: value %zu depends on the batch: %.9g, %.9g\n", two->ops->name,
+                    what, i, (double)a[i], (double)b[i]);
+            abort();
+        }
+}
+
+void check_batches(const char *what, run_rows run, void *args, struct array *out)
+{
+    struct array part = array_new(out->n, out->width, out->ld - out->width);
+    uint32_t n_rows = (uint32_t)out->n;
+
+    array_mark(out);
+    run(two, args, 0, n_rows, out->p);
+    check_guards(out, n_rows);
+    for (int threads = 1; threads <= 2; threads++)
+        for (size_t c = 0; c < ARRAY_SIZE(batches); c++) {
+            uint32_t n = batches[c], first = n < n_rows ? next_random() % (n_rows - n + 1) : 0;
+
+            if (n > n_rows)
+                break;
+            array_mark(&part);
+            run(threads == 1 ? one : two, args, first, n, part.p);
+            check_guards(&part, n);
+            for (uint32_t i = 0; i < n; i++)
+                check_same(what, part.p + i * part.ld, out->p + (first + i) * out->ld, out->width);
+        }
+    array_free(&part);
+}
+
+struct packed packed_new(enum weight_type type, enum weight_layout layout, uint32_t n_out,
+                         uint32_t n_in)
+{
+    struct packed p = {.w = {.type = type, .layout = layout, .n_out = n_out, .n_in = n_in}};
+    float *x = malloc(n_in * sizeof(*x));
+    int8_t *q = malloc(n_in);
+    uint16_t *d = malloc((n_in / WEIGHT_BLOCK + 1) * sizeof(*d));
+    int min = type == WEIGHT_Q4 ? -8 : -128, max = -min - 1;
+    uint8_t *end;
+
+    assert(weight_size(type, layout, n_out, n_in, &p.bytes) == 0);
+    /* the last byte of the weight is the last byte of the allocation: a read beyond it is seen */
+    p.data = aligned_alloc(64, ALIGN_UP(p.bytes, (size_t)64));
+    assert(p.data && x && q && d);
+    end = p.data + p.bytes;
+    memset(p.data, 0, (size_t)(end - p.data));
+    p.w.data = p.data;
+    for (uint32_t r = 0; r < n_out; r++) {
+        for (uint32_t k = 0; k < n_in; k++) {
+            x[k] = uniform();
+            q[k] = (int8_t)(r == 0   ? min
+                            : r == 1 ? max
+                                     : min + (int)(next_random() % (uint32_t)(max - min + 1)));
+        }
+        for (uint32_t b = 0; b < n_in / WEIGHT_BLOCK; b++)
+            d[b] = half_from_float(b % 7 == 3 ? 0x1p-24f * (float)(next_random() % 9)
+                                              : uniform() / 16);
+        if (weight_type_is_quantized(type))
+            weight_put_row_q(&p.w, p.data, r, q, d);
+        else
+            weight_put_row(&p.w, p.data, r, x);
+    }
+    free(x);
+    free(q);
+    free(d);
+    return p;
+}
+
+void packed_free(struct packed *p)
+{
+    free(p->data);
+}
+
+struct rows rows_new(uint32_t n, uint32_t k, bool rounded)
+{
+    struct rows r = {.f32 = array_new(n, k, 3)};
+    size_t ld_q = ALIGN_UP((size_t)k, (size_t)64), n_blocks = ld_q / WEIGHT_BLOCK;
+
+    r.a = (struct activations){.n = n, .k = k, .f32 = r.f32.p, .ld = r.f32.ld};
+    if (rounded) {
+        r.memory = malloc(n * (ld_q + n_blocks * 8) + 8);
+        assert(r.memory);
+        r.a.d = (float *)r.memory + 1;
+        r.a.sum = (int32_t *)(r.a.d + n * n_blocks);
+        r.a.q = (int8_t *)(r.a.sum + n * n_blocks) + 1;
+        r.a.ld_q = ld_q;
+    }
+    return r;
+}
+
+void rows_free(struct rows *r)
+{
+    array_free(&r->f32);
+    free(r->memory);
+}
+
+void rows_fill(struct rows *r)
+{
+    for (uint32_t i = 0; i < r->a.n; i++)
+        for (uint32_t k = 0; k < r->a.k; k++) {
+            float v = uniform();
+
+            switch (i % 11) {
+            case 1: /* sparse, as behind a cut gate: whole blocks and single values are zero */
+                v = k / 32 % 3 == 1 || next_random() % 16 ? 0 : v;
+                break;
+            case 2: /* rounds to the ends of the range everywhere */
+                v = k % 64 < 32 || k & 1 ? 4 : -4;
+                break;
+            case 3:
+                v = 0;
+                break;
+            case 4:
+                v *= 1e4f;
+                break;
+            case 5:
+                v *= 1e-40f;
+                break;
+            case 6:
+                v = k % 32 == 5 ? -0.0f : v * 1e-6f;
+                break;
+            }
+            r->f32.p[i * r->f32.ld + k] = v;
+        }
+}
+
+struct activations rows_from(const struct activations *a, uint32_t first, uint32_t n)
+{
+    struct activations s = *a;
+
+    s.n = n;
+    s.f32 += first * s.ld;
+    if (s.q) {
+        s.q += first * s.ld_q;
+        s.d += first * (s.ld_q / WEIGHT_BLOCK);
+        s.sum += first * (s.ld_q / WEIGHT_BLOCK);
+    }
+    return s;
+}
+
+int op_test_levels(void (*tests)(void))
+{
+    struct backend_limits limits = {N_MAX, 8192, 8};
+    struct error err = {{0}};
+    int n_levels = 0;
+
+    assert(backend_cpu_new(&ref, "reference", 1, &limits, &err) == 0);
+    for (size_t i = 0; i < ARRAY_SIZE(level_names); i++) {
+        int r = backend_cpu_new(&one, level_names[i], 1, &limits, &err);
+
+        if (r == -EINVAL) {
+            printf("%s\n", err.text);
+            continue;
+        }
+        assert(r == 0);
+        assert(backend_cpu_new(&two, level_names[i], 2, &limits, &err) == 0);
+        assert(strcmp(two->ops->name, level_names[i]) == 0);
+        printf("%s\n", two->ops->name);
+        fflush(stdout);
+        tests();
+        one = backend_free(one);
+        two = backend_free(two);
+        n_levels++;
+    }
+    ref = backend_free(ref);
+    return n_levels ? 0 : 1;
+}

@@ -1,0 +1,270 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * Matrix products, rounding of activations and rows of tables (op-test.h). The reference itself is
+ * checked by what does not share its code: weight_get_row() for the layouts, and sums worked out
+ * here.
+ */
+
+#undef NDEBUG
+#include <assert.h>
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "backends/cpu/op-test.h"
+#include "base/checked.h"
+
+static void check_quantize(uint32_t n, uint32_t k)
+{
+    struct rows got = rows_new(n, k, true), want = rows_new(n, k, true);
+    size_t n_blocks = got.a.ld_q / WEIGHT_BLOCK;
+
+    rows_fill(&got);
+    memcpy(want.f32.memory, got.f32.memory, got.f32.total * 4);
+    memset(got.memory, 0x5a, n * (got.a.ld_q + n_blocks * 8) + 8);
+    two->ops->quantize(two, &got.a);
+    ref->ops->quantize(ref, &want.a);
+    for (int i = 0; i < 4; i++) /* the odd word before d, the odd byte before q, three behind */
+        assert(got.memory[i] == 0x5a);
+    assert(((char *)got.a.q)[-1] == 0x5a);
+    for (size_t i = 0; i < 3; i++)
+        assert(((char *)got.a.q)[n * got.a.ld_q + i] == 0x5a);
+
+    for (uint32_t i = 0; i < n; i++)
+        for (size_t b = 0; b < n_blocks; b++) {
+            float d = got.a.d[i * n_blocks + b], max = 0;
+            const int8_t *q = got.a.q + i * got.a.ld_q + b * WEIGHT_BLOCK;
+            int32_t sum = 0;
+
+            for (size_t j = 0; j < WEIGHT_BLOCK; j++) {
+                size_t at = b * WEIGHT_BLOCK + j;
+                double x = at < k ? (double)got.f32.p[i * got.f32.ld + at] : 0;
+
+                assert(q[j] >= -127 && (at < k || q[j] == 0));
+                assert(fabs(x - (double)d * q[j]) <= (double)d * (0.5 + 64 * EPS) + 0x1p-119);
+                max = fmaxf(max, (float)fabs(x));
+                sum += q[j];
+            }
+            assert(d == (max / 127 >= 0x1p-126f ? max / 127 : 0));
+            assert(sum == got.a.sum[i * n_blocks + b]);
+            /* all levels round alike, so that a request may move between machines */
+            assert(d == want.a.d[i * n_blocks + b]);
+            assert(memcmp(q, want.a.q + i * got.a.ld_q + b * WEIGHT_BLOCK, WEIGHT_BLOCK) == 0);
+        }
+    for (uint32_t first = 0; first < n; first += 5) { /* row by row */
+        struct activations a = rows_from(&want.a, first, 1);
+
+        memset(a.q, 0x5a, a.ld_q);
+        one->ops->quantize(one, &a);
+        assert(memcmp(a.q, got.a.q + first * a.ld_q, a.ld_q) == 0);
+        assert(memcmp(a.d, got.a.d + first * n_blocks, n_blocks * 4) == 0);
+        assert(memcmp(a.sum, got.a.sum + first * n_blocks, n_blocks * 4) == 0);
+    }
+    rows_free(&got);
+    rows_free(&want);
+}
+
+/* What hostile weights leave behind is rounded to something harmless, and alike by all levels. */
+static void check_quantize_wild(uint32_t k)
+{
+    static const float wild[] = {NAN, -NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX};
+    struct rows got = rows_new(1, k, true), want = rows_new(1, k, true);
+    size_t n_blocks = got.a.ld_q / WEIGHT_BLOCK;
+
+    for (size_t i = 0; i < 4 * ARRAY_SIZE(wild); i++) {
+        rows_fill(&got);
+        for (uint32_t j = 0; j <= i / ARRAY_SIZE(wild); j++)
+            got.f32.p[j * 7 % k] = wild[(i + j) % ARRAY_SIZE(wild)];
+        memcpy(want.f32.memory, got.f32.memory, got.f32.total * 4);
+        two->ops->quantize(two, &got.a);
+        ref->ops->quantize(ref, &want.a);
+        assert(memcmp(got.a.q, want.a.q, got.a.ld_q) == 0);
+        assert(memcmp(got.a.d, want.a.d, n_blocks * 4) == 0);
+        assert(memcmp(got.a.sum, want.a.sum, n_blocks * 4) == 0);
+        for (size_t b = 0; b < n_blocks; b++)
+            assert(abs(got.a.sum[b]) <= 127 * WEIGHT_BLOCK);
+    }
+    rows_free(&got);
+    rows_free(&want);
+}
+
+struct matmul_case {
+    const struct weight *w;
+    const struct activations *x;
+    size_t ld_y;
+};
+
+static void run_matmul(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct matmul_case *c = args;
+    struct activations x = rows_from(c->x, first, n);
+
+    b->ops->matmul(b, c->w, &x, y, c->ld_y);
+}
+
+static void check_matmul(enum weight_type type, enum weight_layout layout, uint32_t n_out,
+                         uint32_t n_in, bool rounded)
+{
+    struct packed p = packed_new(type, layout, n_out, n_in);
+    struct rows x = rows_new(N_MAX, n_in, rounded);
+    struct array y = array_new(N_MAX, n_out, 5);
+    struct matmul_case c = {&p.w, &x.a, y.ld};
+    float *w = malloc(n_in * sizeof(*w));
+    char what[96];
+
+    snprintf(what, sizeof(what), "matmul %s %s %ux%u %s", weight_type_name(type),
+             weight_layout_name(layout), n_out, n_in, rounded ? "rounded" : "f32");
+    rows_fill(&x);
+    if (rounded) {
+        ref->ops->quantize(ref, &x.a);
+        /* rounded weights must not look at f32, the others not at the rounded values */
+        if (weight_type_is_quantized(type))
+            for (uint32_t i = 0; i < N_MAX; i++)
+                memset(x.f32.p + i * x.f32.ld, 0xff, n_in * 4);
+    }
+    rounded = rounded && weight_type_is_quantized(type);
+    check_batches(what, run_matmul, &c, &y);
+    for (uint32_t o = 0; o < n_out; o++) {
+        weight_get_row(&p.w, o, w);
+        /* all kinds of rows, and later ones that share no tile with them: the rest was compared
+         * with itself in other places */
+        for (uint32_t i = 0; i < N_MAX; i += i < 12 ? 1 : 5) {
+            double sum = 0, magnitude = 0;
+
+            for (uint32_t k = 0; k < n_in; k++) {
+                double a =
+                    rounded ? (double)x.a.d[i * (x.a.ld_q / 32) + k / 32] * x.a.q[i * x.a.ld_q + k]
+                            : (double)x.f32.p[i * x.f32.ld + k];
+
+                sum += (double)w[k] * a;
+                magnitude += fabs((double)w[k] * a);
+            }
+            check_near(what, i, o, (double)y.p[i * y.ld + o], sum, n_in * EPS * magnitude);
+        }
+    }
+    free(w);
+    array_free(&y);
+    rows_free(&x);
+    packed_free(&p);
+}
+
+static const struct {
+    enum weight_type type;
+    enum weight_layout layout;
+} kinds[] = {
+    {WEIGHT_F32, LAYOUT_PLAIN},   {WEIGHT_F32, LAYOUT_TILE16}, {WEIGHT_F16, LAYOUT_TILE16},
+    {WEIGHT_BF16, LAYOUT_TILE16}, {WEIGHT_Q8, LAYOUT_TILE16},  {WEIGHT_Q4, LAYOUT_TILE16},
+    {WEIGHT_F32, LAYOUT_ROWS},    {WEIGHT_F16, LAYOUT_ROWS},   {WEIGHT_BF16, LAYOUT_ROWS},
+    {WEIGHT_Q8, LAYOUT_ROWS},     {WEIGHT_Q4, LAYOUT_ROWS},    {WEIGHT_F32, LAYOUT_COLS},
+    {WEIGHT_F16, LAYOUT_COLS},    {WEIGHT_BF16, LAYOUT_COLS},  {WEIGHT_Q8, LAYOUT_COLS},
+    {WEIGHT_Q4, LAYOUT_COLS},
+};
+
+static void test_matmul(void)
+{
+    static const uint32_t sizes[][2] = {{1, 1},     {1, 32},   {15, 31},  {16, 16},  {17, 15},
+                                        {31, 33},   {32, 32},  {33, 64},  {64, 17},  {96, 96},
+                                        {160, 64},  {32, 544}, {64, 160}, {544, 96}, {128, 320},
+                                        {96, 2048}, {48, 544}, {160, 32}, {2048, 64}};
+
+    for (size_t s = 0; s < ARRAY_SIZE(sizes); s++)
+        for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
+            if (weight_supported(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1]))
+                for (int rounded = 0; rounded < 2; rounded++)
+                    if (!rounded || s % 8 == 3 || weight_type_is_quantized(kinds[i].type))
+                        check_matmul(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1],
+                                     rounded);
+}
+
+/* Weights whose every bit is hostile: nothing is promised but to come back. */
+static void test_hostile_weights(void)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
+        for (int rounded = 0; rounded < 2; rounded++)
+            for (int fill = 0; fill < 3; fill++) {
+                struct packed p = packed_new(kinds[i].type, kinds[i].layout, 96, 160);
+                struct rows x = rows_new(9, 160, rounded);
+                struct array y = array_new(9, 96, 1);
+                uint32_t id = 95;
+
+                for (size_t j = 0; j < p.bytes; j++)
+                    p.data[j] = fill == 0 ? 0xff : fill == 1 ? 0x7c : (uint8_t)next_random();
+                rows_fill(&x);
+                if (rounded)
+                    two->ops->quantize(two, &x.a);
+                two->ops->matmul(two, &p.w, &x.a, y.p, y.ld);
+                check_guards(&y, 9);
+                array_free(&y);
+                if (kinds[i].layout == LAYOUT_TILE16 || kinds[i].layout == LAYOUT_ROWS) {
+                    y = array_new(1, 160, 0);
+                    two->ops->get_rows(two, &p.w, &id, 1, 1, y.p, y.ld);
+                    check_guards(&y, 1);
+                    array_free(&y);
+                }
+                rows_free(&x);
+                packed_free(&p);
+            }
+}
+
+static void test_get_rows(void)
+{
+    static const uint32_t sizes[][2] = {{1, 1}, {15, 33}, {17, 32}, {40, 544}, {33, 2048}, {5, 17}};
+
+    for (size_t s = 0; s < ARRAY_SIZE(sizes); s++)
+        for (size_t i = 0; i < ARRAY_SIZE(kinds); i++) {
+            uint32_t n_out = sizes[s][0], n_in = sizes[s][1], ids[N_MAX];
+            struct packed p;
+            struct array y;
+            float *w;
+
+            if (!weight_supported(kinds[i].type, kinds[i].layout, n_out, n_in) ||
+                (kinds[i].layout != LAYOUT_TILE16 && kinds[i].layout != LAYOUT_ROWS))
+                continue;
+            p = packed_new(kinds[i].type, kinds[i].layout, n_out, n_in);
+            y = array_new(N_MAX, n_in, 3);
+            w = malloc(n_in * sizeof(*w));
+            for (uint32_t r = 0; r < N_MAX; r++)
+                ids[r] = r == 0 ? n_out - 1 : next_random() % n_out;
+            for (size_t c = 0; c < ARRAY_SIZE(batches); c++) {
+                array_mark(&y);
+                two->ops->get_rows(two, &p.w, ids, batches[c], 45.254834f, y.p, y.ld);
+                check_guards(&y, batches[c]);
+                for (uint32_t r = 0; r < batches[c]; r++) {
+                    weight_get_row(&p.w, ids[r], w);
+                    for (uint32_t k = 0; k < n_in; k++)
+                        assert(y.p[r * y.ld + k] == w[k] * 45.254834f);
+                }
+            }
+            free(w);
+            array_free(&y);
+            packed_free(&p);
+        }
+}
+
+static void test_quantize(void)
+{
+    static const uint32_t widths[] = {1, 31, 32, 33, 64, 96, 160, 544, 2048};
+
+    for (size_t s = 0; s < ARRAY_SIZE(widths); s++) {
+        for (size_t c = 0; c < ARRAY_SIZE(batches); c++)
+            check_quantize(batches[c], widths[s]);
+        check_quantize_wild(widths[s]);
+    }
+}
+
+static void tests(void)
+{
+    test_quantize();
+    test_matmul();
+    test_hostile_weights();
+    test_get_rows();
+}
+
+int main(void)
+{
+    return op_test_levels(tests);
+}
