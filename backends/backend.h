@@ -123,6 +123,29 @@ struct gate_args {
     size_t ld_y;
 };
 
+/*
+ * The feed-forward of a layer whose gate is cut (§3.7), from the raw gate on: y = down . h with
+ * h_j = gelu(g_j) (up . x)_j, g_j = max(gate_j - (mean + z * deviation), 0). Neurons with g_j = 0
+ * are left out altogether: their weights are not read, so that what stands there (an infinity in a
+ * hostile file) does not matter to a row that lacks them.
+ */
+struct sparse_ffn_args {
+    const struct activations *x; /* n rows; matmul()'s rules on what is used of them */
+    float *gate;                 /* [n][up->n_out], destroyed */
+    size_t ld_gate;
+    float z;                       /* > 0 */
+    const struct weight *up, *down; /* LAYOUT_ROWS, LAYOUT_COLS */
+    void *work;                    /* sparse_ffn_work_bytes(), aligned to 64 */
+    float *y;                      /* [n][down->n_out] */
+    size_t ld_y;
+    uint64_t *ret_neurons; /* whose weights were read, those of several rows counted once */
+};
+
+static inline size_t sparse_ffn_work_bytes(uint32_t n, uint32_t ffn)
+{
+    return (size_t)n * (((size_t)ffn + 63) / 64 * 64) * 4;
+}
+
 /* The router of a layer: tanh(router . (rms(x; norm, eps) / hidden)), [n_streams]. */
 struct router_weights {
     const float *norm;   /* [hidden] */
@@ -230,6 +253,12 @@ struct backend_ops {
     /* y = gelu_tanh(gate) * up. Bound: 2^-18 (|exact| + |up| 2^-10), with z 2^-16. A gate that is
      * zero after the cut gives exactly 0. */
     void (*gate)(struct backend *b, const struct gate_args *a);
+
+    /*
+     * Bound, with u = up . x (off by matmul's bound B), e_j = 2^-16 (|h_j| + 2^-10 |u_j|) +
+     * |gelu(g_j)| B_j and m the neurons that are left: sum of |down_j| e_j + m eps |down_j h_j|
+     */
+    void (*sparse_ffn)(struct backend *b, const struct sparse_ffn_args *a);
 
     /* Bound of these and of ple: 16 eps (sum of |each term|) of the formula written out */
     void (*altup_predict)(struct backend *b, const struct altup_predict_args *a);

@@ -30,7 +30,8 @@ struct forward_buffers {
     float *rank;        /* [max_rows][laurel_rank] */
     float *q, *attn;    /* [max_rows][n_heads * head_dim] */
     float *k, *v;       /* [max_rows][n_heads_kv * head_dim] */
-    float *gate, *up;   /* [max_rows][widest ffn, or n_layers * ple_width before layer 0] */
+    float *gate, *up;   /* [max_rows][widest ffn, or n_layers * ple_width before layer 0]; up is
+                           sparse_ffn()'s memory as well */
     float *ple;         /* [max_rows][n_layers * ple_width] */
     float *ple_gate;    /* [max_rows][ple_width] */
     float *rope[2];     /* [max_rows][head_dim]: full, sliding */
@@ -41,6 +42,7 @@ struct forward_buffers {
     struct forward_row *rows;   /* [max_rows] */
     struct kv_row *kv_rows;     /* [max_rows] */
     uint32_t *ids;              /* [max_rows] */
+    uint64_t *neurons;          /* [n_layers]: read by the sparse ones in this pass */
 };
 
 struct engine {
@@ -57,6 +59,7 @@ struct engine {
     void *scratch;       /* backend memory behind the buffers */
     size_t scratch_bytes;
     struct forward_buffers buf;
+    struct engine_sparse sparse;
     char description[128];
 };
 

@@ -154,6 +154,11 @@ void engine_memory(const struct engine *e, struct engine_memory *ret)
     };
 }
 
+void engine_sparse(const struct engine *e, struct engine_sparse *ret)
+{
+    *ret = e->sparse;
+}
+
 uint64_t engine_kv_bytes(const struct engine *e, uint32_t n_tokens)
 {
     return kv_cache_bytes_max(kv_pool_shape(e->pool), e->config, n_tokens, e->max_rows);

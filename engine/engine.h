@@ -58,6 +58,17 @@ struct engine_memory {
 };
 void engine_memory(const struct engine *e, struct engine_memory *ret);
 
+/*
+ * What the steps so far did in layers with activation sparsity: neurons whose weights (their row of
+ * up, their column of down) were read, those of several rows of a step once, and the bytes of these
+ * weights; beside all there were, each step and layer counted.
+ */
+struct engine_sparse {
+    uint64_t neurons_read, neurons;
+    uint64_t bytes_read, bytes;
+};
+void engine_sparse(const struct engine *e, struct engine_sparse *ret);
+
 /* The most of the pool that a session takes on its way to n tokens, a mark included. */
 uint64_t engine_kv_bytes(const struct engine *e, uint32_t n_tokens);
 

@@ -48,7 +48,7 @@ static void lay_out(struct engine *e, struct arena *a)
     size_t ple = (size_t)c->n_layers * c->ple_width, ffn = 0, blocks = e->widest / WEIGHT_BLOCK;
 
     for (uint32_t l = 0; l < c->n_layers; l++)
-        ffn = MAX(ffn, (size_t)c->layers[l].ffn_width);
+        ffn = MAX(ffn, sparse_ffn_work_bytes(1, c->layers[l].ffn_width) / sizeof(float));
 
     b->h = take(a, n, streams, sizeof(float));
     b->pred = take(a, n, streams, sizeof(float));
@@ -75,6 +75,7 @@ static void lay_out(struct engine *e, struct arena *a)
     b->rows = take(a, n, 1, sizeof(*b->rows));
     b->kv_rows = take(a, n, 1, sizeof(*b->kv_rows));
     b->ids = take(a, n, 1, sizeof(*b->ids));
+    b->neurons = take(a, c->n_layers, 1, sizeof(*b->neurons));
 }
 
 int forward_init(struct engine *e)
@@ -131,9 +132,8 @@ static void matmul_exact(struct engine *e, const struct weight *w, const struct 
     e->backend->ops->matmul(e->backend, w, &exact, y, ld_y);
 }
 
-/* y = w x. Rounds x once, at the first matrix that wants it rounded. */
-static void matmul(struct engine *e, const struct weight *w, struct activations *x, float *y,
-                   size_t ld_y)
+/* Rounds x, once, for the first matrix that wants it rounded. */
+static void round_for(struct engine *e, const struct weight *w, struct activations *x)
 {
     if (e->activations == ACTIVATIONS_INT8 && weight_type_is_quantized(w->type) && !x->q) {
         x->q = e->buf.act_q;
@@ -142,6 +142,13 @@ static void matmul(struct engine *e, const struct weight *w, struct activations 
         x->ld_q = ALIGN_UP((size_t)x->k, (size_t)64);
         e->backend->ops->quantize(e->backend, x);
     }
+}
+
+/* y = w x */
+static void matmul(struct engine *e, const struct weight *w, struct activations *x, float *y,
+                   size_t ld_y)
+{
+    round_for(e, w, x);
     e->backend->ops->matmul(e->backend, w, x, y, ld_y);
 }
 
@@ -312,6 +319,32 @@ static void layer_begin(struct engine *e, uint32_t l, uint32_t n)
     }
 }
 
+/* (f) without its norms: t = down . (gelu(cut(gate . x)) * (up . x)) */
+static void feed_forward(struct engine *e, uint32_t l, struct activations *x)
+{
+    const struct layer_weights *w = &e->weights->layers[l];
+    const struct layer_config *layer = &e->config->layers[l];
+    const struct backend_ops *ops = e->backend->ops;
+    struct forward_buffers *b = &e->buf;
+    size_t ffn = layer->ffn_width;
+    struct activations h = rows_of(b->gate, x->n, (uint32_t)ffn);
+
+    matmul(e, &w->gate, x, b->gate, ffn);
+    matmul(e, &w->up, x, b->up, ffn);
+    ops->gate(e->backend, &(struct gate_args){
+                              .n = x->n,
+                              .k = (uint32_t)ffn,
+                              .gate = b->gate,
+                              .up = b->up,
+                              .ld_gate = ffn,
+                              .ld_up = ffn,
+                              .z = layer->sparsity_z,
+                              .y = b->gate,
+                              .ld_y = ffn,
+                          });
+    matmul(e, &w->down, &h, b->t, e->config->hidden);
+}
+
 /* (c) to (h). */
 static void layer_end(struct engine *e, uint32_t l, uint32_t n)
 {
@@ -320,7 +353,6 @@ static void layer_end(struct engine *e, uint32_t l, uint32_t n)
     const struct backend_ops *ops = e->backend->ops;
     struct forward_buffers *b = &e->buf;
     size_t streams = (size_t)c->n_streams * c->hidden, heads = (size_t)c->n_heads * c->head_dim;
-    size_t ffn = c->layers[l].ffn_width;
     struct activations x = rows_of(b->xn, n, c->hidden);
     struct norm_args a = {
         .n = n,
@@ -380,21 +412,7 @@ static void layer_end(struct engine *e, uint32_t l, uint32_t n)
     /* (f) MLP; b = s + rms(f) goes to x0 */
     norm(e, n, b->s, c->hidden, &w->pre_ffn_norm, b->xn);
     x = rows_of(b->xn, n, c->hidden);
-    matmul(e, &w->gate, &x, b->gate, ffn);
-    matmul(e, &w->up, &x, b->up, ffn);
-    ops->gate(e->backend, &(struct gate_args){
-                              .n = n,
-                              .k = (uint32_t)ffn,
-                              .gate = b->gate,
-                              .up = b->up,
-                              .ld_gate = ffn,
-                              .ld_up = ffn,
-                              .z = c->layers[l].sparsity_z,
-                              .y = b->gate,
-                              .ld_y = ffn,
-                          });
-    x = rows_of(b->gate, n, (uint32_t)ffn);
-    matmul(e, &w->down, &x, b->t, c->hidden);
+    feed_forward(e, l, &x);
     a.w = plain(&w->post_ffn_norm);
     a.add = b->s;
     a.ld_add = c->hidden;
@@ -520,15 +538,18 @@ static void head(struct engine *e, uint32_t n)
 
 int forward(struct engine *e, uint32_t n)
 {
+    uint32_t l;
+
     assert(n >= 1 && n <= e->max_rows);
     fill_rope(e, n);
     begin(e, n);
-    for (uint32_t l = 0; l < e->config->n_layers && n > 0; l++) {
+    for (l = 0; l < e->config->n_layers; l++) {
         layer_begin(e, l, n);
         if (l == e->config->n_layers_kv - 1)
             n = keep_wanted(e, n);
-        if (n > 0)
-            layer_end(e, l, n);
+        if (n == 0)
+            break;
+        layer_end(e, l, n);
     }
     if (n > 0) {
         assert(n <= e->max_logits);

@@ -434,6 +434,19 @@ static double gelu(double x)
     return 0.5 * x * (1 + tanh(sqrt_2_pi * (x + 0.044715 * x * x * x)));
 }
 
+/* mean + z * deviation (§3.7) */
+static double gate_cut(const float *gate, uint32_t n, double z)
+{
+    double mean = 0, square = 0;
+
+    for (uint32_t k = 0; k < n; k++)
+        mean += (double)gate[k];
+    mean /= n;
+    for (uint32_t k = 0; k < n; k++)
+        square += ((double)gate[k] - mean) * ((double)gate[k] - mean);
+    return mean + z * sqrt(square / n);
+}
+
 static void gate_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
     const struct gate_args *a = args;
@@ -442,16 +455,8 @@ static void gate_rows(const void *args, uint32_t first, uint32_t last, void *scr
     for (uint32_t i = first; i < last; i++) {
         const float *gate = a->gate + i * a->ld_gate, *up = a->up + i * a->ld_up;
         float *y = a->y + i * a->ld_y;
-        double mean = 0, square = 0, cut = 0;
+        double cut = a->z > 0 ? gate_cut(gate, a->k, (double)a->z) : 0;
 
-        if (a->z > 0) {
-            for (uint32_t k = 0; k < a->k; k++)
-                mean += (double)gate[k];
-            mean /= a->k;
-            for (uint32_t k = 0; k < a->k; k++)
-                square += ((double)gate[k] - mean) * ((double)gate[k] - mean);
-            cut = mean + (double)a->z * sqrt(square / a->k);
-        }
         for (uint32_t k = 0; k < a->k; k++) {
             double g = (double)gate[k];
 
@@ -465,6 +470,94 @@ static void gate_rows(const void *args, uint32_t first, uint32_t last, void *scr
 static void ref_gate(struct backend *b, const struct gate_args *a)
 {
     cpu_parallel(cpu_backend(b), a->n, (size_t)a->k * 8, gate_rows, a);
+}
+
+/* gate := what is above the cut */
+static void cut_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct sparse_ffn_args *a = args;
+
+    (void)scratch;
+    for (uint32_t i = first; i < last; i++) {
+        float *gate = a->gate + i * a->ld_gate;
+        double cut = gate_cut(gate, a->up->n_out, (double)a->z);
+
+        for (uint32_t k = 0; k < a->up->n_out; k++)
+            gate[k] = (double)gate[k] - cut > 0 ? (float)((double)gate[k] - cut) : 0;
+    }
+}
+
+/* work [ffn][n] := gelu(gate) * (up . x), where the gate is open */
+static void sparse_up_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct sparse_ffn_args *a = args;
+    const struct activations *x = a->x;
+    const struct weight *w = a->up;
+    bool rounded = x->q && weight_type_is_quantized(w->type);
+    struct row_scratch s = row_scratch(scratch, w->n_in);
+
+    for (uint32_t j = first; j < last; j++) {
+        float *h = (float *)a->work + (size_t)j * x->n;
+        bool unpacked = false;
+
+        for (uint32_t i = 0; i < x->n; i++) {
+            float g = a->gate[i * a->ld_gate + j];
+            double u;
+
+            h[i] = 0;
+            if (g == 0)
+                continue;
+            if (!unpacked && rounded)
+                unpack_row_q(w, j, s.q, s.d);
+            else if (!unpacked)
+                unpack_row(w, j, &s);
+            unpacked = true;
+            u = rounded ? (double)dot_rounded(x, i, &s, w->n_in / WEIGHT_BLOCK)
+                        : dot(s.x, x->f32 + i * x->ld, w->n_in);
+            h[i] = (float)(gelu((double)g) * u);
+        }
+    }
+}
+
+static void sparse_down_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct sparse_ffn_args *a = args;
+    struct row_scratch s = row_scratch(scratch, a->down->n_in);
+
+    for (uint32_t o = first; o < last; o++) {
+        unpack_row(a->down, o, &s);
+        for (uint32_t i = 0; i < a->x->n; i++) {
+            double sum = 0;
+
+            for (uint32_t j = 0; j < a->down->n_in; j++)
+                if (a->gate[i * a->ld_gate + j] != 0)
+                    sum +=
+                        (double)s.x[j] * (double)((const float *)a->work)[(size_t)j * a->x->n + i];
+            a->y[i * a->ld_y + o] = (float)sum;
+        }
+    }
+}
+
+static void ref_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a)
+{
+    struct cpu_backend *c = cpu_backend(b);
+    uint32_t n = a->x->n, ffn = a->up->n_out;
+    uint64_t neurons = 0;
+
+    assert(a->up->layout == LAYOUT_ROWS && a->down->layout == LAYOUT_COLS && a->z > 0);
+    assert(a->x->k == a->up->n_in && a->down->n_in == ffn &&
+           MAX(ffn, a->x->k) <= c->limits.max_width);
+    cpu_parallel(c, n, ffn, cut_rows, a);
+    cpu_parallel(c, ffn, (size_t)a->x->k * n, sparse_up_rows, a);
+    cpu_parallel(c, a->down->n_out, (size_t)ffn * (n + 4), sparse_down_rows, a);
+    for (uint32_t j = 0; j < ffn; j++) {
+        uint32_t i = 0;
+
+        while (i < n && a->gate[i * a->ld_gate + j] == 0)
+            i++;
+        neurons += i < n;
+    }
+    *a->ret_neurons = neurons;
 }
 
 static void route(const struct router_weights *w, uint32_t hidden, uint32_t n_streams,
@@ -695,6 +788,7 @@ void cpu_use_reference(struct cpu_backend *c)
         .kv_store = ref_kv_store,
         .attention = ref_attention,
         .gate = ref_gate,
+        .sparse_ffn = ref_sparse_ffn,
         .altup_predict = ref_altup_predict,
         .altup_correct = ref_altup_correct,
         .stream_norm = ref_stream_norm,
