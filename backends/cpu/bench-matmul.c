@@ -2,10 +2,10 @@
  * SPDX-License-Identifier: Apache-2.0 */
 
 /*
- * Speed of the matrix product, and of attention, at the shapes of Gemma 3n E4B, level by level:
- * bytes of weights per second for one row (what decoding is bound by, next to what the memory
- * delivers) and operations per second for many rows (prefill). A figure is the best of several
- * runs, since other programs only ever make a run slower. Not a test.
+ * Speed of the matrix product at the shapes of Gemma 3n E4B, level by level: bytes of weights per
+ * second for one row (what decoding is bound by, next to what the memory delivers) and operations
+ * per second for many rows (prefill). A figure is the best of several runs, since other programs
+ * only ever make a run slower. Not a test.
  */
 
 #include <getopt.h>
@@ -165,62 +165,6 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
     return 0;
 }
 
-/* Attention of E4B, f16 pages: rows at the end of a sequence of so many positions. */
-static int run_attention(const char *name, uint32_t n_threads, double min_seconds)
-{
-    static const uint32_t lengths[] = {512, 4096};
-    const struct backend_limits limits = {MAX_ROWS, 16384, 8};
-    const struct kv_shape shape = {2, 256, true};
-    CLEANUP(backend_freep) struct backend *b = NULL;
-    struct error err = {{0}};
-    struct kv_row rows[64];
-    void *pages[64];
-    size_t page = kv_page_bytes(&shape), bytes = page * ARRAY_SIZE(pages);
-    char *data;
-    float *q;
-
-    if (backend_cpu_new(&b, name, n_threads, &limits, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        return -1;
-    }
-    data = backend_alloc(b, bytes);
-    q = backend_alloc(b, 2 * 64 * 2048 * sizeof(*q));
-    if (!data || !q) {
-        fprintf(stderr, "bench-matmul: out of memory\n");
-        return -1;
-    }
-    memset(data, 0x24, bytes);
-    for (size_t i = 0; i < 64 * 2048; i++)
-        q[i] = (float)(i & 0xff) / 256;
-    for (size_t i = 0; i < ARRAY_SIZE(pages); i++)
-        pages[i] = data + i * page;
-    for (size_t l = 0; l < ARRAY_SIZE(lengths); l++)
-        for (uint32_t n = 1; n <= 64; n *= 64) {
-            struct attention_args a = {.n = n,
-                                       .n_heads = 8,
-                                       .shape = shape,
-                                       .q = q,
-                                       .out = q + 64 * 2048,
-                                       .ld = 2048,
-                                       .rows = rows};
-            double best = 1e9, end = seconds() + min_seconds;
-
-            for (uint32_t i = 0; i < n; i++)
-                rows[i] = (struct kv_row){pages, lengths[l] - n + i};
-            while (seconds() < end) {
-                double start = seconds();
-
-                b->ops->attention(b, &a);
-                best = MIN(best, seconds() - start);
-            }
-            printf("attention, %4u positions, %2u rows: %8.1f us a row, %5.0f GFLOP/s\n",
-                   lengths[l], n, best / n * 1e6, 8192e-9 * (lengths[l] - n / 2) * n / best);
-        }
-    backend_release(b, data, bytes);
-    backend_release(b, q, 2 * 64 * 2048 * sizeof(*q));
-    return 0;
-}
-
 int main(int argc, char **argv)
 {
     static const struct option options[] = {
@@ -256,8 +200,5 @@ int main(int argc, char **argv)
             fprintf(stderr, "Try 'bench-matmul --help'.\n");
             return 2;
         }
-    if (run_level(level, n_threads, min_seconds, hot ? 0 : SPACE / 2) < 0 ||
-        run_attention(level, n_threads, min_seconds) < 0)
-        return 1;
-    return 0;
+    return run_level(level, n_threads, min_seconds, hot ? 0 : SPACE / 2) < 0;
 }
