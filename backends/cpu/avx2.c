@@ -256,22 +256,6 @@ static void avx2_kv_store(struct backend *b, const struct kv_store_args *a)
                  kv_store_rows, a);
 }
 
-/*
- * gelu(x) = x / (1 + exp(t)), t = -2 sqrt(2 / pi) (x + 0.044715 x^3): the tanh form without its
- * cancellation. t has a relative error of some 4 eps and exp of 2^-22, so the result one of
- * 2^-22 + 4 eps |t| + 2 eps: below 2^-18 up to |t| = 12, and beyond, where x is -3.3 or less, the
- * result is below 2^-15 and its error far below 2^-28. From t = 87 on it is 0.
- */
-static inline __m256 gelu_lanes(__m256 x)
-{
-    const __m256 c1 = _mm256_set1_ps(-1.59576912160573071176f);
-    const __m256 c3 = _mm256_set1_ps(-1.59576912160573071176f * 0.044715f);
-    __m256 t = _mm256_mul_ps(x, _mm256_fmadd_ps(_mm256_mul_ps(x, x), c3, c1));
-    __m256 y = _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1), exp_lanes(t)));
-
-    return _mm256_andnot_ps(_mm256_cmp_ps(t, _mm256_set1_ps(87), _CMP_GT_OQ), y);
-}
-
 /* x - cut, or 0: in double, since a small rest of two near values keeps all its bits there. */
 static inline __m256 above(__m256 x, __m256d cut)
 {
