@@ -23,6 +23,7 @@
 #include "base/standard-fds.h"
 #include "engine/model-file.h"
 #include "engine/tokenizer.h"
+#include "tools/common/program.h"
 #include "tools/import/convert.h"
 #include "tools/import/foreign-tokenizer.h"
 #include "tools/import/metadata.h"
@@ -30,7 +31,7 @@
 #include "tools/import/plan.h"
 #include "tools/import/source.h"
 
-#define EXIT_USAGE 2
+static const char program[] = "llm-import";
 
 struct arguments {
     struct plan_options plan;
@@ -87,15 +88,6 @@ static void help(void)
          "      --verify         compare the contents of a model file with its checksums\n"
          "  -h, --help           show this and exit\n"
          "      --version        show the version and exit");
-}
-
-static int finish_output(void)
-{
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        fprintf(stderr, "llm-import: cannot write to stdout: %s\n", strerror(errno));
-        return EXIT_FAILURE;
-    }
-    return EXIT_SUCCESS;
 }
 
 static int fail(const struct error *err)
@@ -391,18 +383,6 @@ static int verify(const struct arguments *a, struct error *err)
     return 0;
 }
 
-static int usage_error(const char *format, const char *what)
-{
-    fputs("llm-import: ", stderr);
-    /* format is one of the literals below */
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wformat-nonliteral"
-    fprintf(stderr, format, what);
-#pragma GCC diagnostic pop
-    fputs("\nTry 'llm-import --help'.\n", stderr);
-    return EXIT_USAGE;
-}
-
 enum { OPT_WEIGHTS = 256, OPT_SLICE, OPT_LAYERS, OPT_FFN, OPT_LICENSE, OPT_VERIFY, OPT_VERSION };
 
 /* 0: go on; else *ret_status is the end. */
@@ -429,15 +409,15 @@ static int parse_arguments(struct arguments *a, int argc, char **argv, int *ret_
         case OPT_WEIGHTS:
             if (weight_type_parse(optarg, &a->plan.type) < 0) {
                 *ret_status =
-                    usage_error("--weights %s: not one of q4, q8, bf16, f16, f32", optarg);
+                    usage_error(program, "--weights %s: not one of q4, q8, bf16, f16, f32", optarg);
                 return -1;
             }
             a->plan.has_type = true;
             break;
         case OPT_SLICE:
             if (strcmp(optarg, "e2b") != 0) {
-                *ret_status =
-                    usage_error("--slice %s: only e2b is known; see --layers and --ffn", optarg);
+                *ret_status = usage_error(
+                    program, "--slice %s: only e2b is known; see --layers and --ffn", optarg);
                 return -1;
             }
             a->plan.slice_e2b = true;
@@ -465,15 +445,14 @@ static int parse_arguments(struct arguments *a, int argc, char **argv, int *ret_
             break;
         case 'h':
             help();
-            *ret_status = finish_output();
+            *ret_status = finish_output(program);
             return -1;
         case OPT_VERSION:
             puts("llm-import " LLMD_VERSION);
-            *ret_status = finish_output();
+            *ret_status = finish_output(program);
             return -1;
         default: /* getopt_long() has told what is wrong */
-            fputs("Try 'llm-import --help'.\n", stderr);
-            *ret_status = EXIT_USAGE;
+            *ret_status = usage_error(program, NULL);
             return -1;
         }
     }
@@ -481,14 +460,14 @@ static int parse_arguments(struct arguments *a, int argc, char **argv, int *ret_
     a->source = n > 0 ? argv[optind] : NULL;
     a->output = n > 1 ? argv[optind + 1] : NULL;
     if (n == 0)
-        *ret_status = usage_error("no %s given", a->verify ? "MODEL" : "SOURCE");
+        *ret_status = usage_error(program, "no %s given", a->verify ? "MODEL" : "SOURCE");
     else if (n > (a->verify ? 1 : 2))
         *ret_status =
-            usage_error("'%s': one argument too many", argv[optind + (a->verify ? 1 : 2)]);
+            usage_error(program, "'%s': one argument too many", argv[optind + (a->verify ? 1 : 2)]);
     else if (n == 1 && !a->verify && !a->dry_run)
-        *ret_status = usage_error("'%s': no OUTPUT given", a->source);
+        *ret_status = usage_error(program, "'%s': no OUTPUT given", a->source);
     else if (a->plan.slice_e2b && (a->plan.layers || a->plan.ffn))
-        *ret_status = usage_error("--slice e2b: stands for --layers and --ffn, give no %s",
+        *ret_status = usage_error(program, "--slice e2b: stands for --layers and --ffn, give no %s",
                                   a->plan.layers ? "--layers" : "--ffn");
     else
         return 0;
@@ -510,5 +489,5 @@ int main(int argc, char **argv)
         fail(&err);
         return stop_signal ? 128 + stop_signal : EXIT_FAILURE;
     }
-    return finish_output();
+    return finish_output(program);
 }

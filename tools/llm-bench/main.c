@@ -8,7 +8,6 @@
 
 #include <errno.h>
 #include <getopt.h>
-#include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,12 +19,12 @@
 #include "base/standard-fds.h"
 #include "engine/model-file.h"
 #include "tools/common/engine-args.h"
+#include "tools/common/program.h"
 #include "tools/llm-bench/json.h"
 #include "tools/llm-bench/probe.h"
 #include "tools/llm-bench/serve.h"
 #include "tools/llm-bench/traffic.h"
 
-#define EXIT_USAGE 2
 #define MAX_SESSIONS 64
 #define MAX_LIST 16
 
@@ -44,6 +43,8 @@ static const char help[] =
     "  --json                   print a JSON object\n" ENGINE_ARGS_HELP
     "  --help                   show this and exit\n"
     "  --version                show the version and exit";
+
+static const char program[] = "llm-bench";
 
 struct list {
     uint32_t values[MAX_LIST];
@@ -76,23 +77,6 @@ static double now(void)
 
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int usage_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
-
-static int usage_error(const char *format, ...)
-{
-    va_list ap;
-
-    if (format) {
-        fputs("llm-bench: ", stderr);
-        va_start(ap, format);
-        vfprintf(stderr, format, ap);
-        va_end(ap);
-        fputc('\n', stderr);
-    }
-    fputs("Try 'llm-bench --help'.\n", stderr);
-    return EXIT_USAGE;
 }
 
 static int parse_list(const char *name, const char *text, uint32_t high, struct list *ret,
@@ -440,17 +424,17 @@ static int parse_options(struct bench_options *o, int argc, char **argv)
             puts("llm-bench " LLMD_VERSION);
             return 1;
         case '?':
-            return usage_error(NULL);
+            return usage_error(program, NULL);
         default:
             r = engine_args_take(&o->engine, c, optarg, &err);
         }
         if (r < 0)
-            return usage_error("%s", err.text);
+            return usage_error(program, "%s", err.text);
     }
     if (optind == argc)
-        return usage_error("no MODEL given");
+        return usage_error(program, "no MODEL given");
     if (optind + 1 < argc)
-        return usage_error("one MODEL only, '%s' is too much", argv[optind + 1]);
+        return usage_error(program, "one MODEL only, '%s' is too much", argv[optind + 1]);
     return 0;
 }
 
@@ -505,18 +489,16 @@ int main(int argc, char **argv)
     int r;
 
     standard_fds_fill();
-    if (argc > 1 && strcmp(argv[1], "serve") == 0)
+    if (argc > 1 && strcmp(argv[1], "serve") == 0) {
+        char subcommand[] = "llm-bench serve"; /* for what getopt_long() has to say */
+
+        argv[1] = subcommand;
         return serve_main(argc - 1, argv + 1);
+    }
     r = parse_options(&o, argc, argv);
     if (r == EXIT_USAGE)
         return EXIT_USAGE;
-    if (r == 0 && run(&o, argv[optind], &err) < 0) {
-        fprintf(stderr, "llm-bench: %s\n", err.text);
-        return EXIT_FAILURE;
-    }
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        fprintf(stderr, "llm-bench: cannot write to stdout: %s\n", strerror(errno));
-        return EXIT_FAILURE;
-    }
-    return EXIT_SUCCESS;
+    if (r == 0 && run(&o, argv[optind], &err) < 0)
+        return run_error(program, "%s", err.text);
+    return finish_output(program);
 }

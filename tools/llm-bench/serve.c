@@ -12,7 +12,6 @@
 #include <errno.h>
 #include <getopt.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,14 +24,16 @@
 #include "client/llm.h"
 #include "ipc/names.h"
 #include "tools/common/engine-args.h"
+#include "tools/common/program.h"
 #include "tools/llm-bench/json.h"
 #include "tools/llm-bench/private-daemon.h"
 #include "tools/llm-bench/worker.h"
 
-#define EXIT_USAGE 2
 #define MAX_CLIENTS 16
 #define N_GREEDY 7 /* sessions of one uid, against one of the other */
 #define N_FIRST 5  /* repetitions of a time to the first token */
+
+static const char program[] = "llm-bench serve";
 
 static const char help[] =
     "Usage: llm-bench serve [OPTION]... MODEL [-- LLMD-OPTION...]\n"
@@ -527,23 +528,6 @@ static int print_json(const struct bench *b)
 
 /* ---- arguments ---- */
 
-static int usage_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
-
-static int usage_error(const char *format, ...)
-{
-    va_list ap;
-
-    if (format) {
-        fputs("llm-bench: ", stderr);
-        va_start(ap, format);
-        vfprintf(stderr, format, ap);
-        va_end(ap);
-        fputc('\n', stderr);
-    }
-    fputs("Try 'llm-bench serve --help'.\n", stderr);
-    return EXIT_USAGE;
-}
-
 static int parse_uids(const char *text, uint32_t uids[2], struct error *err)
 {
     const char *comma = strchr(text, ',');
@@ -615,18 +599,18 @@ static int parse_options(struct options *o, int argc, char **argv)
             puts(help);
             return 1;
         default:
-            return usage_error(NULL);
+            return usage_error(program, NULL);
         }
         if (r < 0)
-            return usage_error("%s", err.text);
+            return usage_error(program, "%s", err.text);
     }
     if (optind + 1 < n)
-        return usage_error("one MODEL only, '%s' is too much", argv[optind + 1]);
+        return usage_error(program, "one MODEL only, '%s' is too much", argv[optind + 1]);
     o->model = optind < n ? argv[optind] : NULL;
     if (!o->model == !o->socket)
-        return usage_error(o->model ? "either MODEL or --socket" : "no MODEL given");
+        return usage_error(program, o->model ? "either MODEL or --socket" : "no MODEL given");
     if (o->socket && n < argc)
-        return usage_error("options for llmd are for one that is started here");
+        return usage_error(program, "options for llmd are for one that is started here");
     return 0;
 }
 
@@ -704,13 +688,7 @@ int serve_main(int argc, char **argv)
 
     if (r == EXIT_USAGE)
         return EXIT_USAGE;
-    if (r == 0 && run(&o, &err) < 0) {
-        fprintf(stderr, "llm-bench: %s\n", err.text);
-        return EXIT_FAILURE;
-    }
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        fprintf(stderr, "llm-bench: cannot write to stdout: %s\n", strerror(errno));
-        return EXIT_FAILURE;
-    }
-    return EXIT_SUCCESS;
+    if (r == 0 && run(&o, &err) < 0)
+        return run_error(program, "%s", err.text);
+    return finish_output(program);
 }

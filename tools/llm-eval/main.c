@@ -3,8 +3,6 @@
 
 /* llm-eval: looks at a model without a daemon. Finds the subcommand and hands over to its file. */
 
-#include <errno.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,40 +24,6 @@ static const struct command {
     {NULL, NULL, NULL},
 };
 
-int usage_error(const char *name, const char *format, ...)
-{
-    va_list ap;
-
-    if (format) {
-        fprintf(stderr, "%s: ", name);
-        va_start(ap, format);
-        vfprintf(stderr, format, ap);
-        va_end(ap);
-        fputc('\n', stderr);
-    }
-    fprintf(stderr, "Try '%s --help'.\n", name);
-    return EXIT_USAGE;
-}
-
-int run_error(const char *name, const char *format, ...)
-{
-    va_list ap;
-
-    fprintf(stderr, "%s: ", name);
-    va_start(ap, format);
-    vfprintf(stderr, format, ap);
-    va_end(ap);
-    fputc('\n', stderr);
-    return EXIT_FAILURE;
-}
-
-int finish_output(const char *name)
-{
-    if (fflush(stdout) != 0 || ferror(stdout))
-        return run_error(name, "cannot write to stdout: %s", strerror(errno));
-    return EXIT_SUCCESS;
-}
-
 static void help(void)
 {
     puts("Usage: llm-eval COMMAND [OPTION]...\n"
@@ -78,10 +42,8 @@ static void help(void)
 int main(int argc, char **argv)
 {
     standard_fds_fill();
-    if (argc < 2) {
-        fputs("llm-eval: no command given\nTry 'llm-eval --help'.\n", stderr);
-        return EXIT_USAGE;
-    }
+    if (argc < 2)
+        return usage_error("llm-eval", "no command given");
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
         help();
         return finish_output("llm-eval");
@@ -98,6 +60,5 @@ int main(int argc, char **argv)
             argv[1] = name;
             return c->run(argc - 1, argv + 1);
         }
-    fprintf(stderr, "llm-eval: unknown command '%s'\nTry 'llm-eval --help'.\n", argv[1]);
-    return EXIT_USAGE;
+    return usage_error("llm-eval", "unknown command '%s'", argv[1]);
 }
