@@ -328,8 +328,17 @@ struct backend_limits { /* what the scratch memory must hold */
 
 /*
  * CPU backend. level: a cap, "reference", "avx2", "avx512" or "amx", NULL for the best this machine
- * has; the name of what was chosen is ops->name. n_threads 0: as many as cores this process may use.
+ * has; the name of what was chosen is ops->name. n_threads 0: one for each core this process may
+ * use, within its cgroup's quota; never more than there are CPUs for it, hyper-threads included.
  * 0, -EINVAL: err names the unknown level or the one this build or machine lacks, -ENOMEM
  */
 int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
                     const struct backend_limits *limits, struct error *err);
+
+/*
+ * A CPU backend's threads keep to one core each from now on, the caller's thread from its next
+ * operation until the backend is freed; a thread that it creates meanwhile inherits that. Nothing
+ * happens where threads are fewer than cores: others may have chosen the same few, and the system
+ * knows which are idle.
+ */
+void backend_cpu_pin(struct backend *b);

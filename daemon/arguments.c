@@ -37,7 +37,8 @@ static void help(void)
          "      --activations TYPE    int8 (default) or f32\n"
          "      --kv TYPE             f16 or f32 (default: f32 with f32 activations)\n"
          "      --kv-bytes N          memory for conversations; K, M, G, T (default: a quarter)\n"
-         "      --threads N           default: as many as there are cores\n"
+         "      --threads N           default: one for each core it may use\n"
+         "      --pin-threads yes|no  whether each thread keeps to one core (yes)\n"
          "      --cpu-level LEVEL     at most: reference, avx2, avx512, amx\n"
          "      --ready-fd N          write READY=1 to this descriptor when serving\n"
          "  -h, --help                print this and exit\n"
@@ -93,6 +94,7 @@ enum {
     OPT_KV,
     OPT_KV_BYTES,
     OPT_THREADS,
+    OPT_PIN_THREADS,
     OPT_CPU_LEVEL,
     OPT_READY_FD,
     OPT_VERSION,
@@ -139,6 +141,12 @@ static int parse_value(struct arguments *a, int c, const char *value)
         if (parse_u32(value, &a->engine.n_threads) < 0 || a->engine.n_threads > 4096)
             return usage_error("--threads wants a number up to 4096, not ", value);
         break;
+    case OPT_PIN_THREADS:
+        a->engine.no_pinning = strcmp(value, "no") == 0;
+        if (!a->engine.no_pinning && strcmp(value, "yes") != 0)
+            return usage_error("--pin-threads wants yes or no, not ", value);
+        a->has_pinning = true;
+        break;
     case OPT_READY_FD:
         if (parse_u32(value, &n) < 0 || n > INT32_MAX || fcntl((int)n, F_GETFD) < 0)
             return usage_error("--ready-fd wants an open descriptor, not ", value);
@@ -165,6 +173,7 @@ bool arguments_parse(struct arguments *ret, int argc, char **argv, int *ret_stat
         {"kv", required_argument, NULL, OPT_KV},
         {"kv-bytes", required_argument, NULL, OPT_KV_BYTES},
         {"threads", required_argument, NULL, OPT_THREADS},
+        {"pin-threads", required_argument, NULL, OPT_PIN_THREADS},
         {"cpu-level", required_argument, NULL, OPT_CPU_LEVEL},
         {"ready-fd", required_argument, NULL, OPT_READY_FD},
         {"help", no_argument, NULL, 'h'},

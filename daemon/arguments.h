@@ -18,7 +18,7 @@ struct arguments {
     const char *socket;      /* NULL: where the scope has it */
     struct engine_options engine;
     uint32_t context; /* 0: configured */
-    bool has_activations, has_kv_type, has_idle;
+    bool has_activations, has_kv_type, has_pinning, has_idle;
     uint64_t idle_usec;
     bool no_bus;
     int ready_fd; /* -EBADF: none */

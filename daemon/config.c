@@ -59,6 +59,7 @@ static const struct key keys[] = {
     {"Model", "Folder", VALUE_FOLDERS, AT(model_folders)},
     {"Model", "Prefetch", VALUE_BOOL, AT(prefetch)},
     {"Engine", "Threads", VALUE_U32, AT(n_threads), 0, 4096},
+    {"Engine", "PinThreads", VALUE_BOOL, AT(pin_threads)},
     {"Engine", "CpuLevel", VALUE_CPU_LEVEL, AT(cpu_level)},
     {"Engine", "Activations", VALUE_ACTIVATIONS, AT(activations)},
     {"Engine", "KvType", VALUE_KV_TYPE, AT(kv_type)},
@@ -612,6 +613,7 @@ static int new_config(struct config **ret)
     c->linger_usec = UINT64_C(3600) * 1000000;
     c->log_level = LOG_INFO;
     c->prefetch = true;
+    c->pin_threads = true;
     c->max_connections = 256;
     c->limits = user_limits_default;
     *ret = c;

@@ -23,7 +23,8 @@ struct config {
     char *model;          /* name or file; NULL: the one kept, else the only one there is */
     char **model_folders; /* [n_model_folders], absolute, before the installed ones */
     size_t n_model_folders;
-    uint32_t n_threads; /* 0: all cores */
+    uint32_t n_threads; /* 0: one for each core */
+    bool pin_threads;   /* to a core each */
     char *cpu_level;    /* NULL: the best */
     enum activation_type activations;
     enum kv_type kv_type;

@@ -336,6 +336,8 @@ static struct engine_options engine_options(const struct service *s)
         o.cpu_level = c->cpu_level;
     if (o.n_threads == 0)
         o.n_threads = c->n_threads;
+    if (!a->has_pinning)
+        o.no_pinning = !c->pin_threads;
     if (o.kv_bytes == 0)
         o.kv_bytes = c->kv_bytes;
     return o;

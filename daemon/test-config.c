@@ -90,6 +90,7 @@ static void test_values(void)
                             "\r\n"
                             "[Engine]\r\n"
                             "Threads=3\r\n"
+                            "PinThreads=no\n"
                             "CpuLevel=avx2\n"
                             "Activations=f32\n"
                             "KvType=f16\n"
@@ -116,7 +117,7 @@ static void test_values(void)
     assert(strcmp(c->model, "gemma-3n") == 0);
     assert(c->n_model_folders == 2 && strcmp(c->model_folders[0], "/a b") == 0);
     assert(strcmp(c->model_folders[1], "/c") == 0 && !c->prefetch);
-    assert(c->n_threads == 3 && strcmp(c->cpu_level, "avx2") == 0);
+    assert(c->n_threads == 3 && !c->pin_threads && strcmp(c->cpu_level, "avx2") == 0);
     assert(c->activations == ACTIVATIONS_F32 && c->kv_type == KV_F16);
     assert(c->kv_bytes == UINT64_C(3) << 30 && c->context == 1024);
     assert(c->idle_usec == 90000000 && c->linger_usec == 300000000);

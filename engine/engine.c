@@ -92,6 +92,8 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     r = backend_cpu_new(&e->backend, options->cpu_level, options->n_threads, &limits, err);
     if (r < 0)
         return r;
+    if (!options->no_pinning)
+        backend_cpu_pin(e->backend);
     r = forward_init(e);
     if (r < 0)
         return error_set(err, -r, "no memory for the activations of %u rows", e->max_rows);

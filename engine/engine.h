@@ -36,7 +36,8 @@ struct engine_options {
     enum activation_type activations;
     enum kv_type kv_type;
     const char *cpu_level;  /* cap: "reference", "avx2", "avx512", "amx"; NULL: the best there is */
-    uint32_t n_threads;     /* 0: as many as cores this process may use */
+    uint32_t n_threads;     /* 0: one for each core this process may use */
+    bool no_pinning;        /* threads may move between cores; else see backend_cpu_pin() */
     uint32_t max_rows;      /* tokens in one step; 0: 256 */
     uint32_t max_logits;    /* wanted rows in one step; 0: 16 */
     uint64_t kv_bytes;      /* budget of the page pool; 0: a quarter of physical memory */

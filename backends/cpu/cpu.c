@@ -10,7 +10,6 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +19,7 @@
 #include <cpuid.h>
 #endif
 
+#include "backends/cpu/cores.h"
 #include "backends/cpu/matmul.h"
 #include "backends/cpu/team.h"
 #include "base/checked.h"
@@ -165,6 +165,7 @@ static void cpu_free(struct backend *b)
     struct cpu_backend *c = cpu_backend(b);
 
     team_free(c->team);
+    cores_done(&c->cores);
     if (c->scratch)
         (void)munmap(c->scratch, c->scratch_total);
     free(c);
@@ -189,120 +190,28 @@ static const struct backend_vtable vtable = {
     .n_threads = cpu_n_threads,
 };
 
-/* First line of folder/name without its end; false when there is none. */
-static bool read_line(const char *folder, const char *name, char *line, size_t size)
-{
-    char path[4096 + 64];
-    CLEANUP(fclosep) FILE *f = NULL;
-
-    if (snprintf(path, sizeof(path), "%s/%s", folder, name) >= (int)sizeof(path))
-        return false;
-    f = fopen(path, "re");
-    if (!f || !fgets(line, (int)size, f))
-        return false;
-    line[strcspn(line, "\n")] = '\0';
-    return true;
-}
-
-/* Cores that the quota of one cgroup folder amounts to, rounded up; 0: no quota. */
-static uint32_t folder_quota(const char *folder)
-{
-    char line[64];
-    long long quota = 0, period = 0;
-
-    if (read_line(folder, "cpu.max", line, sizeof(line))) {
-        if (sscanf(line, "%lld %lld", &quota, &period) != 2)
-            return 0; /* "max 100000" */
-    } else if (read_line(folder, "cpu.cfs_quota_us", line, sizeof(line))) {
-        if (sscanf(line, "%lld", &quota) != 1 ||
-            !read_line(folder, "cpu.cfs_period_us", line, sizeof(line)) ||
-            sscanf(line, "%lld", &period) != 1)
-            return 0;
-    }
-    if (quota <= 0 || period <= 0 || quota / period >= UINT16_MAX)
-        return 0;
-    return (uint32_t)((quota + period - 1) / period);
-}
-
-/* The least quota from mount/path up to mount. */
-static uint32_t tree_quota(const char *mount, const char *path)
-{
-    char folder[4096];
-    size_t mount_length = strlen(mount);
-    uint32_t least = 0;
-
-    if (snprintf(folder, sizeof(folder), "%s%s", mount, path) >= (int)sizeof(folder))
-        return 0;
-    while (strlen(folder) >= mount_length) {
-        uint32_t q = folder_quota(folder);
-        char *slash;
-
-        if (q && (!least || q < least))
-            least = q;
-        slash = strrchr(folder, '/');
-        if (!slash)
-            break;
-        *slash = '\0';
-    }
-    return least;
-}
-
 /*
- * Cores by cgroup quota, 0: no limit. A process with more runnable threads than its quota is
- * stopped in the middle of a token until the next period. Wrong or unreadable files mean no limit.
+ * How many threads to start when n are asked for, 0: as many as are worth it, which is one for each
+ * core; a second one on the same core shares its multipliers. Never more than there are CPUs: they
+ * would wait for each other.
  */
-static uint32_t quota_cores(void)
+static uint32_t useful_threads(const struct cpu_backend *c, uint32_t n)
 {
-    char line[4096];
-    uint32_t least = 0;
-    CLEANUP(fclosep) FILE *f = fopen("/proc/self/cgroup", "re");
+    uint32_t quota;
 
-    while (f && fgets(line, sizeof(line), f)) { /* id:controllers:path */
-        char *controllers = strchr(line, ':'), *path, *name, *save = NULL;
-        uint32_t q = 0;
-
-        line[strcspn(line, "\n")] = '\0';
-        if (!controllers)
-            continue;
-        path = strchr(++controllers, ':');
-        if (!path)
-            continue;
-        *path++ = '\0';
-        if (*controllers == '\0') {
-            q = tree_quota("/sys/fs/cgroup", path);
-        } else {
-            for (name = strtok_r(controllers, ",", &save); name; name = strtok_r(NULL, ",", &save))
-                if (strcmp(name, "cpu") == 0)
-                    q = tree_quota("/sys/fs/cgroup/cpu", path);
-        }
-        if (q && (!least || q < least))
-            least = q;
-    }
-    return least;
+    if (n > 0)
+        return c->cores.n_cpus ? MIN(n, c->cores.n_cpus) : n;
+    quota = cores_quota();
+    n = MAX(c->cores.n_cores, 1u);
+    return quota ? MIN(n, quota) : n;
 }
 
-static uint32_t usable_cores(void)
+void backend_cpu_pin(struct backend *b)
 {
-    /* a fixed cpu_set_t ends at 1024 CPUs; the kernel says EINVAL for a set that is too small */
-    for (int n_cpus = 1024; n_cpus <= 1 << 18; n_cpus *= 4) {
-        cpu_set_t *set = CPU_ALLOC(n_cpus);
-        size_t size = CPU_ALLOC_SIZE(n_cpus);
-        int count = 0;
+    struct cpu_backend *c = cpu_backend(b);
 
-        if (!set)
-            break;
-        if (sched_getaffinity(0, size, set) == 0)
-            count = CPU_COUNT_S(size, set);
-        CPU_FREE(set);
-        if (count > 0) {
-            uint32_t quota = quota_cores();
-
-            return quota ? MIN((uint32_t)count, quota) : (uint32_t)count;
-        }
-        if (errno != EINVAL)
-            break;
-    }
-    return 1;
+    if (c->n_threads >= c->cores.n_cores)
+        team_pin(c->team, &c->cores);
 }
 
 /* The level to use: the best up to the cap. */
@@ -340,16 +249,13 @@ int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
     r = choose_level(level, &chosen, err);
     if (r < 0)
         return r;
-    if (n_threads == 0)
-        n_threads = usable_cores();
-
     c = calloc(1, sizeof(*c));
     if (!c)
         return error_set(err, ENOMEM, "CPU backend: out of memory");
     c->base.vtable = &vtable;
     c->base.ops = &c->ops;
     c->limits = *limits;
-    if (team_new(&c->team, n_threads) < 0) {
+    if (cores_read(&c->cores) < 0 || team_new(&c->team, useful_threads(c, n_threads)) < 0) {
         backend_free(&c->base);
         return error_set(err, ENOMEM, "CPU backend: out of memory");
     }

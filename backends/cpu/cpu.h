@@ -13,6 +13,7 @@
  */
 
 #include "backends/backend.h"
+#include "backends/cpu/cores.h"
 
 struct cpu_backend {
     struct backend base;
@@ -21,6 +22,7 @@ struct cpu_backend {
     void (*lower_matmul)(struct backend *b, const struct weight *w, const struct activations *x,
                          float *y, size_t ld_y);
     struct backend_limits limits;
+    struct cores cores;
     struct team *team;
     uint32_t n_threads; /* of the team */
     char *scratch; /* scratch_each bytes for each thread, aligned to 64, then the shared part */

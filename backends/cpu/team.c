@@ -20,6 +20,7 @@
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -27,6 +28,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "backends/cpu/cores.h"
 #include "base/checked.h"
 #include "base/clock.h"
 
@@ -39,8 +41,18 @@ struct worker {
     pthread_t thread;
 };
 
+/* An affinity mask of any number of CPUs; empty: set is NULL. */
+struct mask {
+    cpu_set_t *set;
+    size_t size;
+};
+
 struct team {
     uint32_t n_threads;
+
+    struct mask caller_mask; /* to be given to the next caller */
+    struct mask old_mask;    /* what the caller had before */
+    pthread_t caller;        /* where there is an old mask */
 
     /* the job; changed by the caller when none is at work */
     team_body body;
@@ -143,12 +155,78 @@ static void call(struct team *t, uint32_t n)
         futex_wake(&t->jobs, n);
 }
 
+static void mask_done(struct mask *m)
+{
+    if (m->set)
+        CPU_FREE(m->set);
+    *m = (struct mask){0};
+}
+
+/* The CPUs of one thread; empty when there is no memory. */
+static struct mask mask_of(const struct cores *c, uint32_t thread, bool whole_core)
+{
+    struct mask m = {0};
+    uint32_t most = 0;
+
+    for (uint32_t i = 0; i < c->n_cpus; i++)
+        most = MAX(most, c->cpus[i].number);
+    m.set = CPU_ALLOC(most + 1);
+    if (!m.set)
+        return m;
+    m.size = CPU_ALLOC_SIZE(most + 1);
+    CPU_ZERO_S(m.size, m.set);
+    for (uint32_t i = 0; i < c->n_cpus; i++)
+        if (i == thread || (whole_core && c->cpus[i].core == c->cpus[thread].core))
+            CPU_SET_S((size_t)c->cpus[i].number, m.size, m.set);
+    return m;
+}
+
+void team_pin(struct team *t, const struct cores *c)
+{
+    bool whole_core = t->n_threads <= c->n_cores;
+
+    if (t->n_threads < 2 || t->n_threads > c->n_cpus || t->caller_mask.set || t->old_mask.set)
+        return;
+    t->caller_mask = mask_of(c, 0, whole_core);
+    for (uint32_t i = 1; i < t->n_threads; i++) {
+        struct mask m = mask_of(c, i, whole_core);
+
+        if (m.set) /* what fails costs speed and nothing else */
+            (void)pthread_setaffinity_np(t->workers[i - 1].thread, m.size, m.set);
+        mask_done(&m);
+    }
+}
+
+/* Sets the caller's mask and remembers its old one; without that none is set. */
+static void pin_caller(struct team *t)
+{
+    struct mask old = {0};
+
+    /* the kernel wants room for all CPUs it could have */
+    for (int n_cpus = 1024; n_cpus <= 1 << 18 && !old.set; n_cpus *= 4) {
+        old.set = CPU_ALLOC(n_cpus);
+        old.size = CPU_ALLOC_SIZE(n_cpus);
+        if (old.set && pthread_getaffinity_np(pthread_self(), old.size, old.set) != 0)
+            mask_done(&old);
+    }
+    if (old.set &&
+        pthread_setaffinity_np(pthread_self(), t->caller_mask.size, t->caller_mask.set) == 0) {
+        t->caller = pthread_self();
+        t->old_mask = old;
+    } else {
+        mask_done(&old);
+    }
+    mask_done(&t->caller_mask);
+}
+
 void team_run(struct team *t, uint32_t n_pieces, team_body body, const void *args)
 {
     uint32_t done;
 
     if (n_pieces == 0)
         return;
+    if (t->caller_mask.set)
+        pin_caller(t);
     t->body = body;
     t->args = args;
     atomic_store(&t->done, 0);
@@ -203,6 +281,10 @@ struct team *team_free(struct team *t)
     call(t, t->n_threads);
     for (uint32_t i = 1; i < t->n_threads; i++)
         pthread_join(t->workers[i - 1].thread, NULL);
+    if (t->old_mask.set && pthread_equal(t->caller, pthread_self()))
+        (void)pthread_setaffinity_np(pthread_self(), t->old_mask.size, t->old_mask.set);
+    mask_done(&t->caller_mask);
+    mask_done(&t->old_mask);
     free(t);
     return NULL;
 }

@@ -9,6 +9,7 @@
 
 #include <stdint.h>
 
+struct cores;
 struct team;
 
 /* piece: 0 .. n_pieces - 1. thread: 0 is the caller, others up to team_n_threads() - 1. */
@@ -22,6 +23,14 @@ typedef void (*team_body)(const void *args, uint32_t piece, uint32_t thread);
  */
 int team_new(struct team **ret, uint32_t n_threads);
 struct team *team_free(struct team *t); /* NULL is allowed */
+
+/*
+ * Gives each thread a core of its own as its affinity mask: with no more threads than cores all
+ * hyper-threads of it, else one of them. The caller's thread gets its at the next job, and its old
+ * mask back by team_free(), called by itself. More threads than CPUs, or a mask that the system
+ * refuses: they stay as they are.
+ */
+void team_pin(struct team *t, const struct cores *cores);
 
 uint32_t team_n_threads(const struct team *t);
 

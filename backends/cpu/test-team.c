@@ -12,6 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "backends/cpu/cores.h"
 #include "backends/cpu/team.h"
 
 #define THREADS 5
@@ -110,6 +111,80 @@ static void a_sleeper_is_woken(void)
     team_free(t);
 }
 
+struct masks {
+    cpu_set_t of[2]; /* the caller's, the other's */
+    atomic_uint here;
+};
+
+static void note_mask(const void *args, uint32_t piece, uint32_t thread)
+{
+    struct masks *m = (struct masks *)args;
+
+    (void)piece;
+    assert(sched_getaffinity(0, sizeof(m->of[0]), &m->of[thread]) == 0);
+    atomic_fetch_add(&m->here, 1);
+    while (atomic_load(&m->here) < 2) /* so that each thread takes one piece */
+        sched_yield();
+}
+
+static struct masks masks_of(struct team *t)
+{
+    struct masks m = {.here = 0};
+
+    team_run(t, 2, note_mask, &m);
+    return m;
+}
+
+/* Two threads have a core each while the team lives, and the caller its own mask afterwards. */
+static void pinned(void)
+{
+    struct cpu same[2] = {{0, 0}, {1, 0}}, two[2] = {{0, 0}, {1, 1}}, none[2] = {{0, 0}, {9999, 1}};
+    struct cores c = {2, 2, two};
+    cpu_set_t before, now;
+    struct masks m;
+    struct team *t;
+
+    assert(sched_getaffinity(0, sizeof(before), &before) == 0);
+    if (!CPU_ISSET(0, &before) || !CPU_ISSET(1, &before)) {
+        fputs("pinning is not tested: CPUs 0 and 1 are not both there\n", stderr);
+        return;
+    }
+    assert(team_new(&t, 2) == 0);
+    m = masks_of(t);
+    assert(CPU_EQUAL(&m.of[0], &before) && CPU_EQUAL(&m.of[1], &before)); /* not asked for */
+    team_pin(t, &c);
+    m = masks_of(t);
+    assert(CPU_COUNT(&m.of[0]) == 1 && CPU_ISSET(0, &m.of[0]));
+    assert(CPU_COUNT(&m.of[1]) == 1 && CPU_ISSET(1, &m.of[1]));
+    /* moved away by somebody, as the system does where a CPU goes */
+    assert(sched_setaffinity(0, sizeof(before), &m.of[1]) == 0);
+    m = masks_of(t);
+    assert(CPU_ISSET(1, &m.of[0]) && CPU_ISSET(1, &m.of[1]));
+    team_free(t);
+    assert(sched_getaffinity(0, sizeof(now), &now) == 0 && CPU_EQUAL(&now, &before));
+
+    /* one core's hyper-threads: one each, as there is no other core */
+    c = (struct cores){2, 1, same};
+    assert(team_new(&t, 2) == 0);
+    team_pin(t, &c);
+    m = masks_of(t);
+    assert(CPU_COUNT(&m.of[0]) == 1 && CPU_COUNT(&m.of[1]) == 1);
+    team_free(t);
+
+    /* more threads than CPUs, and CPUs that are none: as they are */
+    c = (struct cores){1, 1, same};
+    assert(team_new(&t, 2) == 0);
+    team_pin(t, &c);
+    m = masks_of(t);
+    assert(CPU_EQUAL(&m.of[0], &before) && CPU_EQUAL(&m.of[1], &before));
+    c = (struct cores){2, 2, none};
+    team_pin(t, &c);
+    m = masks_of(t);
+    assert(CPU_EQUAL(&m.of[1], &before));
+    team_free(t);
+    assert(sched_getaffinity(0, sizeof(now), &now) == 0 && CPU_EQUAL(&now, &before));
+}
+
 /* Alone, and with more threads than anybody has. */
 static void extremes(void)
 {
@@ -126,6 +201,7 @@ int main(void)
 {
     many_jobs();
     a_sleeper_is_woken();
+    pinned();
     extremes();
     return 0;
 }

@@ -57,6 +57,11 @@ int engine_args_take(struct engine_options *o, int option, const char *value, st
         else
             return error_set(err, EINVAL, "--kv '%s': f16 or f32 expected", value);
         return 1;
+    case ENGINE_ARG_PIN_THREADS:
+        o->no_pinning = strcmp(value, "no") == 0;
+        if (!o->no_pinning && strcmp(value, "yes") != 0)
+            return error_set(err, EINVAL, "--pin-threads '%s': yes or no expected", value);
+        return 1;
     case ENGINE_ARG_THREADS:
         r = parse_number("--threads", value, 1, MAX_THREADS, &o->n_threads, err);
         return r < 0 ? r : 1;

@@ -18,6 +18,7 @@ enum engine_arg {
     ENGINE_ARG_ACTIVATIONS = 0x4000, /* beyond any letter */
     ENGINE_ARG_CPU_LEVEL,
     ENGINE_ARG_KV,
+    ENGINE_ARG_PIN_THREADS,
     ENGINE_ARG_THREADS,
 };
 
@@ -26,13 +27,15 @@ enum engine_arg {
     {"activations", required_argument, NULL, ENGINE_ARG_ACTIVATIONS},                              \
     {"cpu-level", required_argument, NULL, ENGINE_ARG_CPU_LEVEL},                                  \
     {"kv", required_argument, NULL, ENGINE_ARG_KV},                                                \
+    {"pin-threads", required_argument, NULL, ENGINE_ARG_PIN_THREADS},                              \
     {"threads", required_argument, NULL, ENGINE_ARG_THREADS}
 
 #define ENGINE_ARGS_HELP                                                                           \
     "  --activations f32|int8   how activations meet q4 and q8 weights (int8)\n"                  \
     "  --cpu-level LEVEL        at most reference, avx2, avx512 or amx (the best there is)\n"     \
     "  --kv f16|f32             what K and V are kept as (f32 with f32 activations, else f16)\n" \
-    "  --threads N              cores to compute on (all this process may use)\n"
+    "  --pin-threads yes|no     whether each thread keeps to one core (yes)\n"                    \
+    "  --threads N              threads to compute with (one for each core it may use)\n"
 /* clang-format on */
 
 /*
