@@ -41,7 +41,9 @@ struct backend;
 
 /*
  * Rows that are about to meet weights. f32 is the caller's; the rounded copy is filled by
- * quantize() and used by matmul() for q4 and q8 weights when it is there.
+ * quantize() and used by matmul() for q4 and q8 weights when it is there: with its second plane
+ * for fine activations of 16 bits, without for coarse ones of 8. Who has both chooses for each
+ * product: a copy of this struct with q_low NULL is the coarse one.
  */
 struct activations {
     uint32_t n, k;  /* rows, values in a row */
@@ -51,6 +53,8 @@ struct activations {
     float *d;       /* [n][ld_q / 32]: x ~ d * q, d = max |x| / 127 over the block, */
     int32_t *sum;   /* [n][ld_q / 32]: sum of the block's q */
     size_t ld_q;    /* at least k, a multiple of 64; values from k on are zero */
+    int8_t *q_low;  /* [n][ld_q] or NULL: in -127..127, x ~ d / 254 * (254 q + q_low) */
+    int32_t *sum_low; /* likewise: sum of the block's q_low */
 };
 
 /* A KV page: K and V of KV_PAGE consecutive positions of one layer, n_heads_kv = the model's.
@@ -214,16 +218,23 @@ struct backend_ops {
      * Fills q, d, sum of x from f32. d is max |x| / 127 rounded to float, but 0 where that is below
      * 2^-126: there q is 0 as well. Otherwise q is x / d, rounded to float and then to the nearest
      * even integer, so |x - d q| <= d (1/2 + 64 eps): near 63.5 to 126.5 the quotient's own
-     * rounding, half of 2^-17, may take it to a tie and the tie to the farther side. All CPU
-     * levels give the same bits.
+     * rounding, half of 2^-17, may take it to a tie and the tie to the farther side.
+     *
+     * With q_low, that and sum_low are filled as well: 254 times what rounding the quotient left,
+     * rounded to float and then to the nearest even integer, so
+     * |x - d / 254 (254 q + q_low)| <= d (1/508 + 65 eps). q, d and sum do not depend on it. All
+     * CPU levels give the same bits.
      */
     void (*quantize)(struct backend *b, const struct activations *x);
 
     /*
      * y[n][w->n_out] = W x. Bounds, with S = sum over k of |w x|:
      *   f32 activations, any weight:   n_in * eps * S   (and far better when summed in blocks)
-     *   rounded, q4 and q8 weights:    the same about the rounded activations, with the block
+     *   coarse, q4 and q8 weights:     the same about the rounded activations, with the block
      *                                  sums of integers exact
+     *   fine, q4 and q8 weights:       the same about x, and what quantize() may have lost: sum
+     *                                  over k of |w| d (1/508 + 65 eps). Where a level has no
+     *                                  kernel for the two planes it takes f32, for any n alike.
      */
     void (*matmul)(struct backend *b, const struct weight *w, const struct activations *x,
                    float *y, size_t ld_y);

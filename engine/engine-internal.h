@@ -38,6 +38,8 @@ struct forward_buffers {
     int8_t *act_q;      /* [max_rows][widest, padded]: rounded activations */
     float *act_d;
     int32_t *act_sum;
+    int8_t *act_low;    /* [max_rows][hidden, padded]: the second plane of fine activations */
+    int32_t *act_sum_low;
     float *logits;      /* [max_logits][vocab_size] */
     struct forward_row *rows;   /* [max_rows] */
     struct kv_row *kv_rows;     /* [max_rows] */

@@ -71,6 +71,9 @@ static void lay_out(struct engine *e, struct arena *a)
     b->act_q = take(a, n, e->widest, 1);
     b->act_d = take(a, n, blocks, sizeof(float));
     b->act_sum = take(a, n, blocks, sizeof(int32_t));
+    b->act_low = take(a, n, ALIGN_UP((size_t)c->hidden, (size_t)64), 1);
+    b->act_sum_low =
+        take(a, n, ALIGN_UP((size_t)c->hidden, (size_t)64) / WEIGHT_BLOCK, sizeof(int32_t));
     b->logits = take(a, e->max_logits, c->vocab_size, sizeof(float));
     b->rows = take(a, n, 1, sizeof(*b->rows));
     b->kv_rows = take(a, n, 1, sizeof(*b->kv_rows));
@@ -118,38 +121,44 @@ static struct activations rows_of(float *x, uint32_t n, uint32_t k)
     return (struct activations){.n = n, .k = k, .f32 = x, .ld = k};
 }
 
+/* Fills x's rounded copy if w wants one and it is not there, with the second plane if fine. */
+static void round_for(struct engine *e, const struct weight *w, struct activations *x, bool fine)
+{
+    if (e->activations != ACTIVATIONS_INT8 || !weight_type_is_quantized(w->type) ||
+        (fine ? x->q_low != NULL : x->q != NULL))
+        return;
+    assert(!fine || x->k <= e->config->hidden);
+    x->q = e->buf.act_q;
+    x->d = e->buf.act_d;
+    x->sum = e->buf.act_sum;
+    x->ld_q = ALIGN_UP((size_t)x->k, (size_t)64);
+    x->q_low = fine ? e->buf.act_low : NULL;
+    x->sum_low = fine ? e->buf.act_sum_low : NULL;
+    e->backend->ops->quantize(e->backend, x);
+}
+
 /*
- * y = w x without rounding x, in either mode: for Q and K. Attention scores have scale 1, so what
- * is rounded off there reaches the softmax undamped: a third of the whole mode's divergence came
- * from these two, which are 4 % of a layer (docs/performance.md).
+ * y = w x with 16 bits of x, or all of it: for Q and K. Attention scores have scale 1, so what is
+ * rounded off there reaches the softmax undamped: a third of the whole mode's divergence came from
+ * these two, which are 4 % of a layer (docs/performance.md).
  */
-static void matmul_exact(struct engine *e, const struct weight *w, const struct activations *x,
-                         float *y, size_t ld_y)
+static void matmul_fine(struct engine *e, const struct weight *w, struct activations *x, float *y,
+                        size_t ld_y)
 {
-    struct activations exact = *x;
-
-    exact.q = NULL;
-    e->backend->ops->matmul(e->backend, w, &exact, y, ld_y);
+    round_for(e, w, x, true);
+    e->backend->ops->matmul(e->backend, w, x, y, ld_y);
 }
 
-/* Rounds x, once, for the first matrix that wants it rounded. */
-static void round_for(struct engine *e, const struct weight *w, struct activations *x)
-{
-    if (e->activations == ACTIVATIONS_INT8 && weight_type_is_quantized(w->type) && !x->q) {
-        x->q = e->buf.act_q;
-        x->d = e->buf.act_d;
-        x->sum = e->buf.act_sum;
-        x->ld_q = ALIGN_UP((size_t)x->k, (size_t)64);
-        e->backend->ops->quantize(e->backend, x);
-    }
-}
-
-/* y = w x */
+/* y = w x. Rounds x once, at the first matrix that wants it rounded. */
 static void matmul(struct engine *e, const struct weight *w, struct activations *x, float *y,
                    size_t ld_y)
 {
-    round_for(e, w, x);
-    e->backend->ops->matmul(e->backend, w, x, y, ld_y);
+    struct activations coarse;
+
+    round_for(e, w, x, false);
+    coarse = *x;
+    coarse.q_low = NULL;
+    e->backend->ops->matmul(e->backend, w, &coarse, y, ld_y);
 }
 
 static const float *plain(const struct weight *w)
@@ -267,7 +276,7 @@ static void store_kv(struct engine *e, uint32_t l, uint32_t n, struct activation
         .eps = c->rms_eps,
     };
 
-    matmul_exact(e, &w->k, x, b->k, width);
+    matmul_fine(e, &w->k, x, b->k, width);
     matmul(e, &w->v, x, b->v, width);
     a.x = b->v;
     ops->head_norm(e->backend, &a);
@@ -294,8 +303,9 @@ static void find_kv(struct engine *e, uint32_t l, uint32_t n)
         e->buf.kv_rows[i] = kv_cache_row(e->buf.rows[i].kv, source, e->buf.rows[i].pos);
 }
 
-/* (b), (c) and the K and V of (d); pred, xn are then there for all n rows. */
-static void layer_begin(struct engine *e, uint32_t l, uint32_t n)
+/* (b), (c) and the K and V of (d); pred, xn are then there for all n rows. Returns xn, rounded
+ * if K or V wanted that. */
+static struct activations layer_begin(struct engine *e, uint32_t l, uint32_t n)
 {
     const struct model_config *c = e->config;
     const struct layer_weights *w = &e->weights->layers[l];
@@ -313,10 +323,10 @@ static void layer_begin(struct engine *e, uint32_t l, uint32_t n)
                                                });
     norm(e, n, b->pred, (size_t)c->n_streams * c->hidden, &w->input_norm, b->xn);
     find_kv(e, l, n);
-    if (l < c->n_layers_kv) {
-        x = rows_of(b->xn, n, c->hidden);
+    x = rows_of(b->xn, n, c->hidden);
+    if (l < c->n_layers_kv)
         store_kv(e, l, n, &x);
-    }
+    return x;
 }
 
 /* (f) without its norms: t = down . (gelu(cut(gate . x)) * (up . x)) */
@@ -346,14 +356,14 @@ static void feed_forward(struct engine *e, uint32_t l, struct activations *x)
 }
 
 /* (c) to (h). */
-static void layer_end(struct engine *e, uint32_t l, uint32_t n)
+static void layer_end(struct engine *e, uint32_t l, uint32_t n, struct activations *xn)
 {
     const struct model_config *c = e->config;
     const struct layer_weights *w = &e->weights->layers[l];
     const struct backend_ops *ops = e->backend->ops;
     struct forward_buffers *b = &e->buf;
     size_t streams = (size_t)c->n_streams * c->hidden, heads = (size_t)c->n_heads * c->head_dim;
-    struct activations x = rows_of(b->xn, n, c->hidden);
+    struct activations x;
     struct norm_args a = {
         .n = n,
         .k = c->hidden,
@@ -367,8 +377,8 @@ static void layer_end(struct engine *e, uint32_t l, uint32_t n)
     };
 
     /* (d) attention, while xn is still the live input */
-    matmul_exact(e, &w->q, &x, b->q, heads);
-    matmul(e, &w->laurel_left, &x, b->rank, c->laurel_rank);
+    matmul_fine(e, &w->q, xn, b->q, heads);
+    matmul(e, &w->laurel_left, xn, b->rank, c->laurel_rank);
     ops->head_norm(e->backend, &(struct head_norm_args){
                                    .n = n,
                                    .n_heads = c->n_heads,
@@ -544,12 +554,15 @@ int forward(struct engine *e, uint32_t n)
     fill_rope(e, n);
     begin(e, n);
     for (l = 0; l < e->config->n_layers; l++) {
-        layer_begin(e, l, n);
-        if (l == e->config->n_layers_kv - 1)
+        struct activations xn = layer_begin(e, l, n);
+
+        if (l == e->config->n_layers_kv - 1) {
             n = keep_wanted(e, n);
+            xn = rows_of(e->buf.xn, n, e->config->hidden); /* other rows: to be rounded anew */
+        }
         if (n == 0)
             break;
-        layer_end(e, l, n);
+        layer_end(e, l, n, &xn);
     }
     if (n > 0) {
         assert(n <= e->max_logits);

@@ -607,13 +607,13 @@ static void rows_any(const void *args, uint32_t first, uint32_t last, void *scra
         rows_f32(WEIGHT_BF16, t, first, last);
         break;
     case WEIGHT_Q8:
-        if (t->x->q)
+        if (is_coarse(t))
             rows_rounded_few(WEIGHT_Q8, t, first, last);
         else
             rows_f32(WEIGHT_Q8, t, first, last);
         break;
     case WEIGHT_Q4:
-        if (t->x->q)
+        if (is_coarse(t))
             rows_rounded_few(WEIGHT_Q4, t, first, last);
         else
             rows_f32(WEIGHT_Q4, t, first, last);
@@ -778,13 +778,13 @@ static void columns_any(const void *args, uint32_t first, uint32_t last, void *s
                 columns_f32(WEIGHT_BF16, t, i, o, n, acc);
                 break;
             case WEIGHT_Q8:
-                if (t->x->q)
+                if (is_coarse(t))
                     columns_rounded(WEIGHT_Q8, t, i, o, n, acc);
                 else
                     columns_f32(WEIGHT_Q8, t, i, o, n, acc);
                 break;
             case WEIGHT_Q4:
-                if (t->x->q)
+                if (is_coarse(t))
                     columns_rounded(WEIGHT_Q4, t, i, o, n, acc);
                 else
                     columns_f32(WEIGHT_Q4, t, i, o, n, acc);
@@ -801,7 +801,7 @@ void cpu_avx2_matmul(struct backend *b, const struct weight *w, const struct act
     struct cpu_backend *c = cpu_backend(b);
     struct matmul_task t = {w, x, y, ld_y};
     size_t cost = (size_t)w->n_in * x->n;
-    bool rounded = x->q && weight_type_is_quantized(w->type);
+    bool rounded = is_coarse(&t);
     bool q4 = w->type == WEIGHT_Q4;
     uint32_t n_stripes = DIV_ROUND_UP(w->n_out, WEIGHT_STRIPE);
 

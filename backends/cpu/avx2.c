@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "backends/cpu/avx2.h"
+#include "backends/cpu/matmul.h"
 #include "base/checked.h"
 
 /* Values k.. of x that lie below n, zeros behind. */
@@ -68,13 +69,28 @@ static inline __m256 rms_scale(const float *x, uint32_t n, float eps)
 }
 
 /* One block; d and the integers as the reference computes them. */
+/* The sum of 32 integers in -127..127, which go to q. */
+static inline int32_t store_bytes(const __m256i *i, int8_t *q)
+{
+    __m256i sum = _mm256_add_epi32(_mm256_add_epi32(i[0], i[1]), _mm256_add_epi32(i[2], i[3]));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    /* packing works within halves: 0-3 8-11 16-19 24-27 and 4-7 12-15 20-23 28-31 */
+    sum = _mm256_packs_epi16(_mm256_packs_epi32(i[0], i[1]), _mm256_packs_epi32(i[2], i[3]));
+    sum = _mm256_permutevar8x32_epi32(sum, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)q, sum);
+    return _mm_cvtsi128_si32(s);
+}
+
+/* low: NULL, or where q_low goes */
 static inline void quantize_block(const float *x, uint32_t n, int8_t *q, float *ret_d,
-                                  int32_t *ret_sum)
+                                  int32_t *ret_sum, int8_t *low, int32_t *ret_sum_low)
 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 v[4], max = _mm256_setzero_ps();
-    __m256i i[4], sum;
-    __m128i s;
+    __m256i i[4];
     float d;
 
     for (uint32_t j = 0; j < 4; j++) {
@@ -86,6 +102,10 @@ static inline void quantize_block(const float *x, uint32_t n, int8_t *q, float *
         memset(q, 0, WEIGHT_BLOCK);
         *ret_d = 0;
         *ret_sum = 0;
+        if (low) {
+            memset(low, 0, WEIGHT_BLOCK);
+            *ret_sum_low = 0;
+        }
         return;
     }
     for (int j = 0; j < 4; j++) {
@@ -94,17 +114,15 @@ static inline void quantize_block(const float *x, uint32_t n, int8_t *q, float *
         /* NaN, of hostile weights or infinity, becomes 0, so that sums stay those of bytes */
         r = _mm256_and_ps(r, _mm256_cmp_ps(r, r, _CMP_ORD_Q));
         i[j] = _mm256_cvtps_epi32(r);
+        v[j] = _mm256_mul_ps(_mm256_sub_ps(r, _mm256_cvtepi32_ps(i[j])), _mm256_set1_ps(FINE));
     }
-    sum = _mm256_add_epi32(_mm256_add_epi32(i[0], i[1]), _mm256_add_epi32(i[2], i[3]));
-    s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    *ret_sum = _mm_cvtsi128_si32(s);
     *ret_d = d;
-    /* packing works within halves: 0-3 8-11 16-19 24-27 and 4-7 12-15 20-23 28-31 */
-    sum = _mm256_packs_epi16(_mm256_packs_epi32(i[0], i[1]), _mm256_packs_epi32(i[2], i[3]));
-    sum = _mm256_permutevar8x32_epi32(sum, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_si256((__m256i *)q, sum);
+    *ret_sum = store_bytes(i, q);
+    if (!low)
+        return;
+    for (int j = 0; j < 4; j++)
+        i[j] = _mm256_cvtps_epi32(v[j]);
+    *ret_sum_low = store_bytes(i, low);
 }
 
 static void quantize_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
@@ -119,7 +137,9 @@ static void quantize_rows(const void *args, uint32_t first, uint32_t last, void 
             uint32_t n = k >= x->k ? 0 : (uint32_t)MIN(x->k - k, (size_t)WEIGHT_BLOCK);
 
             quantize_block(x->f32 + i * x->ld + (n ? k : 0), n, x->q + i * x->ld_q + k,
-                           &x->d[i * n_blocks + b], &x->sum[i * n_blocks + b]);
+                           &x->d[i * n_blocks + b], &x->sum[i * n_blocks + b],
+                           x->q_low ? x->q_low + i * x->ld_q + k : NULL,
+                           x->q_low ? &x->sum_low[i * n_blocks + b] : NULL);
         }
 }
 

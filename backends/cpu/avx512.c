@@ -343,7 +343,7 @@ static void avx512_matmul(struct backend *b, const struct weight *w, const struc
 {
     struct cpu_backend *c = cpu_backend(b);
     struct matmul_task t = {w, x, y, ld_y};
-    bool rounded = x->q && weight_type_is_quantized(w->type), q4 = w->type == WEIGHT_Q4;
+    bool rounded = is_coarse(&t), q4 = w->type == WEIGHT_Q4;
     cpu_body body = NULL;
 
     if (w->layout == LAYOUT_TILE16)

@@ -12,12 +12,20 @@
 #include "backends/cpu/cpu.h"
 #include "base/checked.h"
 
+#define FINE 254 /* what q counts in fine activations, where q_low counts one */
+
 struct matmul_task {
     const struct weight *w;
     const struct activations *x;
     float *y;
     size_t ld_y;
 };
+
+/* The product takes one plane of rounded activations; else two of them, or f32. */
+static inline bool is_coarse(const struct matmul_task *t)
+{
+    return t->x->q && !t->x->q_low && weight_type_is_quantized(t->w->type);
+}
 
 /* Rows of activations that are worked on together, so that a line of weights is unpacked once for
  * all of them. Their rounded values for the longest matrix should fit a second-level cache. */

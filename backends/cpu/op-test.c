@@ -168,19 +168,27 @@ void packed_free(struct packed *p)
     free(p->data);
 }
 
-struct rows rows_new(uint32_t n, uint32_t k, bool rounded)
+struct rows rows_new(uint32_t n, uint32_t k, enum rounding rounding)
 {
     struct rows r = {.f32 = array_new(n, k, 3)};
     size_t ld_q = ALIGN_UP((size_t)k, (size_t)64), n_blocks = ld_q / WEIGHT_BLOCK;
 
     r.a = (struct activations){.n = n, .k = k, .f32 = r.f32.p, .ld = r.f32.ld};
-    if (rounded) {
-        r.memory = malloc(n * (ld_q + n_blocks * 8) + 8);
+    if (rounding != ROUND_NOT) {
+        r.memory_bytes = n * (ld_q + n_blocks * 8) + 8;
+        r.memory = malloc(r.memory_bytes);
         assert(r.memory);
         r.a.d = (float *)r.memory + 1;
         r.a.sum = (int32_t *)(r.a.d + n * n_blocks);
         r.a.q = (int8_t *)(r.a.sum + n * n_blocks) + 1;
         r.a.ld_q = ld_q;
+    }
+    if (rounding == ROUND_FINE) {
+        r.low_bytes = n * (ld_q + n_blocks * 4) + 8;
+        r.low = malloc(r.low_bytes);
+        assert(r.low);
+        r.a.sum_low = (int32_t *)r.low + 1;
+        r.a.q_low = (int8_t *)(r.a.sum_low + n * n_blocks) + 1;
     }
     return r;
 }
@@ -189,6 +197,7 @@ void rows_free(struct rows *r)
 {
     array_free(&r->f32);
     free(r->memory);
+    free(r->low);
 }
 
 void rows_fill(struct rows *r)
@@ -231,6 +240,10 @@ struct activations rows_from(const struct activations *a, uint32_t first, uint32
         s.q += first * s.ld_q;
         s.d += first * (s.ld_q / WEIGHT_BLOCK);
         s.sum += first * (s.ld_q / WEIGHT_BLOCK);
+    }
+    if (s.q_low) {
+        s.q_low += first * s.ld_q;
+        s.sum_low += first * (s.ld_q / WEIGHT_BLOCK);
     }
     return s;
 }

@@ -70,14 +70,17 @@ struct packed packed_new(enum weight_type type, enum weight_layout layout, uint3
                          uint32_t n_in);
 void packed_free(struct packed *p);
 
+enum rounding { ROUND_NOT, ROUND_COARSE, ROUND_FINE };
+
 /* Activations, aligned to nothing. */
 struct rows {
     struct activations a;
     struct array f32;
-    char *memory;
+    char *memory, *low; /* of q, d, sum; of q_low, sum_low */
+    size_t memory_bytes, low_bytes;
 };
 
-struct rows rows_new(uint32_t n, uint32_t k, bool rounded);
+struct rows rows_new(uint32_t n, uint32_t k, enum rounding rounding);
 void rows_free(struct rows *r);
 
 /* Some rows of a special kind among random ones. */

@@ -13,7 +13,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "backends/cpu/cpu.h"
+#include "backends/cpu/matmul.h"
 #include "base/checked.h"
 
 /* Values that a thread unpacks a row of weights into. */
@@ -161,43 +161,47 @@ static void ref_quantize(struct backend *b, const struct activations *x)
     (void)b;
     for (uint32_t i = 0; i < x->n; i++) {
         const float *f = x->f32 + i * x->ld;
-        int8_t *q = x->q + i * x->ld_q;
+        int8_t *q = x->q + i * x->ld_q, *low = x->q_low ? x->q_low + i * x->ld_q : NULL;
 
         for (size_t block = 0; block < x->ld_q / WEIGHT_BLOCK; block++, q += WEIGHT_BLOCK) {
             size_t at = i * (x->ld_q / WEIGHT_BLOCK) + block, k = block * WEIGHT_BLOCK;
             uint32_t n = k >= x->k ? 0 : (uint32_t)MIN(x->k - k, (size_t)WEIGHT_BLOCK);
             float max = 0, d;
-            int32_t sum = 0;
+            int32_t sum = 0, sum_low = 0;
 
             for (uint32_t j = 0; j < n; j++)
                 max = fmaxf(max, fabsf(f[k + j]));
             d = max / 127;
             memset(q, 0, WEIGHT_BLOCK);
+            if (low)
+                memset(low + k, 0, WEIGHT_BLOCK);
             if (!(d >= FLT_MIN)) /* not enough bits left for a scale */
                 d = 0;
             for (uint32_t j = 0; d > 0 && j < n; j++) {
-                float r = rintf(f[k + j] / d);
+                float v = f[k + j] / d, r = rintf(v);
 
-                q[j] = r >= -127 && r <= 127 ? (int8_t)r : 0; /* beyond only for NaN, infinity */
+                if (!(r >= -127 && r <= 127)) /* only for NaN, infinity */
+                    continue;
+                q[j] = (int8_t)r;
                 sum += q[j];
+                if (low) {
+                    low[k + j] = (int8_t)rintf((v - r) * FINE);
+                    sum_low += low[k + j];
+                }
             }
             x->d[at] = d;
             x->sum[at] = sum;
+            if (low)
+                x->sum_low[at] = sum_low;
         }
     }
 }
-
-struct matmul_task {
-    const struct weight *w;
-    const struct activations *x;
-    float *y;
-    size_t ld_y;
-};
 
 static float dot_rounded(const struct activations *x, uint32_t i, const struct row_scratch *s,
                          uint32_t n_blocks)
 {
     const int8_t *q = x->q + i * x->ld_q;
+    const int8_t *low = x->q_low ? x->q_low + i * x->ld_q : NULL;
     const float *d = x->d + i * (x->ld_q / WEIGHT_BLOCK);
     double sum = 0;
 
@@ -205,8 +209,8 @@ static float dot_rounded(const struct activations *x, uint32_t i, const struct r
         int32_t t = 0;
 
         for (uint32_t k = b * WEIGHT_BLOCK; k < (b + 1) * WEIGHT_BLOCK; k++)
-            t += s->q[k] * q[k];
-        sum += (double)s->d[b] * (double)d[b] * t;
+            t += s->q[k] * (low ? FINE * q[k] + low[k] : q[k]);
+        sum += (double)s->d[b] * (double)d[b] / (low ? FINE : 1) * t;
     }
     return (float)sum;
 }

@@ -18,27 +18,57 @@
 #include "backends/cpu/op-test.h"
 #include "base/checked.h"
 
-static void check_quantize(uint32_t n, uint32_t k)
+/* The bits of two roundings of the same row. */
+static void check_same_rounding(const struct activations *got, const struct activations *want)
 {
-    struct rows got = rows_new(n, k, true), want = rows_new(n, k, true);
+    size_t blocks = got->ld_q / WEIGHT_BLOCK * 4;
+
+    assert(memcmp(got->q, want->q, got->ld_q) == 0);
+    assert(memcmp(got->d, want->d, blocks) == 0);
+    assert(memcmp(got->sum, want->sum, blocks) == 0);
+    if (!got->q_low || !want->q_low)
+        return;
+    assert(memcmp(got->q_low, want->q_low, got->ld_q) == 0);
+    assert(memcmp(got->sum_low, want->sum_low, blocks) == 0);
+}
+
+/* Before q and q_low lie odd words and a byte, behind them three bytes. */
+static void check_quantize_guards(const struct rows *r)
+{
+    const int8_t *planes[] = {r->a.q, r->a.q_low};
+    const char *memory[] = {r->memory, r->low};
+
+    for (int p = 0; p < (r->low ? 2 : 1); p++) {
+        for (int i = 0; i < 4; i++)
+            assert(memory[p][i] == 0x5a);
+        assert(planes[p][-1] == 0x5a);
+        for (size_t i = 0; i < 3; i++)
+            assert(planes[p][r->a.n * r->a.ld_q + i] == 0x5a);
+    }
+}
+
+static void check_quantize(uint32_t n, uint32_t k, enum rounding rounding)
+{
+    struct rows got = rows_new(n, k, rounding), want = rows_new(n, k, ROUND_FINE);
     size_t n_blocks = got.a.ld_q / WEIGHT_BLOCK;
 
     rows_fill(&got);
     memcpy(want.f32.memory, got.f32.memory, got.f32.total * 4);
-    memset(got.memory, 0x5a, n * (got.a.ld_q + n_blocks * 8) + 8);
+    memset(got.memory, 0x5a, got.memory_bytes);
+    if (got.low)
+        memset(got.low, 0x5a, got.low_bytes);
     two->ops->quantize(two, &got.a);
     ref->ops->quantize(ref, &want.a);
-    for (int i = 0; i < 4; i++) /* the odd word before d, the odd byte before q, three behind */
-        assert(got.memory[i] == 0x5a);
-    assert(((char *)got.a.q)[-1] == 0x5a);
-    for (size_t i = 0; i < 3; i++)
-        assert(((char *)got.a.q)[n * got.a.ld_q + i] == 0x5a);
+    check_quantize_guards(&got);
 
-    for (uint32_t i = 0; i < n; i++)
+    for (uint32_t i = 0; i < n; i++) {
+        struct activations a = rows_from(&got.a, i, 1), same = rows_from(&want.a, i, 1);
+
         for (size_t b = 0; b < n_blocks; b++) {
             float d = got.a.d[i * n_blocks + b], max = 0;
             const int8_t *q = got.a.q + i * got.a.ld_q + b * WEIGHT_BLOCK;
-            int32_t sum = 0;
+            const int8_t *low = a.q_low ? a.q_low + b * WEIGHT_BLOCK : NULL;
+            int32_t sum = 0, sum_low = 0;
 
             for (size_t j = 0; j < WEIGHT_BLOCK; j++) {
                 size_t at = b * WEIGHT_BLOCK + j;
@@ -48,21 +78,27 @@ static void check_quantize(uint32_t n, uint32_t k)
                 assert(fabs(x - (double)d * q[j]) <= (double)d * (0.5 + 64 * EPS) + 0x1p-119);
                 max = fmaxf(max, (float)fabs(x));
                 sum += q[j];
+                if (!low)
+                    continue;
+                assert(low[j] >= -127 && (at < k || low[j] == 0));
+                assert(fabs(x - (double)d * (q[j] + low[j] / 254.0)) <=
+                       (double)d * (1 / 508.0 + 65 * EPS) + 0x1p-119);
+                sum_low += low[j];
             }
             assert(d == (max / 127 >= 0x1p-126f ? max / 127 : 0));
             assert(sum == got.a.sum[i * n_blocks + b]);
-            /* all levels round alike, so that a request may move between machines */
-            assert(d == want.a.d[i * n_blocks + b]);
-            assert(memcmp(q, want.a.q + i * got.a.ld_q + b * WEIGHT_BLOCK, WEIGHT_BLOCK) == 0);
+            assert(!low || sum_low == a.sum_low[b]);
         }
+        /* all levels round alike, so that a request may move between machines */
+        check_same_rounding(&a, &same);
+    }
     for (uint32_t first = 0; first < n; first += 5) { /* row by row */
-        struct activations a = rows_from(&want.a, first, 1);
+        struct activations a = rows_from(&want.a, first, 1), all = rows_from(&got.a, first, 1);
 
         memset(a.q, 0x5a, a.ld_q);
+        memset(a.q_low, 0x5a, a.ld_q);
         one->ops->quantize(one, &a);
-        assert(memcmp(a.q, got.a.q + first * a.ld_q, a.ld_q) == 0);
-        assert(memcmp(a.d, got.a.d + first * n_blocks, n_blocks * 4) == 0);
-        assert(memcmp(a.sum, got.a.sum + first * n_blocks, n_blocks * 4) == 0);
+        check_same_rounding(&all, &a);
     }
     rows_free(&got);
     rows_free(&want);
@@ -72,7 +108,7 @@ static void check_quantize(uint32_t n, uint32_t k)
 static void check_quantize_wild(uint32_t k)
 {
     static const float wild[] = {NAN, -NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX};
-    struct rows got = rows_new(1, k, true), want = rows_new(1, k, true);
+    struct rows got = rows_new(1, k, ROUND_FINE), want = rows_new(1, k, ROUND_FINE);
     size_t n_blocks = got.a.ld_q / WEIGHT_BLOCK;
 
     for (size_t i = 0; i < 4 * ARRAY_SIZE(wild); i++) {
@@ -82,11 +118,10 @@ static void check_quantize_wild(uint32_t k)
         memcpy(want.f32.memory, got.f32.memory, got.f32.total * 4);
         two->ops->quantize(two, &got.a);
         ref->ops->quantize(ref, &want.a);
-        assert(memcmp(got.a.q, want.a.q, got.a.ld_q) == 0);
-        assert(memcmp(got.a.d, want.a.d, n_blocks * 4) == 0);
-        assert(memcmp(got.a.sum, want.a.sum, n_blocks * 4) == 0);
+        check_same_rounding(&got.a, &want.a);
         for (size_t b = 0; b < n_blocks; b++)
-            assert(abs(got.a.sum[b]) <= 127 * WEIGHT_BLOCK);
+            assert(abs(got.a.sum[b]) <= 127 * WEIGHT_BLOCK &&
+                   abs(got.a.sum_low[b]) <= 127 * WEIGHT_BLOCK);
     }
     rows_free(&got);
     rows_free(&want);
@@ -107,43 +142,46 @@ static void run_matmul(struct backend *b, void *args, uint32_t first, uint32_t n
 }
 
 static void check_matmul(enum weight_type type, enum weight_layout layout, uint32_t n_out,
-                         uint32_t n_in, bool rounded)
+                         uint32_t n_in, enum rounding rounding)
 {
+    static const char *const names[] = {"f32", "coarse", "fine"};
     struct packed p = packed_new(type, layout, n_out, n_in);
-    struct rows x = rows_new(N_MAX, n_in, rounded);
+    struct rows x = rows_new(N_MAX, n_in, rounding);
     struct array y = array_new(N_MAX, n_out, 5);
     struct matmul_case c = {&p.w, &x.a, y.ld};
     float *w = malloc(n_in * sizeof(*w));
     char what[96];
 
     snprintf(what, sizeof(what), "matmul %s %s %ux%u %s", weight_type_name(type),
-             weight_layout_name(layout), n_out, n_in, rounded ? "rounded" : "f32");
+             weight_layout_name(layout), n_out, n_in, names[rounding]);
     rows_fill(&x);
-    if (rounded) {
+    if (rounding != ROUND_NOT)
         ref->ops->quantize(ref, &x.a);
-        /* rounded weights must not look at f32, the others not at the rounded values */
-        if (weight_type_is_quantized(type))
-            for (uint32_t i = 0; i < N_MAX; i++)
-                memset(x.f32.p + i * x.f32.ld, 0xff, n_in * 4);
-    }
-    rounded = rounded && weight_type_is_quantized(type);
+    if (!weight_type_is_quantized(type)) /* looks at f32 in any case */
+        rounding = ROUND_NOT;
+    if (rounding == ROUND_COARSE) /* must not look at it */
+        for (uint32_t i = 0; i < N_MAX; i++)
+            memset(x.f32.p + i * x.f32.ld, 0xff, n_in * 4);
     check_batches(what, run_matmul, &c, &y);
     for (uint32_t o = 0; o < n_out; o++) {
         weight_get_row(&p.w, o, w);
         /* all kinds of rows, and later ones that share no tile with them: the rest was compared
          * with itself in other places */
         for (uint32_t i = 0; i < N_MAX; i += i < 12 ? 1 : 5) {
-            double sum = 0, magnitude = 0;
+            double sum = 0, magnitude = 0, lost = 0;
 
             for (uint32_t k = 0; k < n_in; k++) {
-                double a =
-                    rounded ? (double)x.a.d[i * (x.a.ld_q / 32) + k / 32] * x.a.q[i * x.a.ld_q + k]
-                            : (double)x.f32.p[i * x.f32.ld + k];
+                double d = rounding == ROUND_NOT ? 0 : (double)x.a.d[i * (x.a.ld_q / 32) + k / 32];
+                double a = rounding == ROUND_COARSE ? d * x.a.q[i * x.a.ld_q + k]
+                                                    : (double)x.f32.p[i * x.f32.ld + k];
 
                 sum += (double)w[k] * a;
                 magnitude += fabs((double)w[k] * a);
+                lost += rounding == ROUND_FINE
+                            ? fabs((double)w[k]) * (d * (1 / 508.0 + 65 * EPS) + 0x1p-119)
+                            : 0;
             }
-            check_near(what, i, o, (double)y.p[i * y.ld + o], sum, n_in * EPS * magnitude);
+            check_near(what, i, o, (double)y.p[i * y.ld + o], sum, n_in * EPS * magnitude + lost);
         }
     }
     free(w);
@@ -174,27 +212,27 @@ static void test_matmul(void)
     for (size_t s = 0; s < ARRAY_SIZE(sizes); s++)
         for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
             if (weight_supported(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1]))
-                for (int rounded = 0; rounded < 2; rounded++)
-                    if (!rounded || s % 8 == 3 || weight_type_is_quantized(kinds[i].type))
+                for (int r = ROUND_NOT; r <= ROUND_FINE; r++)
+                    if (r == ROUND_NOT || s % 8 == 3 || weight_type_is_quantized(kinds[i].type))
                         check_matmul(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1],
-                                     rounded);
+                                     (enum rounding)r);
 }
 
 /* Weights whose every bit is hostile: nothing is promised but to come back. */
 static void test_hostile_weights(void)
 {
     for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
-        for (int rounded = 0; rounded < 2; rounded++)
+        for (int r = ROUND_NOT; r <= ROUND_FINE; r++)
             for (int fill = 0; fill < 3; fill++) {
                 struct packed p = packed_new(kinds[i].type, kinds[i].layout, 96, 160);
-                struct rows x = rows_new(9, 160, rounded);
+                struct rows x = rows_new(9, 160, (enum rounding)r);
                 struct array y = array_new(9, 96, 1);
                 uint32_t id = 95;
 
                 for (size_t j = 0; j < p.bytes; j++)
                     p.data[j] = fill == 0 ? 0xff : fill == 1 ? 0x7c : (uint8_t)next_random();
                 rows_fill(&x);
-                if (rounded)
+                if (r != ROUND_NOT)
                     two->ops->quantize(two, &x.a);
                 two->ops->matmul(two, &p.w, &x.a, y.p, y.ld);
                 check_guards(&y, 9);
@@ -251,7 +289,8 @@ static void test_quantize(void)
 
     for (size_t s = 0; s < ARRAY_SIZE(widths); s++) {
         for (size_t c = 0; c < ARRAY_SIZE(batches); c++)
-            check_quantize(batches[c], widths[s]);
+            for (int r = ROUND_COARSE; r <= ROUND_FINE; r++)
+                check_quantize(batches[c], widths[s], (enum rounding)r);
         check_quantize_wild(widths[s]);
     }
 }
