@@ -12,7 +12,13 @@
 #include "backends/cpu/cpu.h"
 #include "base/checked.h"
 
-#define FINE 254 /* what q counts in fine activations, where q_low counts one */
+/*
+ * Fine activations: what q counts where q_low counts one. Levels give the same bits, so all take
+ *   acc = fma((float)(254 * sum of w q + sum of w q_low), (d_w * FINE_SCALE) * d_x, acc)
+ * with 32-bit integer sums: 254 * 32 * 128 * 127 fits, with an offset of 128 as well.
+ */
+#define FINE 254
+#define FINE_SCALE (1.0f / FINE)
 
 struct matmul_task {
     const struct weight *w;
