@@ -18,6 +18,7 @@
 
 #include "base/checked.h"
 #include "engine/engine-internal.h"
+#include "engine/read-ahead.h"
 
 /* Gives out pieces of the scratch allocation; with base NULL it only counts. */
 struct arena {
@@ -215,18 +216,22 @@ static void begin(struct engine *e, uint32_t n)
     size_t ple = (size_t)c->n_layers * c->ple_width;
 
     for (uint32_t i = 0; i < n; i++)
+        b->ids[i] = b->rows[i].token < c->vocab_size_ple ? b->rows[i].token : 0;
+    read_ahead_rows(&w->ple_embed, b->ids, n); /* read last, they have until then to arrive */
+
+    for (uint32_t i = 0; i < n; i++)
         b->ids[i] = b->rows[i].token;
     ops->get_rows(e->backend, &w->embed, b->ids, n, sqrtf((float)c->hidden), b->x0, c->hidden);
-    for (uint32_t i = 0; i < n; i++)
-        b->ids[i] = b->rows[i].token < c->vocab_size_ple ? b->rows[i].token : 0;
-    ops->get_rows(e->backend, &w->ple_embed, b->ids, n, sqrtf((float)c->ple_width), b->ple, ple);
-
     x = rows_of(b->x0, n, c->hidden);
     matmul(e, &w->ple_projection, &x, b->gate, ple);
     for (uint32_t k = 1; k < c->n_streams; k++) {
         matmul(e, &w->altup_projection[k - 1], &x, b->t, c->hidden);
         set_stream(e, n, k, b->x0, c->hidden);
     }
+
+    for (uint32_t i = 0; i < n; i++)
+        b->ids[i] = b->rows[i].token < c->vocab_size_ple ? b->rows[i].token : 0;
+    ops->get_rows(e->backend, &w->ple_embed, b->ids, n, sqrtf((float)c->ple_width), b->ple, ple);
     ops->ple(e->backend, &(struct ple_args){
                              .n = n,
                              .n_layers = c->n_layers,
