@@ -371,6 +371,8 @@ int editor_new(struct editor **ret, bool with_history)
     el_set(e->line, EL_HIST, history, e->history);
     el_set(e->line, EL_BIND, "^R", "em-inc-search-prev", NULL);
     el_set(e->line, EL_SIGNAL, 0);
+    /* Nor for the moment between a line's end and mute_terminal(). */
+    el_set(e->line, EL_SETTY, "-x", "-echo", "-icanon", NULL);
     el_set(e->line, EL_GETCFN, read_key);
     el_source(e->line, NULL); /* ~/.editrc */
     if (with_history && (r = load_history(e)) < 0) {

@@ -832,7 +832,7 @@ static void test_connections(void)
 int main(int argc, char **argv)
 {
     assert(argc == 2);
-    chat_model_write(argv[1], 64);
+    chat_model_write(argv[1], 64, CHAT_MODEL_CONTEXT);
     in_process_start(&daemon_here, argv[1], CONTEXT);
     test_foreign();
     test_signals();

@@ -1201,7 +1201,7 @@ static struct model *make_model(const char *path, uint32_t window)
     struct error err = {0};
     struct model *m;
 
-    chat_model_write(path, window);
+    chat_model_write(path, window, CHAT_MODEL_CONTEXT);
     if (model_open(&m, path, &err) < 0) {
         fprintf(stderr, "%s\n", err.text);
         abort();

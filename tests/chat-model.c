@@ -11,7 +11,7 @@
 
 #define N_PIECES CHAT_MODEL_PIECES
 
-void chat_model_write(const char *path, uint32_t window)
+void chat_model_write(const char *path, uint32_t window, uint32_t context)
 {
     static char text[N_PIECES * 16];
     static uint32_t offsets[N_PIECES + 1];
@@ -58,5 +58,6 @@ void chat_model_write(const char *path, uint32_t window)
         offsets[i + 1] = (uint32_t)used;
     }
     model_builder_config(&b.config, 5, 5, window);
+    b.config.context_max = context;
     model_builder_write(&b, path);
 }

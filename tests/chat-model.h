@@ -11,5 +11,7 @@
 
 #define CHAT_MODEL_PIECES 272u
 
+#define CHAT_MODEL_CONTEXT 8192u
+
 /* window: of four of its five layers. Exits with a message on any failure: tests only. */
-void chat_model_write(const char *path, uint32_t window);
+void chat_model_write(const char *path, uint32_t window, uint32_t context);

@@ -22,6 +22,14 @@ ERROR = "org.llmd.Llm1.Error."
 BUS_NAME = "org.llmd.Llm1"
 PATIENCE = 120  # seconds until a test that waits for an event gives up; decides nothing else
 
+# Children are to be interrupted by SIGINT, also where whoever started the test in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def make_endless_model(make_chat_model, path):
+    """The chat model with a context so long that an answer ends only when something ends it."""
+    subprocess.run([make_chat_model, path, str(1 << 24)], check=True)
+
 
 class Daemon:
     """llmd itself, started directly. Its log is a file. model: None lets it look for one itself."""
@@ -303,7 +311,8 @@ def options_of(options=None, **more):
 
 
 def read_all(f):
-    records = [json.loads(line) for line in f]
+    """All that there is to be said is taken as fast as it comes: a daemon that ends does not wait for long."""
+    records = [json.loads(line) for line in f.read().splitlines()]
     return "".join(r["text"] for r in records if r["type"] == "delta"), [r for r in records if r["type"] != "delta"]
 
 

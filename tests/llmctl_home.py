@@ -14,7 +14,7 @@ import tempfile
 
 import dbus
 
-from daemon_client import Client
+from daemon_client import Client, make_endless_model
 
 LLMCTL, LLMD, MAKE_MODEL = map(os.path.abspath, sys.argv[1:4])
 PATIENCE = 120
@@ -23,6 +23,7 @@ ENDLESS = ("--json", "--ignore-end", "--top-logprobs", "64", "--seed", "1")  # m
 tests = []
 folder = tempfile.mkdtemp(prefix="llmctl-test-")
 model = os.path.join(folder, "chat.llmd")
+endless_model = os.path.join(folder, "endless.llmd")  # its answers end only when something ends them
 
 
 def test(f):
@@ -33,7 +34,7 @@ def test(f):
 class Home:
     """A user's directories. The daemon is started through a script that notes its process id."""
 
-    def __init__(self):
+    def __init__(self, model=model):
         self.path = tempfile.mkdtemp(dir=folder)
         self.runtime = os.path.join(self.path, "run")
         self.data = os.path.join(self.path, "share")
@@ -109,6 +110,7 @@ def complaint(result, status, *texts):
 
 def main():
     subprocess.run([MAKE_MODEL, model], check=True)
+    make_endless_model(MAKE_MODEL, endless_model)
     wanted = sys.argv[4:]
     for t in tests:
         if not wanted or t.__name__ in wanted:

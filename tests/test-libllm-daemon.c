@@ -288,7 +288,9 @@ static void test_errors(struct llm_connection *c)
     assert(strcmp(e.name, "org.llmd.Llm1.Error.ContextFull") == 0);
     llm_options_free(o);
 
+    /* More than all buffers hold, and nobody reads it: so it is at work until it is cancelled. */
     o = prompt("x", 8000);
+    assert(llm_options_set_uint32(o, "top-logprobs", 64) == 0);
     OK(llm_session_generate(s, o, &fd, NULL, &err));
     assert(llm_session_generate(s, o, &(int){0}, NULL, &e) == -EBUSY);
     assert(llm_session_fork(&none, s, NULL, &e) == -EBUSY && !none);

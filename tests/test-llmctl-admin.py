@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -89,7 +90,14 @@ class Terminal:
     def end(self):
         """(exit status, all that was shown); the terminal must be as it was."""
         import termios
-        status = self.process.wait(PATIENCE)
+        end = os.pidfd_open(self.process.pid)
+        while not select.select([end], [], [], 0)[0]:  # it may have more to say than a terminal holds
+            ready = select.select([self.master, end], [], [], PATIENCE)[0]
+            assert ready, self.seen
+            if self.master in ready:
+                self.seen += os.read(self.master, 65536)
+        os.close(end)
+        status = self.process.wait()
         assert termios.tcgetattr(self.slave) == self.before, "the terminal is left as it was found"
         os.write(self.slave, b"\0END")
         self.until(b"\0END")
@@ -212,6 +220,8 @@ def cancels():
 def status_and_readiness():
     with Home() as h:
         ok(h.call("session", "create"))
+        while parsed(h, "status")["load_progress"] < 1:  # a private daemon serves before all of the model is in memory
+            pass
         s = parsed(h, "status")
         assert s["scope"] == "private" and s["state"] == "ready" and s["model"] == "chat" and s["sessions"] == 1, s
         assert s["load_progress"] == 1 and isinstance(s["backends"], list) and s["kv_bytes_max"] > 0 and s["queued"] == 0, s
@@ -245,6 +255,10 @@ def status_and_readiness():
 @test
 def models():
     with Home() as h, user_daemon(h, "--no-bus", "--model", "chat"):
+        def wait_served(name):  # it is opened first, and ready as long as another one serves
+            while json.loads(user(h, "status", "--json")[1])["model"] != name:
+                pass
+
         # Nothing is there yet: it runs, and is not ready.
         status, out, err = user(h, "is-ready")
         assert (status, err) == (1, "") and out != "ready\n", (status, out, err)
@@ -256,11 +270,12 @@ def models():
         assert user(h, "model", "install", "--default", "--name=two", llmctl_home.model)[0] == 0
         assert user(h, "model", "default", "--json") == (0, '{"model":"two"}\n', "")
         complaint(user(h, "model", "install", "--name=two", llmctl_home.model), 1, "two")
+        wait_served("two")
         assert user(h, "is-ready", "--wait") == (0, "ready\n", "")
         complaint(user(h, "model", "remove", "two"), 75, "two")
         assert user(h, "model", "default", "chat") == (0, "", "")
+        wait_served("chat")
         assert user(h, "is-ready", "--wait") == (0, "ready\n", "")
-        assert json.loads(user(h, "status", "--json")[1])["model"] == "chat"
         assert user(h, "model", "install", "--replace", "--name=two", llmctl_home.model)[0] == 0
         listed = {m["model"]: m for m in json.loads(user(h, "model", "list", "--json")[1])}
         assert listed["chat"]["default"] is True and listed["two"]["default"] is False, listed
@@ -319,6 +334,7 @@ class LoadingDaemon:
         self.bus = RawBus(broker.path, broker=True)
         assert self.bus.call("/org/freedesktop/DBus", "org.freedesktop.DBus", "RequestName", "su", BUS_NAME, 4,
                              destination="org.freedesktop.DBus") == [1]
+        self.bus.match("type='signal',member='NameOwnerChanged'")
 
     def send(self, kind, fields, signature="", *body):
         self.bus.serial += 1
@@ -326,20 +342,40 @@ class LoadingDaemon:
 
     def answer(self, state, **more):
         """Answers calls up to the next question for the properties, that included; who asked."""
-        while True:
-            m = self.bus.wait_for(lambda m: m.kind == CALL)
-            to = {DESTINATION: m.sender, REPLY_SERIAL: m.serial}
-            if m.member == "GetAll":
-                self.send(RETURN, to, "a{sv}", {"State": ("s", state), **more})
-                return m.sender
-            if m.member == "Get":
-                self.send(RETURN, to, "v", ("s", "0.0.0"))
-            elif m.member == "InstallModel":
-                for fd in m.fds:
-                    os.close(fd)
-                self.send(RETURN, to, "o", "/org/llmd/Llm1/model/chat")
-            else:
-                self.send(RETURN, to)
+        while not (asked := self.answer_one(self.bus.wait_for(lambda m: m.kind == CALL), state, **more)):
+            pass
+        return asked
+
+    def answer_one(self, m, state, **more):
+        """Who asked, where the properties were asked for."""
+        to = {DESTINATION: m.sender, REPLY_SERIAL: m.serial}
+        if m.member == "GetAll":
+            self.send(RETURN, to, "a{sv}", {"State": ("s", state), **more})
+            return m.sender
+        if m.member == "Get":
+            self.send(RETURN, to, "v", ("s", "0.0.0"))
+        elif m.member == "InstallModel":
+            for fd in m.fds:
+                os.close(fd)
+            self.send(RETURN, to, "o", "/org/llmd/Llm1/model/chat")
+        else:
+            self.send(RETURN, to)
+        return None
+
+    def answer_until_end(self, p, state):
+        """For as long as p asks at all: it may end before its first question."""
+        end = os.pidfd_open(p.pid)
+        while not select.select([end], [], [], 0)[0]:
+            for m in self.bus.pending():
+                if m.kind == CALL:
+                    self.answer_one(m, state)
+            select.select([self.bus.socket, end], [], [])
+        os.close(end)
+
+    def forget(self, name):
+        """All that was asked by one who is about to be gone: no answer is to go there rather than to the next."""
+        self.bus.wait_for(lambda m: m.member == "NameOwnerChanged" and m.body[0] == name and not m.body[2])
+        self.bus.pending()
 
     def change(self, state):
         self.send(SIGNAL, {PATH: "/org/llmd/Llm1", INTERFACE: "org.freedesktop.DBus.Properties", MEMBER: "PropertiesChanged"},
@@ -364,15 +400,16 @@ def readiness_is_waited_for():
             daemon.answer(state)
         assert p.communicate(timeout=PATIENCE) == (b"ready\n", b"") and p.returncode == 0
 
-        p = h.popen(*args, "--timeout=0.3", **kw)
-        daemon.answer("loading")
-        assert p.communicate(timeout=PATIENCE)[0] == b"" and p.returncode == 124, p.returncode
-
         p = h.popen(*args, **kw)
         daemon.answer("loading")
         daemon.bus.close()
         out, err = p.communicate(timeout=PATIENCE)
         assert (p.returncode, out) == (3, b"") and b"llmd has ended" in err, (p.returncode, err)
+
+        daemon = LoadingDaemon(broker)
+        p = h.popen(*args, "--timeout=0.3", **kw)
+        daemon.answer_until_end(p, "loading")
+        assert p.communicate(timeout=PATIENCE)[0] == b"" and p.returncode == 124, p.returncode
 
 
 @test
@@ -386,12 +423,12 @@ def installing():
         assert p.communicate(timeout=PATIENCE)[1].endswith(b": the disk is full\n") and p.returncode == 1
 
         p = h.popen(*args, **kw)
-        daemon.answer("installing", Progress=("d", 0.4))
+        asked = daemon.answer("installing", Progress=("d", 0.4))
         p.send_signal(signal.SIGINT)
         # It may have asked again before the signal came; that question has no answer.
         out, err = p.communicate(timeout=PATIENCE)
         assert (p.returncode, out) == (130, b"") and b"goes on copying" in err and len(err.splitlines()) == 1, err
-        daemon.bus.pending()
+        daemon.forget(asked)
 
         t = Terminal(h, *args, scope=(), env=kw["env"])
         daemon.answer("installing", Progress=("d", 0.4))
