@@ -24,10 +24,12 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "client/llmctl-output.h"
 #include "client/llmctl.h"
 
 #define MODEL_SUFFIX ".llmd"
+#define PREDECESSOR_USEC UINT64_C(10000000) /* then the daemon is to say why it cannot start */
 
 /* ---- which model ---- */
 
@@ -324,6 +326,31 @@ static bool is_absent(int r)
     return r == -ENOENT || r == -ECONNREFUSED || r == -ECONNRESET;
 }
 
+/*
+ * A daemon that was killed does not listen any more, and holds its lock still, until the kernel is
+ * done with it: one that is started meanwhile would give up. Where the lock's holder is one that
+ * somebody else starts, that one serves us. 1: *ret; 0: nobody is there; -ENOMEM
+ */
+static int wait_for_predecessor(const char *socket, struct llm_connection **ret)
+{
+    CLEANUP(freep) char *path = NULL;
+    CLEANUP(closep) int fd = -EBADF;
+    uint64_t until = now_usec() + PREDECESSOR_USEC;
+    struct llm_error err;
+
+    if (asprintf(&path, "%s.lock", socket) < 0) {
+        path = NULL;
+        return -ENOMEM;
+    }
+    fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    while (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) < 0 && now_usec() < until) {
+        if (llm_connect(ret, socket, &err) == 0)
+            return 1;
+        usleep(5000); /* neither the lock nor the socket can be waited for alone */
+    }
+    return 0;
+}
+
 /* With SOCKET.start locked. */
 static int connect_or_start_locked(const char *socket, const char *model,
                                    struct llm_connection **ret)
@@ -342,6 +369,9 @@ static int connect_or_start_locked(const char *socket, const char *model,
                         socket);
     if (!is_absent(r))
         return complain(STATUS_FAILED, "%s", err.message);
+    r = wait_for_predecessor(socket, ret);
+    if (r != 0)
+        return r > 0 ? STATUS_OK : complain(STATUS_FAILED, "out of memory");
     if (!model || model[0] != '/') {
         status = model ? named_model(model, &found) : default_model(&found);
         if (status != STATUS_OK)

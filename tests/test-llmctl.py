@@ -7,6 +7,7 @@
 
 Each test has a runtime directory of its own. Nothing here is decided by time.
 """
+import contextlib
 import fcntl
 import json
 import os
@@ -421,6 +422,14 @@ def daemon_inherits_nothing():
         os.close(read)
 
 
+def has_open(p, path):
+    for fd in os.listdir(f"/proc/{p.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/{p.pid}/fd/{fd}") == path:
+                return True
+    return False
+
+
 @test
 def daemon_dies():
     with Home() as h:
@@ -429,9 +438,16 @@ def daemon_dies():
         os.kill(h.starts()[0], signal.SIGKILL)
         out, err = p.communicate(timeout=PATIENCE)
         assert p.returncode == 1 and b"went away" in err, (p.returncode, err)
+        # One that is on its way out holds its lock, and does not listen any more: the next one waits for that.
+        lock = open(h.socket + ".lock")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as soon as it can be had
         p = h.popen("run", *ENDLESS, "x")
-        p.stdout.readline()
-        os.kill(h.starts()[-1], signal.SIGTERM)  # one that met the killed one's lock may have been between
+        while not has_open(p, h.socket + ".lock"):
+            assert p.poll() is None, p.communicate()
+        assert len(h.starts()) == 1
+        lock.close()
+        assert p.stdout.readline(), p.communicate()
+        os.kill(h.starts()[1], signal.SIGTERM)
         out, err = p.communicate(timeout=PATIENCE)
         assert p.returncode == 1 and b"daemon ended" in err or out.endswith(b'"shutdown"}\n'), (p.returncode, err)
 
