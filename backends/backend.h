@@ -147,7 +147,7 @@ struct sparse_ffn_args {
 
 static inline size_t sparse_ffn_work_bytes(uint32_t n, uint32_t ffn)
 {
-    return (size_t)n * (((size_t)ffn + 63) / 64 * 64) * 4;
+    return (size_t)n * (((size_t)ffn + 63) / 64 * 64 + 64) * 4;
 }
 
 /* The router of a layer: tanh(router . (rms(x; norm, eps) / hidden)), [n_streams]. */

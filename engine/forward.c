@@ -345,6 +345,22 @@ static void feed_forward(struct engine *e, uint32_t l, struct activations *x)
     struct activations h = rows_of(b->gate, x->n, (uint32_t)ffn);
 
     matmul(e, &w->gate, x, b->gate, ffn);
+    if (layer->sparsity_z > 0) { /* the model checks that up and down are laid out for it */
+        round_for(e, &w->up, x, false);
+        ops->sparse_ffn(e->backend, &(struct sparse_ffn_args){
+                                        .x = x,
+                                        .gate = b->gate,
+                                        .ld_gate = ffn,
+                                        .z = layer->sparsity_z,
+                                        .up = &w->up,
+                                        .down = &w->down,
+                                        .work = b->up,
+                                        .y = b->t,
+                                        .ld_y = e->config->hidden,
+                                        .ret_neurons = &b->neurons[l],
+                                    });
+        return;
+    }
     matmul(e, &w->up, x, b->up, ffn);
     ops->gate(e->backend, &(struct gate_args){
                               .n = x->n,
@@ -353,7 +369,6 @@ static void feed_forward(struct engine *e, uint32_t l, struct activations *x)
                               .up = b->up,
                               .ld_gate = ffn,
                               .ld_up = ffn,
-                              .z = layer->sparsity_z,
                               .y = b->gate,
                               .ld_y = ffn,
                           });
@@ -551,9 +566,30 @@ static void head(struct engine *e, uint32_t n)
                 b->logits[(size_t)i * c->vocab_size + k] = NAN;
 }
 
+/* What the sparse layers of this pass read. */
+static void count_neurons(struct engine *e, uint32_t n_layers)
+{
+    const struct model_config *c = e->config;
+
+    for (uint32_t l = 0; l < n_layers; l++) {
+        const struct layer_weights *w = &e->weights->layers[l];
+        size_t bytes;
+
+        if (!(c->layers[l].sparsity_z > 0))
+            continue;
+        bytes = weight_row_bytes(w->up.type, w->up.n_in) +
+                weight_col_block_bytes(w->down.type, w->down.n_out) / WEIGHT_BLOCK;
+        e->sparse.neurons_read += e->buf.neurons[l];
+        e->sparse.neurons += c->layers[l].ffn_width;
+        e->sparse.bytes_read += e->buf.neurons[l] * bytes;
+        e->sparse.bytes += c->layers[l].ffn_width * (uint64_t)bytes;
+    }
+}
+
 int forward(struct engine *e, uint32_t n)
 {
     uint32_t l;
+    int r;
 
     assert(n >= 1 && n <= e->max_rows);
     fill_rope(e, n);
@@ -573,5 +609,8 @@ int forward(struct engine *e, uint32_t n)
         assert(n <= e->max_logits);
         head(e, n);
     }
-    return backend_finish(e->backend);
+    r = backend_finish(e->backend);
+    if (r == 0)
+        count_neurons(e, l);
+    return r;
 }

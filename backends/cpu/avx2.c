@@ -612,6 +612,7 @@ void cpu_use_avx2(struct cpu_backend *c)
     c->ops.kv_store = avx2_kv_store;
     c->ops.attention = cpu_avx2_attention;
     c->ops.gate = avx2_gate;
+    c->ops.sparse_ffn = cpu_avx2_sparse_ffn;
     c->ops.altup_predict = avx2_altup_predict;
     c->ops.altup_correct = avx2_altup_correct;
     c->ops.stream_norm = avx2_stream_norm;

@@ -10,6 +10,7 @@
 
 void cpu_avx2_matmul(struct backend *b, const struct weight *w, const struct activations *x,
                      float *y, size_t ld_y);
+void cpu_avx2_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a);
 void cpu_avx2_attention(struct backend *b, const struct attention_args *a);
 
 /* Lanes 0..n - 1 of eight, 1 <= n <= 8. */

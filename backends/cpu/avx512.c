@@ -363,4 +363,5 @@ void cpu_use_avx512(struct cpu_backend *c)
     c->lower_matmul = c->ops.matmul;
     c->ops.matmul = avx512_matmul;
     c->ops.attention = cpu_avx512_attention;
+    c->ops.sparse_ffn = cpu_avx512_sparse_ffn;
 }

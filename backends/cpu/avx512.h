@@ -8,4 +8,5 @@
 
 #include "backends/cpu/cpu.h"
 
+void cpu_avx512_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a);
 void cpu_avx512_attention(struct backend *b, const struct attention_args *a);

@@ -21,6 +21,7 @@
 
 #include "backends/cpu/cores.h"
 #include "backends/cpu/matmul.h"
+#include "backends/cpu/sparse.h"
 #include "backends/cpu/team.h"
 #include "base/checked.h"
 #include "base/cleanup.h"
@@ -122,13 +123,14 @@ size_t cpu_scratch_each(const struct backend_limits *limits)
     size_t width = ALIGN_UP((size_t)limits->max_width, (size_t)64);
     size_t row = width * 4 + width + width / WEIGHT_BLOCK * 4; /* decoded, integers, scales */
 
-    return ALIGN_UP(MAX(row, packed_bytes(width) + stripe_scratch(width)), (size_t)4096);
+    size_t matmul = packed_bytes(width) + stripe_scratch(width);
+
+    return ALIGN_UP(MAX(MAX(row, matmul), sparse_scratch_each(limits)), (size_t)4096);
 }
 
 size_t cpu_scratch_shared(const struct backend_limits *limits)
 {
-    (void)limits;
-    return 0;
+    return sparse_scratch_shared(limits);
 }
 
 static void *map(size_t bytes)

@@ -250,7 +250,7 @@ struct activations rows_from(const struct activations *a, uint32_t first, uint32
 
 int op_test_levels(void (*tests)(void))
 {
-    struct backend_limits limits = {N_MAX, 8192, 8};
+    struct backend_limits limits = {128, 8192, 8};
     struct error err = {{0}};
     int n_levels = 0;
 

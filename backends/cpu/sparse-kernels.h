@@ -1,0 +1,546 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * The kernels of sparse_ffn() but for the integer products, for a file that has defined LANES, vec
+ * and the v_ functions on it, LANES floats each, and
+ *
+ *   load16()     values 16 i.. of a row or column without scales, as VECS registers
+ *   load_half()  floats of LANES f16
+ *   sum_64()     the sum of 64 lanes in 64 / LANES registers, l and l + 32 first, then l + 16, ...
+ *
+ * Compiled for that file's instruction set, AVX2 at least.
+ */
+
+#include <assert.h>
+#include <math.h>
+#include <string.h>
+
+#include "backends/cpu/avx2.h"
+#include "backends/cpu/matmul.h"
+#include "backends/cpu/sparse.h"
+
+#define VECS (16 / LANES)
+
+static inline __m256d low_half(__m256 v)
+{
+    return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+}
+
+static inline __m256d high_half(__m256 v)
+{
+    return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+}
+
+static inline double sum_four(__m256d a, __m256d b, __m256d c, __m256d d)
+{
+    double v[4];
+
+    _mm256_storeu_pd(v, _mm256_add_pd(_mm256_add_pd(a, b), _mm256_add_pd(c, d)));
+    return (v[0] + v[1]) + (v[2] + v[3]);
+}
+
+/* mean + z * deviation (§3.7), in double */
+static double gate_cut(const float *x, uint32_t n, double z)
+{
+    __m256d a[4], mean;
+    double m = 0, square = 0;
+    uint32_t k = 0;
+
+    for (int i = 0; i < 4; i++)
+        a[i] = _mm256_setzero_pd();
+    for (; k + 16 <= n; k += 16)
+        for (uint32_t i = 0; i < 2; i++) {
+            __m256 v = _mm256_loadu_ps(x + k + 8 * i);
+
+            a[2 * i] = _mm256_add_pd(a[2 * i], low_half(v));
+            a[2 * i + 1] = _mm256_add_pd(a[2 * i + 1], high_half(v));
+        }
+    for (; k < n; k++)
+        m += (double)x[k];
+    m = (m + sum_four(a[0], a[1], a[2], a[3])) / n;
+
+    mean = _mm256_set1_pd(m);
+    for (int i = 0; i < 4; i++)
+        a[i] = _mm256_setzero_pd();
+    for (k = 0; k + 16 <= n; k += 16)
+        for (uint32_t i = 0; i < 2; i++) {
+            __m256 v = _mm256_loadu_ps(x + k + 8 * i);
+            __m256d low = _mm256_sub_pd(low_half(v), mean);
+            __m256d high = _mm256_sub_pd(high_half(v), mean);
+
+            a[2 * i] = _mm256_fmadd_pd(low, low, a[2 * i]);
+            a[2 * i + 1] = _mm256_fmadd_pd(high, high, a[2 * i + 1]);
+        }
+    for (; k < n; k++)
+        square += ((double)x[k] - m) * ((double)x[k] - m);
+    return m + z * sqrt((square + sum_four(a[0], a[1], a[2], a[3])) / n);
+}
+
+/* Bit k: x[k] >= t, k < n <= 32 */
+static inline uint32_t mask_above(const float *x, uint32_t n, __m256 t)
+{
+    uint32_t mask = 0;
+
+    for (uint32_t k = 0; k < n; k += 8) {
+        __m256 v =
+            n - k >= 8 ? _mm256_loadu_ps(x + k) : _mm256_maskload_ps(x + k, lanes_below(n - k));
+        uint32_t m = (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(v, t, _CMP_GE_OQ));
+
+        if (n - k < 8)
+            m &= (1u << (n - k)) - 1;
+        mask |= m << k;
+    }
+    return mask;
+}
+
+static void cut_row(const struct sparse_task *t, uint32_t i)
+{
+    float *gate = sparse_list(t, i);
+    uint8_t *columns = t->columns + i * t->ld_columns;
+    double cut = gate_cut(gate, t->ffn, (double)t->a->z);
+    float least = (float)cut; /* of what is above: comparing floats will do */
+    uint32_t count = 0;
+    __m256 bound;
+
+    if ((double)least <= cut)
+        least = nextafterf(least, INFINITY);
+    bound = _mm256_set1_ps(least);
+    for (uint32_t b = 0; b < t->n_blocks; b++) {
+        uint32_t k = b * WEIGHT_BLOCK;
+        uint32_t m = t->ffn - k >= WEIGHT_BLOCK ? mask_above(gate + k, WEIGHT_BLOCK, bound)
+                                                : mask_above(gate + k, t->ffn - k, bound);
+
+        t->masks[b * t->ld + i] = m;
+        t->starts[b * t->ld + i] = count;
+        for (; m; m &= m - 1, count++) { /* the list does not overtake the gates yet to be seen */
+            uint32_t j = k + (uint32_t)__builtin_ctz(m);
+
+            gate[count] = (float)((double)gate[j] - cut);
+            columns[count] = (uint8_t)(j % SPARSE_COLUMNS);
+        }
+    }
+    t->starts[t->n_blocks * t->ld + i] = count;
+    for (uint32_t k = 0; k < count; k += 8) {
+        if (count - k >= 8) {
+            _mm256_storeu_ps(gate + k, gelu_lanes(_mm256_loadu_ps(gate + k)));
+        } else {
+            __m256i in = lanes_below(count - k);
+
+            _mm256_maskstore_ps(gate + k, in, gelu_lanes(_mm256_maskload_ps(gate + k, in)));
+        }
+    }
+}
+
+/* up */
+
+/* Group g of a row in the order of sparse_x; parts: like the row, but with zeros behind its end
+ * when n_blocks are fewer than SPARSE_GROUP. */
+static inline const struct sparse_w *unpack_groups(enum weight_type type, const uint8_t *row,
+                                                   uint32_t n_blocks, struct sparse_w *to)
+{
+    size_t block = type == WEIGHT_Q4 ? WEIGHT_BLOCK / 2 : WEIGHT_BLOCK;
+    const uint8_t *scales = row + n_blocks * block;
+
+    for (uint32_t b = 0; b < n_blocks; b += SPARSE_GROUP, to++) {
+        uint8_t part[SPARSE_GROUP * WEIGHT_BLOCK] __attribute__((aligned(64)));
+        uint16_t part_scales[SPARSE_GROUP];
+        const uint8_t *from = row + b * block;
+        uint32_t n = MIN(n_blocks - b, (uint32_t)SPARSE_GROUP);
+
+        memset(part_scales, 0, sizeof(part_scales));
+        memcpy(part_scales, scales + b * (size_t)2, n * (size_t)2);
+        if (n < SPARSE_GROUP) {
+            memset(part, 0, sizeof(part));
+            memcpy(part, from, n * block);
+            from = part;
+        }
+        unpack_group(type, from, part_scales, to);
+    }
+    return to;
+}
+
+static inline void up_rounded(enum weight_type type, const struct sparse_task *t, uint32_t j,
+                              const struct sparse_use *uses, uint32_t n, struct sparse_w *w)
+{
+    const struct weight *up = t->a->up;
+
+    unpack_groups(type, (const uint8_t *)up->data + j * weight_row_bytes(type, up->n_in),
+                  up->n_in / WEIGHT_BLOCK, w);
+    for (uint32_t k = 0; k < n; k++)
+        sparse_list(t, uses[k].row)[uses[k].at] *=
+            dot_groups(type, w, t->x + (size_t)uses[k].row * t->n_groups, t->n_groups);
+}
+
+/* A row of up in float with zeros up to a multiple of 64. */
+static inline void unpack_row(enum weight_type type, const uint8_t *row, uint32_t n_in, float *to)
+{
+    uint32_t k = 0;
+
+    if (type == WEIGHT_Q4 || type == WEIGHT_Q8) {
+        const uint8_t *scales = row + (type == WEIGHT_Q4 ? n_in / 2 : n_in);
+
+        for (; k < n_in; k += WEIGHT_BLOCK, scales += 2) {
+            uint16_t d;
+            vec v[VECS], by;
+
+            memcpy(&d, scales, 2);
+            by = v_set1(_cvtsh_ss(d));
+            for (uint32_t h = 0; h < 2; h++) {
+                load16(type, row, k / 16 + h, v);
+                for (uint32_t i = 0; i < VECS; i++)
+                    v_store(to + k + 16 * h + LANES * i, v_mul(v[i], by));
+            }
+        }
+    } else {
+        for (; k < n_in; k += 16) { /* a row's padding holds whole sixteens */
+            vec v[VECS];
+
+            load16(type, row, k / 16, v);
+            for (uint32_t i = 0; i < VECS; i++)
+                v_store(to + k + LANES * i, v[i]);
+        }
+    }
+    memset(to + n_in, 0, (ALIGN_UP(n_in, 64u) - n_in) * sizeof(*to));
+}
+
+static inline float dot_row(const float *w, const float *x, uint32_t n)
+{
+    float end[64] = {0};
+    vec acc[64 / LANES];
+
+    for (uint32_t i = 0; i < 64 / LANES; i++)
+        acc[i] = v_zero();
+    for (uint32_t k = 0; k < n; k += 64) {
+        const float *from = x + k;
+
+        if (n - k < 64) {
+            memcpy(end, from, (n - k) * sizeof(*end));
+            from = end;
+        }
+        for (uint32_t i = 0; i < 64 / LANES; i++)
+            acc[i] = v_fma(v_load(w + k + LANES * i), v_load(from + LANES * i), acc[i]);
+    }
+    return sum_64(acc);
+}
+
+static inline void up_f32(enum weight_type type, const struct sparse_task *t, uint32_t j,
+                          const struct sparse_use *uses, uint32_t n, float *w)
+{
+    const struct weight *up = t->a->up;
+    const struct activations *x = t->a->x;
+
+    unpack_row(type, (const uint8_t *)up->data + j * weight_row_bytes(type, up->n_in), up->n_in, w);
+    for (uint32_t k = 0; k < n; k++)
+        sparse_list(t, uses[k].row)[uses[k].at] *=
+            dot_row(w, x->f32 + uses[k].row * x->ld, up->n_in);
+}
+
+static void up_neuron(const struct sparse_task *t, uint32_t j, const struct sparse_use *uses,
+                      uint32_t n, void *scratch)
+{
+    switch (t->a->up->type) { /* one copy of the loops for each type */
+    case WEIGHT_F32:
+        up_f32(WEIGHT_F32, t, j, uses, n, scratch);
+        break;
+    case WEIGHT_F16:
+        up_f32(WEIGHT_F16, t, j, uses, n, scratch);
+        break;
+    case WEIGHT_BF16:
+        up_f32(WEIGHT_BF16, t, j, uses, n, scratch);
+        break;
+    case WEIGHT_Q8:
+        if (t->rounded)
+            up_rounded(WEIGHT_Q8, t, j, uses, n, scratch);
+        else
+            up_f32(WEIGHT_Q8, t, j, uses, n, scratch);
+        break;
+    case WEIGHT_Q4:
+        if (t->rounded)
+            up_rounded(WEIGHT_Q4, t, j, uses, n, scratch);
+        else
+            up_f32(WEIGHT_Q4, t, j, uses, n, scratch);
+        break;
+    }
+}
+
+/* down */
+
+#define UNIT 32 /* outputs worked on together by down_few */
+#define UNIT_VECS (UNIT / LANES)
+
+/* Where the parts of a matrix in LAYOUT_COLS are. */
+struct columns {
+    bool scaled;
+    size_t line, block;   /* bytes of a column and of 32 with their scales */
+    size_t o_bytes_by_32; /* of 32 outputs in a column */
+    const uint8_t *data;
+};
+
+static inline struct columns columns_of(enum weight_type type, const struct weight *w)
+{
+    return (struct columns){
+        .scaled = type == WEIGHT_Q4 || type == WEIGHT_Q8,
+        .line = weight_column_bytes(type, w->n_out),
+        .block = weight_col_block_bytes(type, w->n_out),
+        .o_bytes_by_32 = type == WEIGHT_Q4    ? 16
+                         : type == WEIGHT_Q8  ? 32
+                         : type == WEIGHT_F32 ? 128
+                                              : 64,
+        .data = w->data,
+    };
+}
+
+/* Scales of block b from output o on; its column j from there on. */
+static inline const uint16_t *column_scales(const struct columns *c, uint32_t b, uint32_t o)
+{
+    return (const uint16_t *)(c->data + b * c->block) + o;
+}
+
+static inline const uint8_t *column_at(const struct columns *c, uint32_t b, uint32_t j, uint32_t o)
+{
+    return c->data + b * c->block + (c->block - WEIGHT_BLOCK * c->line) + j * c->line +
+           o / 32 * c->o_bytes_by_32;
+}
+
+/* Asks for what down_few() reads of block b. */
+static inline void prefetch_block(const struct columns *c, uint32_t b, uint32_t all, uint32_t o,
+                                  uint32_t n_out)
+{
+    if (c->scaled)
+        prefetch(column_scales(c, b, o), n_out * (size_t)2);
+    for (; all; all &= all - 1)
+        prefetch(column_at(c, b, (uint32_t)__builtin_ctz(all), o),
+                 DIV_ROUND_UP(n_out, 32u) * c->o_bytes_by_32);
+}
+
+/* One entry of a row's list. */
+struct part {
+    float h;
+    uint32_t acc; /* where the row's sums begin */
+};
+
+/*
+ * Sums for one unit of outputs: columns in rising order, each for its rows. n: vectors of sixteen
+ * outputs that exist, 1 or 2. single: there is one row, whose sums stay in registers.
+ */
+static inline __attribute__((always_inline)) void
+add_unit(enum weight_type type, bool single, uint32_t n, const uint16_t *scales,
+         const uint8_t *const *columns, uint32_t n_columns, const uint32_t *counts,
+         const struct part *parts, uint32_t n_rows, size_t u, float *acc)
+{
+    bool scaled = type == WEIGHT_Q4 || type == WEIGHT_Q8;
+    size_t at = u * (type == WEIGHT_Q4    ? 16
+                     : type == WEIGHT_Q8  ? 32
+                     : type == WEIGHT_F32 ? 128
+                                          : 64);
+    vec d[UNIT_VECS], sum[UNIT_VECS], w[UNIT_VECS];
+
+    if (scaled)
+        for (uint32_t i = 0; i < UNIT_VECS; i++)
+            d[i] = load_half(scales + u * UNIT + LANES * i);
+    if (single)
+        for (uint32_t i = 0; i < n * VECS; i++)
+            sum[i] = v_load(acc + u * UNIT + LANES * i);
+    for (uint32_t c = 0; c < n_columns; c++) {
+        for (uint32_t h = 0; h < n; h++)
+            load16(type, columns[c] + at, h, w + h * VECS);
+        if (scaled)
+            for (uint32_t i = 0; i < UNIT_VECS; i++)
+                w[i] = v_mul(w[i], d[i]);
+        if (single) {
+            for (uint32_t i = 0; i < n * VECS; i++)
+                sum[i] = v_fma(v_set1(parts[c].h), w[i], sum[i]);
+            continue;
+        }
+        for (uint32_t k = 0; k < counts[c]; k++) {
+            const struct part *p = &parts[c * n_rows + k];
+            float *to = acc + p->acc + u * UNIT;
+
+            for (uint32_t i = 0; i < n * VECS; i++)
+                v_store(to + LANES * i, v_fma(v_set1(p->h), w[i], v_load(to + LANES * i)));
+        }
+    }
+    if (single)
+        for (uint32_t i = 0; i < n * VECS; i++)
+            v_store(acc + u * UNIT + LANES * i, sum[i]);
+}
+
+static inline __attribute__((always_inline)) void few_rows(enum weight_type type, bool single,
+                                                           const struct sparse_task *t, uint32_t o,
+                                                           uint32_t n_out, void *scratch)
+{
+    const struct columns c = columns_of(type, t->a->down);
+    uint32_t n_blocks = 0, *blocks = scratch, width = ALIGN_UP(n_out, (uint32_t)UNIT);
+    float *acc = (float *)scratch + ALIGN_UP(t->n_blocks, 16u);
+    /* panels are long: some blocks ahead are as much as memory brings in the time it takes */
+    uint32_t ahead = n_out >= 512 ? 2 : 4;
+
+    memset(acc, 0, (size_t)t->n * width * sizeof(*acc));
+    for (uint32_t b = 0; b < t->n_blocks; b++)
+        if (t->unions[b])
+            blocks[n_blocks++] = b;
+    for (uint32_t k = 0; k < MIN(ahead, n_blocks); k++)
+        prefetch_block(&c, blocks[k], t->unions[blocks[k]], o, n_out);
+    for (uint32_t k = 0; k < n_blocks; k++) {
+        uint32_t b = blocks[k], n_columns = 0, counts[WEIGHT_BLOCK], number[WEIGHT_BLOCK];
+        const uint8_t *columns[WEIGHT_BLOCK];
+        struct part parts[WEIGHT_BLOCK * SPARSE_FEW];
+
+        if (k + ahead < n_blocks)
+            prefetch_block(&c, blocks[k + ahead], t->unions[blocks[k + ahead]], o, n_out);
+        for (uint32_t m = t->unions[b]; m; m &= m - 1, n_columns++) {
+            uint32_t j = (uint32_t)__builtin_ctz(m);
+
+            columns[n_columns] = column_at(&c, b, j, o);
+            number[j] = n_columns;
+            counts[n_columns] = 0;
+        }
+        for (uint32_t i = 0; i < t->n; i++) {
+            const float *h = sparse_list(t, i) + t->starts[b * t->ld + i];
+
+            for (uint32_t m = t->masks[b * t->ld + i]; m; m &= m - 1) {
+                uint32_t at = number[__builtin_ctz(m)];
+
+                parts[at * t->n + counts[at]++] = (struct part){*h++, i * width};
+            }
+        }
+        for (uint32_t u = 0; u < n_out / UNIT; u++)
+            add_unit(type, single, 2, column_scales(&c, b, o), columns, n_columns, counts, parts,
+                     t->n, u, acc);
+        if (n_out % UNIT)
+            add_unit(type, single, n_out % UNIT > 16 ? 2 : 1, column_scales(&c, b, o), columns,
+                     n_columns, counts, parts, t->n, n_out / UNIT, acc);
+    }
+    for (uint32_t i = 0; i < t->n; i++)
+        memcpy(t->a->y + i * t->a->ld_y + o, acc + (size_t)i * width, n_out * sizeof(*acc));
+}
+
+/* Outputs o.. of column j of block b in float, n sixteens of them. d: their scales */
+static inline void unpack_column(enum weight_type type, const struct columns *c, uint32_t b,
+                                 uint32_t j, uint32_t o, uint32_t n, const vec *d, float *to)
+{
+    const uint8_t *column = column_at(c, b, j, o);
+
+    for (uint32_t s = 0; s < n; s++) {
+        vec v[VECS];
+
+        load16(type, column, s, v);
+        for (uint32_t i = 0; i < VECS; i++)
+            v_store(to + 16 * s + LANES * i, c->scaled ? v_mul(v[i], d[s * VECS + i]) : v[i]);
+    }
+}
+
+#define PANEL_VECS (SPARSE_OUTPUTS / LANES)
+
+static inline __attribute__((always_inline)) void many_rows(enum weight_type type,
+                                                            const struct sparse_task *t, uint32_t o,
+                                                            uint32_t n_out, void *scratch)
+{
+    const struct columns c = columns_of(type, t->a->down);
+    float *tile = scratch, *acc = tile + SPARSE_COLUMNS * SPARSE_OUTPUTS;
+    uint32_t n = DIV_ROUND_UP(n_out, 16u); /* sixteens */
+    const uint32_t blocks = SPARSE_COLUMNS / WEIGHT_BLOCK;
+
+    memset(tile, 0, SPARSE_COLUMNS * SPARSE_OUTPUTS * sizeof(*tile));
+    memset(acc, 0, (size_t)t->n * SPARSE_OUTPUTS * sizeof(*acc));
+    for (uint32_t first = 0; first < t->n_blocks; first += blocks) {
+        uint32_t last = MIN(first + blocks, t->n_blocks);
+        const uint32_t *starts = t->starts + first * t->ld, *ends = t->starts + last * t->ld;
+
+        for (uint32_t b = first; b < last; b++) {
+            vec d[PANEL_VECS];
+
+            for (uint32_t i = 0; i < PANEL_VECS; i++)
+                d[i] = v_zero();
+            if (c.scaled && n == SPARSE_OUTPUTS / 16)
+                for (uint32_t i = 0; i < PANEL_VECS; i++)
+                    d[i] = load_half(column_scales(&c, b, o) + LANES * i);
+            else if (c.scaled)
+                for (uint32_t i = 0; i < n * VECS; i++)
+                    d[i] = load_half(column_scales(&c, b, o) + LANES * i);
+            for (uint32_t m = t->unions[b]; m; m &= m - 1) {
+                uint32_t j = (uint32_t)__builtin_ctz(m);
+                float *to = tile + ((b - first) * WEIGHT_BLOCK + j) * SPARSE_OUTPUTS;
+
+                if (n == SPARSE_OUTPUTS / 16)
+                    unpack_column(type, &c, b, j, o, SPARSE_OUTPUTS / 16, d, to);
+                else
+                    unpack_column(type, &c, b, j, o, n, d, to);
+            }
+        }
+        for (uint32_t i = 0; i < t->n; i++) {
+            const float *list = sparse_list(t, i);
+            const uint8_t *columns = t->columns + i * t->ld_columns;
+            float *to = acc + (size_t)i * SPARSE_OUTPUTS;
+            vec sum[PANEL_VECS];
+
+            for (uint32_t k = 0; k < PANEL_VECS; k++)
+                sum[k] = v_load(to + LANES * k);
+            for (uint32_t p = starts[i]; p < ends[i]; p++) {
+                const float *w = tile + columns[p] * SPARSE_OUTPUTS;
+                vec h = v_set1(list[p]);
+
+                for (uint32_t k = 0; k < PANEL_VECS; k++)
+                    sum[k] = v_fma(h, v_load(w + LANES * k), sum[k]);
+            }
+            for (uint32_t k = 0; k < PANEL_VECS; k++)
+                v_store(to + LANES * k, sum[k]);
+        }
+    }
+    for (uint32_t i = 0; i < t->n; i++)
+        memcpy(t->a->y + i * t->a->ld_y + o, acc + (size_t)i * SPARSE_OUTPUTS,
+               n_out * sizeof(*acc));
+}
+
+static inline void few_of(enum weight_type type, const struct sparse_task *t, uint32_t o,
+                          uint32_t n_out, void *scratch)
+{
+    if (t->n == 1)
+        few_rows(type, true, t, o, n_out, scratch);
+    else
+        few_rows(type, false, t, o, n_out, scratch);
+}
+
+static void down_few(const struct sparse_task *t, uint32_t o, uint32_t n_out, void *scratch)
+{
+    switch (t->a->down->type) {
+    case WEIGHT_F32:
+        few_of(WEIGHT_F32, t, o, n_out, scratch);
+        break;
+    case WEIGHT_F16:
+        few_of(WEIGHT_F16, t, o, n_out, scratch);
+        break;
+    case WEIGHT_BF16:
+        few_of(WEIGHT_BF16, t, o, n_out, scratch);
+        break;
+    case WEIGHT_Q8:
+        few_of(WEIGHT_Q8, t, o, n_out, scratch);
+        break;
+    case WEIGHT_Q4:
+        few_of(WEIGHT_Q4, t, o, n_out, scratch);
+        break;
+    }
+}
+
+static void down_many(const struct sparse_task *t, uint32_t o, uint32_t n_out, void *scratch)
+{
+    switch (t->a->down->type) {
+    case WEIGHT_F32:
+        many_rows(WEIGHT_F32, t, o, n_out, scratch);
+        break;
+    case WEIGHT_F16:
+        many_rows(WEIGHT_F16, t, o, n_out, scratch);
+        break;
+    case WEIGHT_BF16:
+        many_rows(WEIGHT_BF16, t, o, n_out, scratch);
+        break;
+    case WEIGHT_Q8:
+        many_rows(WEIGHT_Q8, t, o, n_out, scratch);
+        break;
+    case WEIGHT_Q4:
+        many_rows(WEIGHT_Q4, t, o, n_out, scratch);
+        break;
+    }
+}
