@@ -22,6 +22,7 @@
 #include "base/cleanup.h"
 #include "engine/json-text.h"
 #include "engine/model-file.h"
+#include "engine/read-ahead.h"
 #include "engine/tokenizer.h"
 
 struct model {
@@ -33,6 +34,7 @@ struct model {
 };
 
 static const char *const layer_format = "layers.%u.%s";
+static const char *const ple_table_name = "embed_tokens_per_layer.weight";
 
 static int no_memory(struct error *err)
 {
@@ -188,8 +190,8 @@ static int look_up_all(struct model *m, struct error *err)
                 "embed_tokens.weight");
     if (r < 0)
         return r;
-    return look_up(m, &w->ple_embed, LAYOUT_ROWS, c->vocab_size_ple, ple, 0, err,
-                   "embed_tokens_per_layer.weight");
+    return look_up(m, &w->ple_embed, LAYOUT_ROWS, c->vocab_size_ple, ple, 0, err, "%s",
+                   ple_table_name);
 }
 
 char *model_generation_to_json(const struct model_generation *g)
@@ -281,6 +283,17 @@ static int read_tokenizer(struct model *m, struct error *err)
     return 0;
 }
 
+/* Looking tensors up reads the small ones all over the file; how is said before. */
+static void advise(const struct model *m)
+{
+    const struct model_tensor *table = model_file_find(m->file, ple_table_name);
+    size_t size;
+    const void *map = model_file_map(m->file, &size);
+
+    read_ahead_in_huge_pages(map, size, table ? table->weight.data : NULL,
+                             table ? table->bytes : 0);
+}
+
 /* Takes over f. */
 static int model_new(struct model **ret, struct model_file *f, struct error *err)
 {
@@ -294,6 +307,7 @@ static int model_new(struct model **ret, struct model_file *f, struct error *err
     r = read_metadata(m, err);
     if (r < 0)
         return r;
+    advise(m);
     r = look_up_all(m, err);
     if (r < 0)
         return r;
