@@ -18,6 +18,10 @@
 #if HAVE_CPU_AVX2
 #include <cpuid.h>
 #endif
+#if HAVE_CPU_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "backends/cpu/cores.h"
 #include "backends/cpu/matmul.h"
@@ -71,6 +75,53 @@ static bool have_avx512(void)
 }
 #endif
 
+#if HAVE_CPU_AMX
+/* asm/prctl.h; Linux 5.16. A number of its own, since older headers lack it. */
+#define REQUEST_XSTATE_PERMISSION 0x1023
+/* CPUID leaf 7, edx; the compilers' names differ */
+#define CPUID_AMX (1u << 22 | 1u << 24 | 1u << 25) /* bf16, tiles, int8 */
+
+#define XSTATE_TILE_CONFIG 17
+#define XSTATE_TILE_DATA 18
+
+/* Whether the tiles have the size that amx-tile.h counts on: CPUID leaves 0x1d and 0x1e. */
+static bool have_tile_size(void)
+{
+    unsigned a, b, c, d;
+
+    if (!__get_cpuid_count(0x1d, 0, &a, &b, &c, &d) || a < 1)
+        return false; /* no palette 1 */
+    if (!__get_cpuid_count(0x1d, 1, &a, &b, &c, &d) || a >> 16 < 1024 || (b & 0xffff) < 64 ||
+        b >> 16 < 8 || (c & 0xffff) < 16)
+        return false; /* bytes of a tile and of its rows, tiles, rows */
+    return __get_cpuid_count(0x1e, 0, &a, &b, &c, &d) && (b & 0xff) >= 16 &&
+           (b >> 8 & 0xffff) >= 64;
+}
+
+/*
+ * The system keeps 8 KiB of tiles only for processes that asked for it, and the first instruction
+ * on a tile kills the others. The permission is the process's: threads that exist have it as well,
+ * and asking again changes nothing. What refuses is a kernel before 5.16, a system call filter, or
+ * a thread with a signal stack too small for the larger frame.
+ */
+static bool have_amx(void)
+{
+    unsigned a, b, c, d, low, high;
+
+    if (!have_avx512() || !__builtin_cpu_supports("gfni"))
+        return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & CPUID_AMX) != CPUID_AMX ||
+        !have_tile_size())
+        return false;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+        return false;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if (!(low >> XSTATE_TILE_CONFIG & 1) || !(low >> XSTATE_TILE_DATA & 1))
+        return false;
+    return syscall(SYS_arch_prctl, REQUEST_XSTATE_PERMISSION, XSTATE_TILE_DATA) == 0;
+}
+#endif
+
 /* In rising order; each builds upon those before it. */
 static const struct level levels[] = {
     {"reference", always, cpu_use_reference},
@@ -84,7 +135,11 @@ static const struct level levels[] = {
 #else
     {"avx512", NULL, NULL},
 #endif
+#if HAVE_CPU_AMX
+    {"amx", have_amx, cpu_use_amx},
+#else
     {"amx", NULL, NULL},
+#endif
 };
 
 /* One call of cpu_parallel(). */
@@ -142,6 +197,21 @@ static void *map(size_t bytes)
     if (bytes >= HUGE_MIN)
         (void)madvise(p, bytes, MADV_HUGEPAGE); /* a wish: without it the memory is only slower */
     return p;
+}
+
+int cpu_map_scratch(struct cpu_backend *c)
+{
+    size_t total;
+
+    if (c->scratch)
+        (void)munmap(c->scratch, c->scratch_total);
+    c->scratch = NULL;
+    if (ckd_mul(&total, c->scratch_each, c->n_threads) ||
+        ckd_add(&total, total, c->scratch_shared))
+        return -ENOMEM;
+    c->scratch = map(total);
+    c->scratch_total = total;
+    return c->scratch ? 0 : -ENOMEM;
 }
 
 static void *cpu_alloc(struct backend *b, size_t bytes)
@@ -245,7 +315,7 @@ int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
                     const struct backend_limits *limits, struct error *err)
 {
     struct cpu_backend *c;
-    size_t chosen = 0, total;
+    size_t chosen = 0;
     int r;
 
     r = choose_level(level, &chosen, err);
@@ -262,20 +332,14 @@ int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
         return error_set(err, ENOMEM, "CPU backend: out of memory");
     }
     c->n_threads = n_threads = team_n_threads(c->team);
+    c->scratch_each = cpu_scratch_each(limits);
+    c->scratch_shared = cpu_scratch_shared(limits);
     for (size_t i = 0; i <= chosen; i++)
         if (levels[i].use && levels[i].supported()) {
             levels[i].use(c);
             c->ops.name = levels[i].name;
         }
-
-    c->scratch_each = cpu_scratch_each(limits);
-    c->scratch_shared = cpu_scratch_shared(limits);
-    if (!ckd_mul(&total, c->scratch_each, n_threads) &&
-        !ckd_add(&total, total, c->scratch_shared)) {
-        c->scratch_total = total;
-        c->scratch = map(total);
-    }
-    if (!c->scratch) {
+    if (cpu_map_scratch(c) < 0) {
         backend_free(&c->base);
         return error_set(err, ENOMEM, "CPU backend: no memory for the scratch space of %u threads",
                          n_threads);

@@ -21,12 +21,15 @@ struct cpu_backend {
     /* matmul of the level below, for a level that has kernels for some layouts only */
     void (*lower_matmul)(struct backend *b, const struct weight *w, const struct activations *x,
                          float *y, size_t ld_y);
+    /* matmul of the level below the tiles, which has the same sums and is faster for few rows */
+    void (*few_rows_matmul)(struct backend *b, const struct weight *w, const struct activations *x,
+                            float *y, size_t ld_y);
     struct backend_limits limits;
     struct cores cores;
     struct team *team;
     uint32_t n_threads; /* of the team */
     char *scratch; /* scratch_each bytes for each thread, aligned to 64, then the shared part */
-    size_t scratch_each, scratch_shared, scratch_total;
+    size_t scratch_each, scratch_shared, scratch_total; /* cpu_use_*() may raise the first two */
 };
 
 static inline struct cpu_backend *cpu_backend(struct backend *b)
@@ -34,7 +37,7 @@ static inline struct cpu_backend *cpu_backend(struct backend *b)
     return (struct cpu_backend *)b;
 }
 
-/* Memory that all threads of one operation see; cpu_scratch_shared() bytes. */
+/* Memory that all threads of one operation see; scratch_shared bytes. */
 static inline void *cpu_shared(struct cpu_backend *c)
 {
     return c->scratch + c->scratch_each * c->n_threads;
@@ -53,10 +56,14 @@ typedef void (*cpu_body)(const void *args, uint32_t first, uint32_t last, void *
  */
 void cpu_parallel(struct cpu_backend *c, uint32_t n, size_t cost, cpu_body body, const void *args);
 
-/* Bytes of scratch that the operations need within the limits. */
+/* Bytes of scratch for each thread that the operations of all levels need within the limits. */
 size_t cpu_scratch_each(const struct backend_limits *limits);
-size_t cpu_scratch_shared(const struct backend_limits *limits);
+size_t cpu_scratch_shared(const struct backend_limits *limits); /* likewise, for all together */
+
+/* Scratch memory of the sizes that c names now, in place of what it had. 0, -ENOMEM */
+int cpu_map_scratch(struct cpu_backend *c);
 
 void cpu_use_reference(struct cpu_backend *c);
 void cpu_use_avx2(struct cpu_backend *c);   /* AVX2, FMA, F16C */
 void cpu_use_avx512(struct cpu_backend *c); /* AVX-512 F, BW, DQ, VL, VNNI */
+void cpu_use_amx(struct cpu_backend *c);    /* AMX tiles, int8 and bf16, and GFNI */

@@ -21,7 +21,8 @@ extern const uint32_t batches[N_BATCHES];
 extern struct backend *ref;       /* reference, one thread */
 extern struct backend *one, *two; /* the level under test with one and two threads */
 
-/* Runs tests with ref, one and two set, once for each level. An exit status: 0, or 1 for none */
+/* Runs tests with ref, one and two set, once for each level. An exit status: 0, or 1 for none.
+ * With AMX_EMULATED the one level is amx with its tiles in plain C; 77: the machine lacks more. */
 int op_test_levels(void (*tests)(void));
 
 uint32_t next_random(void); /* below 2^31 */
