@@ -13,14 +13,13 @@ static inline __m256 load_kv(const void *array, size_t at, bool f16)
     return _mm256_loadu_ps((const float *)array + at);
 }
 
-static inline void page_scores(const void *k, bool f16, const float *q, uint32_t dim, uint32_t n,
-                               uint32_t first, uint32_t last, float (*score)[KV_PAGE])
+static ALWAYS_INLINE void page_scores(const void *k, bool f16, const float *q, uint32_t dim,
+                                      uint32_t n, uint32_t first, uint32_t last,
+                                      float (*score)[KV_PAGE], const char *ahead)
 {
-    for (uint32_t p = first / 16 * 16; p < last; p += 16) {
-        __m256 total[GROUP][2];
+    const uint32_t line = 16 * (f16 ? 2 : 4); /* bytes read of a dimension */
 
-        for (uint32_t g = 0; g < n; g++)
-            total[g][0] = total[g][1] = _mm256_setzero_ps();
+    for (uint32_t p = first / 16 * 16; p < last; p += 16) {
         for (uint32_t from = 0; from < dim; from += SCORE_RUN) {
             uint32_t to = MIN(from + SCORE_RUN, dim);
             __m256 sum[GROUP][2];
@@ -28,6 +27,9 @@ static inline void page_scores(const void *k, bool f16, const float *q, uint32_t
             for (uint32_t g = 0; g < n; g++)
                 sum[g][0] = sum[g][1] = _mm256_setzero_ps();
             for (uint32_t i = from; i < to; i++) {
+                if (i % 2 == 0) /* a line of f16 holds two */
+                    fetch(ahead, ((size_t)p * dim + 16 * i) * (f16 ? 2 : 4), 2 * line);
+
                 __m256 k0 = load_kv(k, (size_t)i * KV_PAGE + p, f16);
                 __m256 k1 = load_kv(k, (size_t)i * KV_PAGE + p + 8, f16);
 
@@ -38,16 +40,21 @@ static inline void page_scores(const void *k, bool f16, const float *q, uint32_t
                     sum[g][1] = _mm256_fmadd_ps(k1, v, sum[g][1]);
                 }
             }
-            for (uint32_t g = 0; g < n; g++) {
-                total[g][0] = _mm256_add_ps(total[g][0], sum[g][0]);
-                total[g][1] = _mm256_add_ps(total[g][1], sum[g][1]);
-            }
-        }
-        for (uint32_t g = 0; g < n; g++) {
-            _mm256_store_ps(score[g] + p, total[g][0]);
-            _mm256_store_ps(score[g] + p + 8, total[g][1]);
+            for (uint32_t g = 0; g < n; g++)
+                for (uint32_t r = 0; r < 2; r++) {
+                    float *total = score[g] + p + 8 * r;
+
+                    if (from > 0)
+                        sum[g][r] = _mm256_add_ps(_mm256_load_ps(total), sum[g][r]);
+                    _mm256_store_ps(total, sum[g][r]);
+                }
         }
     }
+}
+
+static inline float exp_one(float x)
+{
+    return _mm256_cvtss_f32(exp_lanes(_mm256_set1_ps(x)));
 }
 
 static inline float page_weights(float *score, uint32_t first, uint32_t last, float *max,
@@ -63,7 +70,7 @@ static inline float page_weights(float *score, uint32_t first, uint32_t last, fl
         top = _mm256_max_ps(_mm256_load_ps(score + p), top);
     *max = fmaxf(old, max_lanes(top));
     if (old > -INFINITY)
-        scale = _mm256_cvtss_f32(exp_lanes(_mm256_set1_ps(old - *max)));
+        scale = exp_one(old - *max);
     for (uint32_t p = 0; p < KV_PAGE; p += 8) {
         __m256 s = _mm256_load_ps(score + p);
         __m256 seen = _mm256_cmp_ps(s, _mm256_set1_ps(-INFINITY), _CMP_NEQ_UQ);
@@ -76,10 +83,11 @@ static inline float page_weights(float *score, uint32_t first, uint32_t last, fl
     return scale;
 }
 
-static inline void page_values(const void *v, bool f16, uint32_t dim, uint32_t n, uint32_t first,
-                               uint32_t last, const float (*weight)[KV_PAGE], const float *scale,
-                               float *out)
+static ALWAYS_INLINE void page_values(const void *v, bool f16, uint32_t dim, uint32_t n,
+                                      uint32_t first, uint32_t last, const float (*weight)[KV_PAGE],
+                                      const float *scale, float *out, const char *ahead)
 {
+    const uint32_t line = 16 * (f16 ? 2 : 4); /* bytes read of a position */
     uint32_t i = 0;
 
     for (; i + 16 <= dim; i += 16) {
@@ -88,6 +96,9 @@ static inline void page_values(const void *v, bool f16, uint32_t dim, uint32_t n
         for (uint32_t g = 0; g < n; g++)
             sum[g][0] = sum[g][1] = _mm256_setzero_ps();
         for (uint32_t p = first; p < last; p++) {
+            if (p % 2 == 0)
+                fetch(ahead, (size_t)i * KV_PAGE * (f16 ? 2 : 4) + (size_t)p * line, 2 * line);
+
             __m256 v0 = load_kv(v, (size_t)p * dim + i, f16);
             __m256 v1 = load_kv(v, (size_t)p * dim + i + 8, f16);
 

@@ -36,43 +36,52 @@ static inline __m512 load_kv(const void *array, size_t at, __mmask16 lanes, bool
     return _mm512_maskz_loadu_ps(lanes, (const float *)array + at);
 }
 
-static inline void page_scores(const void *k, bool f16, const float *q, uint32_t dim, uint32_t n,
-                               uint32_t first, uint32_t last, float (*score)[KV_PAGE])
+/* Scores of 16 n_regs positions from p on; n_regs a constant where this is used. */
+static ALWAYS_INLINE void scores(const void *k, bool f16, const float *q, uint32_t dim, uint32_t n,
+                                 uint32_t p, uint32_t n_regs, float (*score)[KV_PAGE],
+                                 const char *ahead)
 {
-    const __mmask16 all = 0xffff;
+    const uint32_t row = KV_PAGE * (f16 ? 2 : 4);
 
-    for (uint32_t p = first / 32 * 32; p < last; p += 32) {
-        __m512 total[GROUP][2];
+    for (uint32_t from = 0; from < dim; from += SCORE_RUN) {
+        uint32_t to = MIN(from + SCORE_RUN, dim);
+        __m512 sum[GROUP][4];
 
         for (uint32_t g = 0; g < n; g++)
-            total[g][0] = total[g][1] = _mm512_setzero_ps();
-        for (uint32_t from = 0; from < dim; from += SCORE_RUN) {
-            uint32_t to = MIN(from + SCORE_RUN, dim);
-            __m512 sum[GROUP][2];
+            for (uint32_t r = 0; r < n_regs; r++)
+                sum[g][r] = _mm512_setzero_ps();
+        for (uint32_t i = from; i < to; i++) {
+            __m512 x[4];
 
-            for (uint32_t g = 0; g < n; g++)
-                sum[g][0] = sum[g][1] = _mm512_setzero_ps();
-            for (uint32_t i = from; i < to; i++) {
-                __m512 k0 = load_kv(k, (size_t)i * KV_PAGE + p, all, f16);
-                __m512 k1 = load_kv(k, (size_t)i * KV_PAGE + p + 16, all, f16);
-
-                for (uint32_t g = 0; g < n; g++) {
-                    __m512 v = _mm512_set1_ps(q[(size_t)g * dim + i]);
-
-                    sum[g][0] = _mm512_fmadd_ps(k0, v, sum[g][0]);
-                    sum[g][1] = _mm512_fmadd_ps(k1, v, sum[g][1]);
-                }
-            }
+            fetch(ahead, (size_t)i * row, row);
+            for (uint32_t r = 0; r < n_regs; r++)
+                x[r] = load_kv(k, (size_t)i * KV_PAGE + p + 16 * r, 0xffff, f16);
             for (uint32_t g = 0; g < n; g++) {
-                total[g][0] = _mm512_add_ps(total[g][0], sum[g][0]);
-                total[g][1] = _mm512_add_ps(total[g][1], sum[g][1]);
+                __m512 v = _mm512_set1_ps(q[(size_t)g * dim + i]);
+
+                for (uint32_t r = 0; r < n_regs; r++)
+                    sum[g][r] = _mm512_fmadd_ps(x[r], v, sum[g][r]);
             }
         }
-        for (uint32_t g = 0; g < n; g++) {
-            _mm512_store_ps(score[g] + p, total[g][0]);
-            _mm512_store_ps(score[g] + p + 16, total[g][1]);
-        }
+        for (uint32_t g = 0; g < n; g++)
+            for (uint32_t r = 0; r < n_regs; r++) {
+                float *to_score = score[g] + p + 16 * r;
+
+                if (from > 0)
+                    sum[g][r] = _mm512_add_ps(_mm512_load_ps(to_score), sum[g][r]);
+                _mm512_store_ps(to_score, sum[g][r]);
+            }
     }
+}
+
+static ALWAYS_INLINE void page_scores(const void *k, bool f16, const float *q, uint32_t dim,
+                                      uint32_t n, uint32_t first, uint32_t last,
+                                      float (*score)[KV_PAGE], const char *ahead)
+{
+    if (last - first / 32 * 32 > 32)
+        scores(k, f16, q, dim, n, 0, 4, score, ahead);
+    else
+        scores(k, f16, q, dim, n, first / 32 * 32, 2, score, ahead);
 }
 
 static inline float page_weights(float *score, uint32_t first, uint32_t last, float *max,
@@ -87,7 +96,7 @@ static inline float page_weights(float *score, uint32_t first, uint32_t last, fl
         top = _mm512_max_ps(_mm512_mask_load_ps(lowest, (__mmask16)(seen >> p), score + p), top);
     *max = fmaxf(old, _mm512_reduce_max_ps(top));
     if (old > -INFINITY)
-        scale = _mm512_cvtss_f32(exp_lanes(_mm512_set1_ps(old - *max)));
+        scale = exp_one(old - *max);
     for (uint32_t p = 0; p < KV_PAGE; p += 16) {
         __m512 s = _mm512_sub_ps(_mm512_load_ps(score + p), _mm512_set1_ps(*max));
         __m512 e = _mm512_maskz_mov_ps((__mmask16)(seen >> p), exp_lanes(s));
@@ -99,39 +108,60 @@ static inline float page_weights(float *score, uint32_t first, uint32_t last, fl
     return scale;
 }
 
-static inline void page_values(const void *v, bool f16, uint32_t dim, uint32_t n, uint32_t first,
-                               uint32_t last, const float (*weight)[KV_PAGE], const float *scale,
-                               float *out)
+/* 16 n_regs dimensions from i on, or those of the lanes; n_regs a constant where this is used. */
+static ALWAYS_INLINE void values(const void *v, bool f16, uint32_t dim, uint32_t n, uint32_t i,
+                                 uint32_t n_regs, const __mmask16 *lanes, uint32_t first,
+                                 uint32_t last, const float (*weight)[KV_PAGE], const float *scale,
+                                 float *out, const char *ahead)
 {
-    for (uint32_t i = 0; i < dim; i += 32) {
-        uint32_t rest = MIN(dim - i, 32u);
-        __mmask16 m0 = (__mmask16)((UINT64_C(1) << rest) - 1);
-        __mmask16 m1 = (__mmask16)(((UINT64_C(1) << rest) - 1) >> 16);
-        __m512 sum[GROUP][2];
+    const uint32_t line = 16 * n_regs * (f16 ? 2 : 4); /* bytes read of a position */
+    __m512 sum[GROUP][4];
 
-        for (uint32_t g = 0; g < n; g++)
-            sum[g][0] = sum[g][1] = _mm512_setzero_ps();
-        for (uint32_t p = first; p < last; p++) {
-            __m512 v0 = load_kv(v, (size_t)p * dim + i, m0, f16);
-            __m512 v1 = load_kv(v, (size_t)p * dim + i + 16, m1, f16);
+    for (uint32_t g = 0; g < n; g++)
+        for (uint32_t r = 0; r < n_regs; r++)
+            sum[g][r] = _mm512_setzero_ps();
+    for (uint32_t p = first; p < last; p++) {
+        __m512 x[4];
 
-            for (uint32_t g = 0; g < n; g++) {
-                __m512 w = _mm512_set1_ps(weight[g][p]);
-
-                sum[g][0] = _mm512_fmadd_ps(v0, w, sum[g][0]);
-                sum[g][1] = _mm512_fmadd_ps(v1, w, sum[g][1]);
-            }
-        }
+        fetch(ahead, (size_t)i * KV_PAGE * (f16 ? 2 : 4) + (size_t)p * line, line);
+        for (uint32_t r = 0; r < n_regs; r++)
+            x[r] = load_kv(v, (size_t)p * dim + i + 16 * r, lanes[r], f16);
         for (uint32_t g = 0; g < n; g++) {
-            float *to = out + (size_t)g * dim + i;
-            __m512 s = _mm512_set1_ps(scale[g]);
+            __m512 w = _mm512_set1_ps(weight[g][p]);
 
-            _mm512_mask_storeu_ps(to, m0,
-                                  _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m0, to), s, sum[g][0]));
-            _mm512_mask_storeu_ps(
-                to + 16, m1, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m1, to + 16), s, sum[g][1]));
+            for (uint32_t r = 0; r < n_regs; r++)
+                sum[g][r] = _mm512_fmadd_ps(x[r], w, sum[g][r]);
         }
     }
+    for (uint32_t g = 0; g < n; g++)
+        for (uint32_t r = 0; r < n_regs; r++) {
+            float *to = out + (size_t)g * dim + i + 16 * r;
+            __m512 old = _mm512_maskz_loadu_ps(lanes[r], to), s = _mm512_set1_ps(scale[g]);
+
+            _mm512_mask_storeu_ps(to, lanes[r], _mm512_fmadd_ps(old, s, sum[g][r]));
+        }
+}
+
+static ALWAYS_INLINE void page_values(const void *v, bool f16, uint32_t dim, uint32_t n,
+                                      uint32_t first, uint32_t last, const float (*weight)[KV_PAGE],
+                                      const float *scale, float *out, const char *ahead)
+{
+    const __mmask16 all[4] = {0xffff, 0xffff, 0xffff, 0xffff};
+    uint32_t i = 0;
+
+    for (; i + 64 <= dim; i += 64)
+        values(v, f16, dim, n, i, 4, all, first, last, weight, scale, out, ahead);
+    for (; i < dim; i += 32) {
+        uint64_t some = (UINT64_C(1) << MIN(dim - i, 32u)) - 1;
+        __mmask16 lanes[2] = {(__mmask16)some, (__mmask16)(some >> 16)};
+
+        values(v, f16, dim, n, i, 2, lanes, first, last, weight, scale, out, ahead);
+    }
+}
+
+static inline float exp_one(float x)
+{
+    return _mm512_cvtss_f32(exp_lanes(_mm512_set1_ps(x)));
 }
 
 void cpu_avx512_attention(struct backend *b, const struct attention_args *a)

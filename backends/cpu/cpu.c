@@ -177,15 +177,15 @@ size_t cpu_scratch_each(const struct backend_limits *limits)
 {
     size_t width = ALIGN_UP((size_t)limits->max_width, (size_t)64);
     size_t row = width * 4 + width + width / WEIGHT_BLOCK * 4; /* decoded, integers, scales */
-
     size_t matmul = packed_bytes(width) + stripe_scratch(width);
 
-    return ALIGN_UP(MAX(MAX(row, matmul), sparse_scratch_each(limits)), (size_t)4096);
+    row = MAX(MAX(row, matmul), sparse_scratch_each(limits));
+    return ALIGN_UP(MAX(row, CPU_ATTENTION_SCRATCH), (size_t)4096);
 }
 
 size_t cpu_scratch_shared(const struct backend_limits *limits)
 {
-    return sparse_scratch_shared(limits);
+    return MAX(sparse_scratch_shared(limits), CPU_ATTENTION_SHARED);
 }
 
 static void *map(size_t bytes)

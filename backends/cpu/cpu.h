@@ -63,6 +63,17 @@ size_t cpu_scratch_shared(const struct backend_limits *limits); /* likewise, for
 /* Scratch memory of the sizes that c names now, in place of what it had. 0, -ENOMEM */
 int cpu_map_scratch(struct cpu_backend *c);
 
+/*
+ * What attention.h works in: for each thread sums and scores of so many rows and heads; and shared
+ * by threads that work on the same row the sums of its runs, for as many as fit.
+ */
+#define CPU_ATTENTION_ROWS 16
+#define CPU_ATTENTION_GROUP 4
+#define CPU_ATTENTION_SCRATCH                                                                      \
+    ((size_t)CPU_ATTENTION_ROWS * CPU_ATTENTION_GROUP * (BACKEND_MAX_HEAD_DIM + KV_PAGE) *         \
+     sizeof(float))
+#define CPU_ATTENTION_SHARED ((size_t)4 << 20)
+
 void cpu_use_reference(struct cpu_backend *c);
 void cpu_use_avx2(struct cpu_backend *c);   /* AVX2, FMA, F16C */
 void cpu_use_avx512(struct cpu_backend *c); /* AVX-512 F, BW, DQ, VL, VNNI */

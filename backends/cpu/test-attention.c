@@ -15,7 +15,7 @@
 #include "backends/cpu/op-test.h"
 #include "base/checked.h"
 
-#define MAX_PAGES 17
+#define MAX_PAGES 28
 
 struct attention_case {
     struct attention_args a;
@@ -40,12 +40,16 @@ static double kv_value(const struct kv_shape *s, const void *page, size_t at)
                            : ((const float *)page)[at]);
 }
 
-/* Pages are filled by kv_store and everything that a row must not see is NaN or missing. */
+/*
+ * Pages are filled by kv_store, and everything that a row must not see is NaN or missing. Each row
+ * is of its own sequence (1791 fills its pages to the last position), or all follow one another in
+ * one sequence, whose last position is then `last`.
+ */
 static void check_attention(uint32_t heads, uint32_t heads_kv, uint32_t dim, uint32_t window,
-                            bool f16, float q_scale)
+                            bool f16, float q_scale, uint32_t last)
 {
-    static const uint32_t positions[] = {0, 1, 63, 64, 127, 1000, 65, 300, 511, 62, 128};
-    uint32_t n = ARRAY_SIZE(positions);
+    static const uint32_t apart[] = {0, 1, 63, 64, 127, 1000, 65, 300, 511, 62, 128, 1791};
+    uint32_t n = last ? N_MAX : ARRAY_SIZE(apart), positions[N_MAX];
     struct kv_shape shape = {heads_kv, dim, f16};
     struct array q = array_random(n, (size_t)heads * dim, 3, q_scale);
     struct array y = array_new(n, (size_t)heads * dim, 3);
@@ -53,15 +57,18 @@ static void check_attention(uint32_t heads, uint32_t heads_kv, uint32_t dim, uin
     struct attention_case c = {
         .a = {.n_heads = heads, .shape = shape, .window = window, .q = q.p, .ld = q.ld}};
     size_t bytes = kv_page_bytes(&shape), v_from = (size_t)heads_kv * dim * KV_PAGE;
-    void *pages[ARRAY_SIZE(positions)][MAX_PAGES] = {0};
+    void *tables[N_MAX][MAX_PAGES] = {0}, **pages[N_MAX];
     char what[96];
 
-    snprintf(what, sizeof(what), "attention %u/%u heads of %u, window %u, %s", heads, heads_kv, dim,
-             window, f16 ? "f16" : "f32");
+    snprintf(what, sizeof(what), "attention %u/%u heads of %u, window %u, %s, last %u", heads,
+             heads_kv, dim, window, f16 ? "f16" : "f32", last);
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t pos = positions[i], begin = window && pos + 1 > window ? pos + 1 - window : 0;
+        uint32_t pos = last ? last - n + 1 + i : apart[i];
+        uint32_t begin = window && pos + 1 > window ? pos + 1 - window : 0;
 
-        for (uint32_t p = begin; p <= pos; p++) {
+        positions[i] = pos;
+        pages[i] = tables[last ? 0 : i];
+        for (uint32_t p = last && i > 0 ? pos : begin; p <= pos; p++) {
             struct kv_row at = {pages[i], p};
             struct kv_store_args store = {.n = 1,
                                           .shape = shape,
@@ -97,8 +104,8 @@ static void check_attention(uint32_t heads, uint32_t heads_kv, uint32_t dim, uin
     for (uint32_t i = 0; i < n; i++)
         for (uint32_t h = 0; h < heads; h++) {
             uint32_t pos = positions[i], begin = window && pos + 1 > window ? pos + 1 - window : 0;
-            uint32_t head_kv = h / (heads / heads_kv);
-            double score[1024], max = -INFINITY, sum = 0, largest = 0, bound;
+            uint32_t head_kv = h * heads_kv / heads;
+            double score[MAX_PAGES * KV_PAGE], max = -INFINITY, sum = 0, largest = 0, bound;
 
             for (uint32_t p = begin; p <= pos; p++) {
                 double s = 0, magnitude = 0;
@@ -133,7 +140,7 @@ static void check_attention(uint32_t heads, uint32_t heads_kv, uint32_t dim, uin
         }
     for (uint32_t i = 0; i < n; i++)
         for (uint32_t p = 0; p < MAX_PAGES; p++)
-            free(pages[i][p]);
+            free(tables[i][p]);
     array_free(&q);
     array_free(&y);
     array_free(&kv);
@@ -142,15 +149,25 @@ static void check_attention(uint32_t heads, uint32_t heads_kv, uint32_t dim, uin
 static void test_attention(void)
 {
     static const uint32_t windows[] = {0, 1, 3, 63, 64, 65, 512};
-    static const uint32_t shapes[][3] = {{8, 2, 16}, {4, 2, 8}, {4, 4, 34}, {3, 1, 24}, {2, 1, 2}};
+    static const uint32_t shapes[][3] = {{8, 2, 16}, {4, 2, 72}, {4, 4, 34}, {3, 1, 24},
+                                         {2, 1, 2},  {7, 1, 8},  {7, 3, 8},  {9, 2, 8}};
 
     for (size_t s = 0; s < ARRAY_SIZE(shapes); s++)
-        for (size_t w = 0; w < ARRAY_SIZE(windows); w++)
-            for (int f16 = 0; f16 < 2; f16++)
-                check_attention(shapes[s][0], shapes[s][1], shapes[s][2], windows[w], f16,
-                                w == 0 ? 3 : 0.25f); /* small: each position counts */
-    check_attention(8, 2, 256, 512, true, 0.05f);
-    check_attention(8, 2, 256, 0, false, 1.5f);
+        for (size_t w = 0; w < ARRAY_SIZE(windows); w++) {
+            float q_scale = w == 0 ? 3 : 0.25f; /* small: each position counts */
+
+            if (w == 0)
+                check_attention(shapes[s][0], shapes[s][1], shapes[s][2], 0, s % 2, q_scale, 0);
+            check_attention(shapes[s][0], shapes[s][1], shapes[s][2], windows[w], (s + w + 1) % 2,
+                            q_scale, 0);
+        }
+    for (size_t s = 0; s < ARRAY_SIZE(shapes); s++)
+        for (size_t w = 0; w < ARRAY_SIZE(windows); w += 2)
+            check_attention(shapes[s][0], shapes[s][1], shapes[s][2], windows[w], s % 2, 0.25f,
+                            s % 2 ? 511 : 280);
+    check_attention(8, 2, 256, 512, true, 0.05f, 0);
+    check_attention(8, 2, 256, 0, false, 1.5f, 0);
+    check_attention(8, 2, 256, 512, true, 0.05f, 550);
 }
 
 /* The largest score may come first, last or in the middle page; a sum may vanish beside it. */
