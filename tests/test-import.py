@@ -777,6 +777,7 @@ def test_disk_full():
 
 
 def test_interrupted():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # for the children, wherever it is ignored
     # Large enough for many pieces; the zeros at the end of the file take no room.
     s = Shape(L=5, kv=5, V=200000, VP=8)
     w = src.weights(s)
