@@ -21,6 +21,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "base/clock.h"
+#include "base/number.h"
 
 #define USEC_PER_SEC 1000000u
 #define NSEC_PER_USEC 1000u
@@ -313,7 +314,7 @@ int session_path(const char *id, char out[SESSION_PATH_MAX])
 
     if (strncmp(id, LLM_SESSION_PATH "/", strlen(LLM_SESSION_PATH "/")) == 0)
         number += strlen(LLM_SESSION_PATH "/");
-    if (!parse_unsigned(number, UINT64_MAX, &value) || value == 0)
+    if (number_parse(number, UINT64_MAX, &value) < 0 || value == 0)
         return usage_error("%s is no session: its number is meant, as llmctl session list has it",
                            id);
     snprintf(out, SESSION_PATH_MAX, "%s/%" PRIu64, LLM_SESSION_PATH, value);
@@ -325,5 +326,5 @@ uint64_t session_id(const char *path)
     const char *slash = strrchr(path, '/');
     uint64_t value;
 
-    return slash && parse_unsigned(slash + 1, UINT64_MAX, &value) ? value : 0;
+    return slash && number_parse(slash + 1, UINT64_MAX, &value) == 0 ? value : 0;
 }

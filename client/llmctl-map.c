@@ -23,6 +23,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/number.h"
 #include "client/llmctl-answer.h"
 #include "client/llmctl-exchange.h"
 #include "client/llmctl-output.h"
@@ -126,7 +127,7 @@ static int parse_arguments(struct map *m, int argc, char **argv)
             m->null = true;
             break;
         case 'j':
-            if (!parse_unsigned(optarg, JOBS_MAX, &jobs) || jobs == 0)
+            if (number_parse(optarg, JOBS_MAX, &jobs) < 0 || jobs == 0)
                 return usage_error("--jobs wants a number from 1 to %d, not %s", JOBS_MAX, optarg);
             m->jobs = (size_t)jobs;
             break;

@@ -50,21 +50,6 @@ static const struct option global_table[] = {
 #define N_GLOBAL (sizeof(global_table) / sizeof(global_table[0]))
 #define N_OPTIONS_MAX 64
 
-bool parse_unsigned(const char *text, uint64_t most, uint64_t *ret)
-{
-    char *end;
-    unsigned long long v;
-
-    if (text[0] < '0' || text[0] > '9')
-        return false;
-    errno = 0;
-    v = strtoull(text, &end, 10);
-    if (errno != 0 || *end || v > most)
-        return false;
-    *ret = v;
-    return true;
-}
-
 bool parse_double(const char *text, double *ret)
 {
     char *end;

@@ -12,6 +12,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/number.h"
 #include "client/llmctl-bus.h"
 #include "client/llmctl-show.h"
 
@@ -39,7 +40,7 @@ static int find_user(const char *text, uint32_t *ret)
 
     if (user)
         *ret = user->pw_uid;
-    else if (parse_unsigned(text, UINT32_MAX, &n))
+    else if (number_parse(text, UINT32_MAX, &n) == 0)
         *ret = (uint32_t)n;
     else
         return usage_error("there is no user %s", text);
@@ -141,24 +142,6 @@ static void help_set(void)
          "      --tokens-per-minute=N      0: no limit\n" GLOBAL_HELP);
 }
 
-static bool parse_size(const char *text, uint64_t *ret)
-{
-    static const char units[] = "KMGT";
-    size_t n = strlen(text);
-    const char *unit = n > 0 && text[n - 1] ? strchr(units, text[n - 1]) : NULL;
-    char digits[32];
-    uint64_t value;
-
-    if (unit)
-        n--;
-    if (n >= sizeof(digits))
-        return false;
-    memcpy(digits, text, n);
-    digits[n] = 0;
-    return parse_unsigned(digits, UINT64_MAX, &value) &&
-           !ckd_mul(ret, value, unit ? UINT64_C(1) << (10 * (unit - units + 1)) : 1);
-}
-
 /* Options in the order of: */
 static const char *const settings[] = {
     "max-sessions", "max-queued", "max-kv-bytes", "weight", "tokens-per-minute",
@@ -211,9 +194,9 @@ static int verb_set(int argc, char **argv)
     while ((option = next_option(&options, argc, argv, &status)) >= 0) {
         size_t i = (size_t)(option - OPT_SETTING);
 
-        if (i == SETTING_KV_BYTES && !parse_size(optarg, &values[i]))
+        if (i == SETTING_KV_BYTES && number_parse_bytes(optarg, &values[i]) < 0)
             return usage_error("--%s wants a number of bytes, not %s", settings[i], optarg);
-        if (i != SETTING_KV_BYTES && !parse_unsigned(optarg, UINT32_MAX, &values[i]))
+        if (i != SETTING_KV_BYTES && number_parse(optarg, UINT32_MAX, &values[i]) < 0)
             return usage_error("--%s wants a whole number, not %s", settings[i], optarg);
         set[i] = any = true;
     }

@@ -11,6 +11,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/number.h"
 
 DEFINE_CLEANUP(struct llm_options *, llm_options_free)
 
@@ -84,10 +85,10 @@ static int set(struct request *q, size_t option, const char *value)
 
     switch (generate_options[option].type) {
     case 'u':
-        integer_ok = parse_unsigned(value, UINT32_MAX, &s.integer);
+        integer_ok = number_parse(value, UINT32_MAX, &s.integer) == 0;
         break;
     case 't':
-        integer_ok = parse_unsigned(value, UINT64_MAX, &s.integer);
+        integer_ok = number_parse(value, UINT64_MAX, &s.integer) == 0;
         break;
     case 'd':
         number_ok = parse_double(value, &s.number);
@@ -162,7 +163,7 @@ int request_take(struct request *q, int c, const char *value)
         q->start.no_start = true;
         return STATUS_OK;
     case OPT_CONTEXT:
-        if (!parse_unsigned(value, UINT32_MAX, &integer) || integer == 0)
+        if (number_parse(value, UINT32_MAX, &integer) < 0 || integer == 0)
             return usage_error("--context wants a number of tokens, not %s", value);
         q->context = (uint32_t)integer;
         return STATUS_OK;

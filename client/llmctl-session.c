@@ -11,6 +11,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/number.h"
 #include "client/llmctl-bus.h"
 #include "client/llmctl-show.h"
 
@@ -318,7 +319,7 @@ static int take_options(const struct verb_options *options, int argc, char **arg
             r = llm_options_set_string(o, "class", optarg);
             break;
         case OPT_CONTEXT:
-            if (!parse_unsigned(optarg, UINT32_MAX, &n) || n == 0)
+            if (number_parse(optarg, UINT32_MAX, &n) < 0 || n == 0)
                 return usage_error("--context wants a number of tokens, not %s", optarg);
             r = llm_options_set_uint32(o, "context", (uint32_t)n);
             break;

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/number.h"
 #include "client/llmctl.h"
 
 void terminal_size(size_t *ret_columns, size_t *ret_lines)
@@ -29,8 +30,8 @@ void terminal_size(size_t *ret_columns, size_t *ret_lines)
         return;
     if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) < 0 || size.ws_col == 0)
         size = (struct winsize){.ws_col = 80, .ws_row = 24}; /* a serial line that does not know */
-    *ret_columns = columns && parse_unsigned(columns, 10000, &n) && n > 0 ? n : size.ws_col;
-    *ret_lines = lines && parse_unsigned(lines, 10000, &n) && n > 0 ? n : size.ws_row;
+    *ret_columns = columns && number_parse(columns, 10000, &n) == 0 && n > 0 ? n : size.ws_col;
+    *ret_lines = lines && number_parse(lines, 10000, &n) == 0 && n > 0 ? n : size.ws_row;
 }
 
 /* ---- the pager ---- */

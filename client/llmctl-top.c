@@ -21,6 +21,7 @@
 #include "base/cleanup.h"
 #include "base/clock.h"
 #include "base/json.h"
+#include "base/number.h"
 #include "client/llmctl-manager.h"
 #include "client/llmctl-output.h"
 #include "client/llmctl-show.h"
@@ -489,7 +490,7 @@ static int parse_arguments(struct top *top, int argc, char **argv)
             once = true;
             break;
         case 'n':
-            if (!parse_unsigned(optarg, UINT64_MAX, &top->rounds) || top->rounds == 0)
+            if (number_parse(optarg, UINT64_MAX, &top->rounds) < 0 || top->rounds == 0)
                 return usage_error("--rounds wants a number, not %s", optarg);
             counted = true;
             break;

@@ -99,8 +99,7 @@ struct verb_options {
  */
 int next_option(const struct verb_options *o, int argc, char **argv, int *ret_status);
 
-/* Whole numbers up to most; finite decimals. */
-bool parse_unsigned(const char *text, uint64_t most, uint64_t *ret);
+/* Finite decimals; base/number.h has whole numbers. */
 bool parse_double(const char *text, double *ret);
 
 /* ---- messages and output ---- */

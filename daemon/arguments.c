@@ -12,6 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/number.h"
 #include "daemon/config.h"
 
 #define SERVICE_USER "llmd" /* systemd/sysusers.d */
@@ -53,21 +54,6 @@ static int usage_error(const char *text, const char *value)
     return EXIT_USAGE;
 }
 
-static int parse_u32(const char *text, uint32_t *ret)
-{
-    char *end;
-    unsigned long v;
-
-    if (text[0] < '0' || text[0] > '9')
-        return -EINVAL;
-    errno = 0;
-    v = strtoul(text, &end, 10);
-    if (errno != 0 || *end || v > UINT32_MAX)
-        return -EINVAL;
-    *ret = (uint32_t)v;
-    return 0;
-}
-
 /* The system's daemon is started by root, or as the user that was made for it. */
 static bool is_system_user(void)
 {
@@ -103,7 +89,7 @@ enum {
 /* One with a value that is not just kept. 0, or EXIT_USAGE: it was said */
 static int parse_value(struct arguments *a, int c, const char *value)
 {
-    uint32_t n;
+    uint64_t n;
 
     switch (c) {
     case OPT_IDLE:
@@ -112,8 +98,9 @@ static int parse_value(struct arguments *a, int c, const char *value)
         a->has_idle = true;
         break;
     case OPT_CONTEXT:
-        if (parse_u32(value, &a->context) < 0 || a->context == 0)
+        if (number_parse(value, UINT32_MAX, &n) < 0 || n == 0)
             return usage_error("--context wants a number of tokens, not ", value);
+        a->context = (uint32_t)n;
         break;
     case OPT_ACTIVATIONS:
         if (strcmp(value, "int8") == 0)
@@ -134,12 +121,13 @@ static int parse_value(struct arguments *a, int c, const char *value)
         a->has_kv_type = true;
         break;
     case OPT_KV_BYTES:
-        if (config_parse_bytes(value, &a->engine.kv_bytes) < 0 || a->engine.kv_bytes == 0)
+        if (number_parse_bytes(value, &a->engine.kv_bytes) < 0 || a->engine.kv_bytes == 0)
             return usage_error("--kv-bytes wants a number of bytes, as 512M or 4G, not ", value);
         break;
     case OPT_THREADS:
-        if (parse_u32(value, &a->engine.n_threads) < 0 || a->engine.n_threads > 4096)
+        if (number_parse(value, 4096, &n) < 0)
             return usage_error("--threads wants a number up to 4096, not ", value);
+        a->engine.n_threads = (uint32_t)n;
         break;
     case OPT_PIN_THREADS:
         a->engine.no_pinning = strcmp(value, "no") == 0;
@@ -148,7 +136,7 @@ static int parse_value(struct arguments *a, int c, const char *value)
         a->has_pinning = true;
         break;
     case OPT_READY_FD:
-        if (parse_u32(value, &n) < 0 || n > INT32_MAX || fcntl((int)n, F_GETFD) < 0)
+        if (number_parse(value, INT32_MAX, &n) < 0 || fcntl((int)n, F_GETFD) < 0)
             return usage_error("--ready-fd wants an open descriptor, not ", value);
         a->ready_fd = (int)n;
         break;

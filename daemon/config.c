@@ -24,6 +24,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/number.h"
 #include "daemon/log.h"
 
 #define LINE_BYTES_MAX 190u /* libinih's buffer has 200 with its own */
@@ -119,39 +120,6 @@ __attribute__((format(printf, 2, 3))) static void warn(struct reader *r, const c
 
 /* ---- values ---- */
 
-static int parse_number(const char *text, uint64_t *ret, const char **ret_end)
-{
-    char *end;
-    unsigned long long v;
-
-    if (text[0] < '0' || text[0] > '9')
-        return -EINVAL;
-    errno = 0;
-    v = strtoull(text, &end, 10);
-    if (errno != 0)
-        return -ERANGE;
-    *ret = v;
-    *ret_end = end;
-    return 0;
-}
-
-int config_parse_bytes(const char *text, uint64_t *ret)
-{
-    static const char suffixes[] = "KMGT";
-    const char *end, *at;
-    uint64_t v;
-
-    if (parse_number(text, &v, &end) < 0)
-        return -EINVAL;
-    if (*end) {
-        at = strchr(suffixes, *end);
-        if (!at || end[1] || ckd_mul(&v, v, UINT64_C(1) << (10 * (at - suffixes + 1))))
-            return -EINVAL;
-    }
-    *ret = v;
-    return 0;
-}
-
 int config_parse_seconds(const char *text, uint64_t *ret_usec)
 {
     static const struct {
@@ -166,7 +134,7 @@ int config_parse_seconds(const char *text, uint64_t *ret_usec)
         *ret_usec = 0;
         return 0;
     }
-    if (parse_number(text, &v, &end) < 0)
+    if (number_begin(text, &v, &end) < 0)
         return -EINVAL;
     for (size_t i = 0; i < ARRAY_SIZE(units); i++)
         if (strcmp(end, units[i].name) == 0) {
@@ -284,7 +252,6 @@ static int set_value(struct config *c, void *base, const struct key *k, const ch
 {
     static const char *const levels[] = {"reference", "avx2", "avx512", "amx"};
     void *at = (char *)base + k->offset;
-    const char *end;
     uint64_t v;
 
     switch (k->type) {
@@ -293,12 +260,12 @@ static int set_value(struct config *c, void *base, const struct key *k, const ch
     case VALUE_FOLDERS:
         return add_folder(c, value);
     case VALUE_U32:
-        if (parse_number(value, &v, &end) < 0 || *end || v < k->least || v > k->most)
+        if (number_parse(value, k->most, &v) < 0 || v < k->least)
             return -EINVAL;
         *(uint32_t *)at = (uint32_t)v;
         return 0;
     case VALUE_BYTES:
-        if (config_parse_bytes(value, &v) < 0 || v < k->least || v > k->most)
+        if (number_parse_bytes(value, &v) < 0 || v < k->least || v > k->most)
             return -EINVAL;
         *(uint64_t *)at = v;
         return 0;
@@ -339,10 +306,9 @@ static int set_value(struct config *c, void *base, const struct key *k, const ch
 static int uid_of(const char *name, uid_t *ret)
 {
     const struct passwd *user;
-    const char *end;
     uint64_t v;
 
-    if (parse_number(name, &v, &end) == 0 && !*end) {
+    if (number_parse(name, UINT64_MAX, &v) == 0) {
         if (v >= UINT32_MAX) /* (uid_t)-1 is nobody's */
             return -EINVAL;
         *ret = (uid_t)v;

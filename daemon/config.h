@@ -77,6 +77,5 @@ struct user_entry {
  */
 size_t config_need_restart(const struct config *old, const struct config *new, char *out, size_t n);
 
-/* Also for the command line. "64M"; "90", "5min", "infinity" (0). 0, -EINVAL */
-int config_parse_bytes(const char *text, uint64_t *ret);
+/* Also for the command line. "90", "5min", "infinity" (0). 0, -EINVAL */
 int config_parse_seconds(const char *text, uint64_t *ret_usec);

@@ -9,18 +9,16 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/number.h"
 
 #define MAX_THREADS 1024
 
 int parse_number(const char *name, const char *text, uint32_t low, uint32_t high, uint32_t *ret,
                  struct error *err)
 {
-    uint64_t n = 0;
-    const char *p = text;
+    uint64_t n;
 
-    for (; *p >= '0' && *p <= '9' && n <= high; p++)
-        n = n * 10 + (uint64_t)(*p - '0');
-    if (p == text || *p || n < low || n > high)
+    if (number_parse(text, high, &n) < 0 || n < low)
         return error_set(err, EINVAL, "%s '%s': a number from %u to %u expected", name, text, low,
                          high);
     *ret = (uint32_t)n;
