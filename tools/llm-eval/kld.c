@@ -13,6 +13,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "tools/common/engine-args.h"
+#include "tools/llm-eval/eval-args.h"
 #include "tools/llm-eval/eval.h"
 #include "tools/llm-eval/llm-eval.h"
 #include "tools/llm-eval/windows.h"
@@ -33,9 +34,16 @@ static const char help[] =
     "less)\n" ENGINE_ARGS_HELP "  --help                   show this and exit";
 
 struct divergences {
+    struct engine *reference, *engine;
+    double start;
     double *kld; /* [n] */
     size_t n, allocated, n_agree;
 };
+
+static double rate(const struct divergences *d)
+{
+    return (double)d->n / (now() - d->start);
+}
 
 static size_t find_largest(const float *x, size_t n)
 {
@@ -72,9 +80,10 @@ static int compare_rows(struct divergences *d, const float *p, const float *q, s
     return 0;
 }
 
-static int evaluate(struct engine *reference, struct engine *e, const struct window *w,
-                    struct divergences *d, struct error *err)
+static int evaluate(void *userdata, const struct window *w, struct error *err)
 {
+    struct divergences *d = userdata;
+    struct engine *reference = d->reference, *e = d->engine;
     CLEANUP(session_freep) struct session *a = NULL;
     CLEANUP(session_freep) struct session *b = NULL;
     size_t vocab_size = model_config(engine_model(e))->vocab_size, n;
@@ -103,6 +112,8 @@ static int evaluate(struct engine *reference, struct engine *e, const struct win
                 error_set(err, -r, "out of memory");
         }
     }
+    if (isatty(STDERR_FILENO))
+        fprintf(stderr, "\r%zu positions, %.1f/s ", d->n, rate(d));
     return r;
 }
 
@@ -136,106 +147,64 @@ int kld_run(int argc, char **argv)
 {
     static const struct option long_options[] = {
         {"reference", required_argument, NULL, 'r'},
-        {"text", required_argument, NULL, 't'},
-        {"tokens", required_argument, NULL, 'T'},
-        {"context", required_argument, NULL, 'c'},
-        ENGINE_ARGS,
-        {"help", no_argument, NULL, 'h'},
-        {NULL, 0, NULL, 0},
+        INPUT_ARGS,
+        EVAL_ARGS,
     };
     CLEANUP(model_freep) struct model *reference_model = NULL;
     CLEANUP(model_freep) struct model *m = NULL;
     CLEANUP(engine_freep) struct engine *reference = NULL;
     CLEANUP(engine_freep) struct engine *e = NULL;
     CLEANUP(input_done) struct input in = {.bos = TOKENIZER_NONE};
-    CLEANUP(freep) uint32_t *ids = NULL;
     struct engine_options options = {.max_logits = EVAL_MAX_LOGITS}, definition;
-    const char *text = NULL, *tokens = NULL, *reference_path = NULL;
-    uint32_t context = 0, stride = 0;
-    struct divergences d = {NULL, 0, 0, 0};
+    const char *path = NULL, *reference_path = NULL;
+    struct input_args args = {0};
+    struct divergences d = {0};
     struct error err;
-    double start;
-    int c, r;
+    int c, r, status;
 
-    while ((c = getopt_long(argc, argv, "h", long_options, NULL)) != -1) {
-        r = 0;
-        switch (c) {
-        case 'r':
+    while ((c = eval_args_next(argc, argv, long_options, help, &options, &status)) >= 0) {
+        if (c == 'r')
             reference_path = optarg;
-            break;
-        case 't':
-            text = optarg;
-            break;
-        case 'T':
-            tokens = optarg;
-            break;
-        case 'c':
-            r = parse_number("--context", optarg, 2, MODEL_MAX_CONTEXT, &context, &err);
-            break;
-        case 'h':
-            puts(help);
-            return finish_output(argv[0]);
-        case '?':
-            return usage_error(argv[0], NULL);
-        default:
-            r = engine_args_take(&options, c, optarg, &err);
-        }
-        if (r < 0)
+        else if (input_args_take(&args, c, optarg, &err) < 0)
             return usage_error(argv[0], "%s", err.text);
     }
+    if (c == EVAL_ARGS_STOP)
+        return status;
     if (!reference_path)
         return usage_error(argv[0], "no --reference given");
-    if (!text == !tokens)
+    if (!args.text == !args.tokens)
         return usage_error(argv[0], "one of --text and --tokens expected");
-    if (optind == argc)
-        return usage_error(argv[0], "no MODEL given");
-    if (optind + 1 < argc)
-        return usage_error(argv[0], "one MODEL only, '%s' is too much", argv[optind + 1]);
+    status = eval_args_model(argc, argv, &path);
+    if (status != EXIT_SUCCESS)
+        return status;
 
     definition = options;
     definition.activations = ACTIVATIONS_F32;
     definition.kv_type = KV_F32;
     r = open_engine(&reference_model, &reference, reference_path, &definition, &err);
     if (r == 0)
-        r = open_engine(&m, &e, argv[optind], &options, &err);
+        r = open_engine(&m, &e, path, &options, &err);
     if (r == 0 && model_config(m)->vocab_size != model_config(reference_model)->vocab_size)
         r = error_set(&err, EINVAL, "%s has %u tokens, %s %u: nothing to compare", reference_path,
-                      model_config(reference_model)->vocab_size, argv[optind],
-                      model_config(m)->vocab_size);
-    if (r == 0 && context == 0)
-        context = MIN(MIN(model_config(m)->context_max, model_config(reference_model)->context_max),
-                      (uint32_t)DEFAULT_CONTEXT);
+                      model_config(reference_model)->vocab_size, path, model_config(m)->vocab_size);
+    if (r == 0 && args.context == 0)
+        args.context =
+            MIN(MIN(model_config(m)->context_max, model_config(reference_model)->context_max),
+                (uint32_t)DEFAULT_CONTEXT);
     if (r == 0)
-        r = choose_windows(m, false, &context, &stride, &err);
+        r = choose_windows(m, false, &args, &err);
     if (r == 0)
-        r = choose_windows(reference_model, false, &context, &stride, &err);
+        r = choose_windows(reference_model, false, &args, &err);
     if (r == 0)
-        r = input_read(&in, reference_model, text, tokens, &err);
-    if (r < 0)
-        return run_error(argv[0], "%s", err.text);
-    ids = calloc(context, sizeof(*ids));
-    if (!ids)
-        return run_error(argv[0], "out of memory");
-
-    start = now();
-    for (size_t i = 0; r == 0 && i < in.file.n; i++) {
-        struct windows windows = {.sequence = &in.file.sequences[i],
-                                  .bos = in.bos,
-                                  .n_ctx = context,
-                                  .stride = stride,
-                                  .ids = ids};
-        struct window w;
-
-        while (r == 0 && windows_next(&windows, &w)) {
-            r = evaluate(reference, e, &w, &d, &err);
-            if (isatty(STDERR_FILENO))
-                fprintf(stderr, "\r%zu positions, %.1f/s ", d.n, (double)d.n / (now() - start));
-        }
+        r = input_read(&in, reference_model, &args, &err);
+    if (r == 0) {
+        d = (struct divergences){.reference = reference, .engine = e, .start = now()};
+        r = windows_each(&in, &args, evaluate, &d, &err);
     }
     if (r == 0) {
         fprintf(stderr, "%s%s against %s: context %u, %.1f positions/s\n",
                 isatty(STDERR_FILENO) ? "\r" : "", engine_description(e),
-                engine_description(reference), context, (double)d.n / (now() - start));
+                engine_description(reference), args.context, rate(&d));
         print(&d);
     }
     free(d.kld);

@@ -12,6 +12,7 @@
 #include "base/cleanup.h"
 #include "tools/common/engine-args.h"
 #include "tools/common/output-file.h"
+#include "tools/llm-eval/eval-args.h"
 #include "tools/llm-eval/eval.h"
 #include "tools/llm-eval/llm-eval.h"
 #include "tools/llm-eval/token-file.h"
@@ -49,50 +50,33 @@ int logits_run(int argc, char **argv)
     static const struct option long_options[] = {
         {"tokens", required_argument, NULL, 't'},
         {"output", required_argument, NULL, 'o'},
-        ENGINE_ARGS,
-        {"help", no_argument, NULL, 'h'},
-        {NULL, 0, NULL, 0},
+        EVAL_ARGS,
     };
     CLEANUP(model_freep) struct model *m = NULL;
     CLEANUP(engine_freep) struct engine *e = NULL;
     CLEANUP(token_file_done) struct token_file tokens = {NULL, NULL, 0};
     CLEANUP(output_done) struct output_file out = {NULL, NULL, NULL};
     struct engine_options options = {.max_logits = EVAL_MAX_LOGITS};
-    const char *tokens_path = NULL, *output = NULL;
+    const char *tokens_path = NULL, *output = NULL, *path = NULL;
     const struct model_config *config;
     struct error err;
-    int c, r;
+    int c, r, status;
 
     _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "floats are written as they are");
 
-    while ((c = getopt_long(argc, argv, "h", long_options, NULL)) != -1) {
-        switch (c) {
-        case 't':
-            tokens_path = optarg;
-            break;
-        case 'o':
-            output = optarg;
-            break;
-        case 'h':
-            puts(help);
-            return finish_output(argv[0]);
-        case '?':
-            return usage_error(argv[0], NULL);
-        default:
-            if (engine_args_take(&options, c, optarg, &err) < 0)
-                return usage_error(argv[0], "%s", err.text);
-        }
-    }
+    while ((c = eval_args_next(argc, argv, long_options, help, &options, &status)) >= 0)
+        *(c == 't' ? &tokens_path : &output) = optarg;
+    if (c == EVAL_ARGS_STOP)
+        return status;
     if (!tokens_path)
         return usage_error(argv[0], "no --tokens given");
     if (!output)
         return usage_error(argv[0], "no --output given");
-    if (optind == argc)
-        return usage_error(argv[0], "no MODEL given");
-    if (optind + 1 < argc)
-        return usage_error(argv[0], "one MODEL only, '%s' is too much", argv[optind + 1]);
+    status = eval_args_model(argc, argv, &path);
+    if (status != EXIT_SUCCESS)
+        return status;
 
-    r = open_engine(&m, &e, argv[optind], &options, &err);
+    r = open_engine(&m, &e, path, &options, &err);
     if (r < 0)
         return run_error(argv[0], "%s", err.text);
     config = model_config(m);

@@ -13,6 +13,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "tools/common/engine-args.h"
+#include "tools/llm-eval/eval-args.h"
 #include "tools/llm-eval/eval.h"
 #include "tools/llm-eval/llm-eval.h"
 #include "tools/llm-eval/windows.h"
@@ -34,13 +35,22 @@ static const char help[] =
 
 /* Of all predictions so far. */
 struct sums {
+    struct engine *engine;
+    double start;
     size_t n, n_evaluated;
     double sum, squares;
 };
 
-static int evaluate(struct engine *e, const struct window *w, struct sums *sums, struct error *err)
+static double rate(const struct sums *s)
+{
+    return (double)s->n_evaluated / (now() - s->start);
+}
+
+static int evaluate(void *userdata, const struct window *w, struct error *err)
 {
     CLEANUP(session_freep) struct session *s = NULL;
+    struct sums *sums = userdata;
+    struct engine *e = sums->engine;
     size_t vocab_size = model_config(engine_model(e))->vocab_size, n;
     int r;
 
@@ -66,6 +76,8 @@ static int evaluate(struct engine *e, const struct window *w, struct sums *sums,
         }
     }
     sums->n_evaluated += w->n - 1;
+    if (r == 0 && isatty(STDERR_FILENO))
+        fprintf(stderr, "\r%zu tokens, %.1f tokens/s ", sums->n_evaluated, rate(sums));
     return r;
 }
 
@@ -83,93 +95,48 @@ static void print(const struct sums *sums)
 int perplexity_run(int argc, char **argv)
 {
     static const struct option long_options[] = {
-        {"text", required_argument, NULL, 't'},
-        {"tokens", required_argument, NULL, 'T'},
-        {"context", required_argument, NULL, 'c'},
-        {"stride", required_argument, NULL, 's'},
-        ENGINE_ARGS,
-        {"help", no_argument, NULL, 'h'},
-        {NULL, 0, NULL, 0},
+        INPUT_ARGS,
+        {"stride", required_argument, NULL, INPUT_ARG_STRIDE},
+        EVAL_ARGS,
     };
     CLEANUP(model_freep) struct model *m = NULL;
     CLEANUP(engine_freep) struct engine *e = NULL;
     CLEANUP(input_done) struct input in = {.bos = TOKENIZER_NONE};
-    CLEANUP(freep) uint32_t *ids = NULL;
     struct engine_options options = {.max_logits = EVAL_MAX_LOGITS};
-    const char *text = NULL, *tokens = NULL;
-    uint32_t context = 0, stride = 0;
-    struct sums sums = {0, 0, 0, 0};
+    struct input_args args = {0};
+    struct sums sums = {0};
+    const char *path = NULL;
     struct error err;
-    double start;
-    int c, r;
+    int c, r, status;
 
-    while ((c = getopt_long(argc, argv, "h", long_options, NULL)) != -1) {
-        r = 0;
-        switch (c) {
-        case 't':
-            text = optarg;
-            break;
-        case 'T':
-            tokens = optarg;
-            break;
-        case 'c':
-            r = parse_number("--context", optarg, 2, MODEL_MAX_CONTEXT, &context, &err);
-            break;
-        case 's':
-            r = parse_number("--stride", optarg, 1, MODEL_MAX_CONTEXT, &stride, &err);
-            break;
-        case 'h':
-            puts(help);
-            return finish_output(argv[0]);
-        case '?':
-            return usage_error(argv[0], NULL);
-        default:
-            r = engine_args_take(&options, c, optarg, &err);
-        }
-        if (r < 0)
+    while ((c = eval_args_next(argc, argv, long_options, help, &options, &status)) >= 0)
+        if (input_args_take(&args, c, optarg, &err) < 0)
             return usage_error(argv[0], "%s", err.text);
-    }
-    if (!text == !tokens)
+    if (c == EVAL_ARGS_STOP)
+        return status;
+    if (!args.text == !args.tokens)
         return usage_error(argv[0], "one of --text and --tokens expected");
-    if (optind == argc)
-        return usage_error(argv[0], "no MODEL given");
-    if (optind + 1 < argc)
-        return usage_error(argv[0], "one MODEL only, '%s' is too much", argv[optind + 1]);
+    status = eval_args_model(argc, argv, &path);
+    if (status != EXIT_SUCCESS)
+        return status;
 
-    r = open_engine(&m, &e, argv[optind], &options, &err);
+    r = open_engine(&m, &e, path, &options, &err);
     if (r == 0)
-        r = choose_windows(m, true, &context, &stride, &err);
+        r = choose_windows(m, true, &args, &err);
     if (r == 0)
-        r = input_read(&in, m, text, tokens, &err);
+        r = input_read(&in, m, &args, &err);
+    if (r == 0) {
+        sums.engine = e;
+        sums.start = now();
+        r = windows_each(&in, &args, evaluate, &sums, &err);
+    }
     if (r < 0)
         return run_error(argv[0], "%s", err.text);
-    ids = calloc(context, sizeof(*ids));
-    if (!ids)
-        return run_error(argv[0], "out of memory");
-
-    start = now();
-    for (size_t i = 0; i < in.file.n; i++) {
-        struct windows windows = {.sequence = &in.file.sequences[i],
-                                  .bos = in.bos,
-                                  .n_ctx = context,
-                                  .stride = stride,
-                                  .ids = ids};
-        struct window w;
-
-        while (windows_next(&windows, &w)) {
-            r = evaluate(e, &w, &sums, &err);
-            if (r < 0)
-                return run_error(argv[0], "%s", err.text);
-            if (isatty(STDERR_FILENO))
-                fprintf(stderr, "\r%zu tokens, %.1f tokens/s ", sums.n_evaluated,
-                        (double)sums.n_evaluated / (now() - start));
-        }
-    }
     if (sums.n == 0)
         return run_error(argv[0], "nothing to predict: no two tokens in a row");
     fprintf(stderr, "%s%s: context %u, stride %u, %zu tokens evaluated, %.1f tokens/s\n",
-            isatty(STDERR_FILENO) ? "\r" : "", engine_description(e), context, stride,
-            sums.n_evaluated, (double)sums.n_evaluated / (now() - start));
+            isatty(STDERR_FILENO) ? "\r" : "", engine_description(e), args.context, args.stride,
+            sums.n_evaluated, rate(&sums));
     print(&sums);
     return finish_output(argv[0]);
 }

@@ -16,6 +16,7 @@
 #include "engine/generation.h"
 #include "engine/json-text.h"
 #include "tools/common/engine-args.h"
+#include "tools/llm-eval/eval-args.h"
 #include "tools/llm-eval/eval.h"
 #include "tools/llm-eval/llm-eval.h"
 #include "tools/llm-eval/skill-cases.h"
@@ -408,16 +409,15 @@ int skills_run(int argc, char **argv)
     static const struct option long_options[] = {
         {"cases", required_argument, NULL, 'c'}, {"skill", required_argument, NULL, 's'},
         {"failures", no_argument, NULL, 'f'},    {"json", no_argument, NULL, 'j'},
-        {"min", required_argument, NULL, 'm'},   ENGINE_ARGS,
-        {"help", no_argument, NULL, 'h'},        {NULL, 0, NULL, 0},
+        {"min", required_argument, NULL, 'm'},   EVAL_ARGS,
     };
     struct engine_options engine_options = {.max_logits = BATCH};
     struct options o = {0};
+    const char *path = NULL;
     struct error err;
-    int c, r;
+    int c, status;
 
-    while ((c = getopt_long(argc, argv, "h", long_options, NULL)) != -1) {
-        r = 0;
+    while ((c = eval_args_next(argc, argv, long_options, help, &engine_options, &status)) >= 0) {
         switch (c) {
         case 'c':
             o.cases = optarg;
@@ -432,24 +432,15 @@ int skills_run(int argc, char **argv)
             o.json = true;
             break;
         case 'm':
-            r = parse_minima(&o, optarg, &err);
+            if (parse_minima(&o, optarg, &err) < 0)
+                return usage_error(argv[0], "%s", err.text);
             break;
-        case 'h':
-            puts(help);
-            return finish_output(argv[0]);
-        case '?':
-            return usage_error(argv[0], NULL);
-        default:
-            r = engine_args_take(&engine_options, c, optarg, &err);
         }
-        if (r < 0)
-            return usage_error(argv[0], "%s", err.text);
     }
+    if (c == EVAL_ARGS_STOP)
+        return status;
     if (o.failures && o.json)
         return usage_error(argv[0], "one of --failures and --json only");
-    if (optind == argc)
-        return usage_error(argv[0], "no MODEL given");
-    if (optind + 1 < argc)
-        return usage_error(argv[0], "one MODEL only, '%s' is too much", argv[optind + 1]);
-    return run(argv[0], argv[optind], &engine_options, &o);
+    status = eval_args_model(argc, argv, &path);
+    return status == EXIT_SUCCESS ? run(argv[0], path, &engine_options, &o) : status;
 }

@@ -23,6 +23,30 @@
 
 #define DEFAULT_CONTEXT 2048 /* or the model's where that is less */
 
+/* What to evaluate, as the command line says it; zero where it does not. */
+struct input_args {
+    const char *text, *tokens;
+    uint32_t context, stride;
+};
+
+/* For the getopt_long() table, and the values it then returns. */
+enum input_arg {
+    INPUT_ARG_CONTEXT = 0x4100, /* beyond any letter, and ENGINE_ARGS's */
+    INPUT_ARG_STRIDE,
+    INPUT_ARG_TEXT,
+    INPUT_ARG_TOKENS,
+};
+
+/* clang-format off */
+#define INPUT_ARGS                                                                                 \
+    {"context", required_argument, NULL, INPUT_ARG_CONTEXT},                                       \
+    {"text", required_argument, NULL, INPUT_ARG_TEXT},                                             \
+    {"tokens", required_argument, NULL, INPUT_ARG_TOKENS}
+/* clang-format on */
+
+/* One of these, or "stride". 0, -EINVAL: err names option and value */
+int input_args_take(struct input_args *a, int option, const char *value, struct error *err);
+
 /* What to evaluate: text or tokens, a name for each in messages. */
 struct input {
     struct token_file file;
@@ -30,7 +54,7 @@ struct input {
 };
 
 /* Exactly one of text and tokens is a path, "-" for stdin. 0, -errno: err says what is wrong */
-int input_read(struct input *ret, const struct model *m, const char *text, const char *tokens,
+int input_read(struct input *ret, const struct model *m, const struct input_args *a,
                struct error *err);
 void input_done(struct input *in);
 
@@ -39,20 +63,7 @@ void input_done(struct input *in);
  * with overlap false, all of it: no token but the bos is seen twice); and checks those given
  * against m and each other. 0, -EINVAL
  */
-int choose_windows(const struct model *m, bool overlap, uint32_t *context, uint32_t *stride,
-                   struct error *err);
-
-struct windows {
-    /* the caller's */
-    const struct sequence *sequence;
-    uint32_t bos;         /* or TOKENIZER_NONE */
-    size_t n_ctx, stride; /* 2 <= n_ctx, 1 <= stride <= n_ctx - 1 */
-    uint32_t *ids;        /* [n_ctx], the window is put here */
-
-    /* zero at first: where the next window begins, how many tokens the ones before had */
-    size_t next, covered;
-    bool done;
-};
+int choose_windows(const struct model *m, bool overlap, struct input_args *a, struct error *err);
 
 struct window {
     const uint32_t *ids;
@@ -61,5 +72,10 @@ struct window {
     bool last;
 };
 
-/* False when there is none any more. */
-bool windows_next(struct windows *w, struct window *ret);
+/*
+ * Calls f for each window of each sequence, with the context and stride chosen for a, until one
+ * returns < 0, which is then returned. 0, -ENOMEM
+ */
+int windows_each(const struct input *in, const struct input_args *a,
+                 int (*f)(void *userdata, const struct window *w, struct error *err),
+                 void *userdata, struct error *err);
