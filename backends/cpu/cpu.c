@@ -30,8 +30,8 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 
-/* Below this many multiplications a second thread costs more than it brings: some 1 us. */
-#define PARALLEL_MIN ((size_t)1 << 15)
+/* Multiplications that make a piece: handing over less costs more than it brings. */
+#define PIECE_MIN ((size_t)1 << 12)
 
 /* Pieces per thread: enough that a core that is also busy elsewhere does not hold up the others. */
 #define PIECES_PER_THREAD 4
@@ -161,12 +161,16 @@ static void do_piece(const void *userdata, uint32_t number, uint32_t thread)
 
 void cpu_parallel(struct cpu_backend *c, uint32_t n, size_t cost, cpu_body body, const void *args)
 {
-    struct parallel p = {c, body, args, n, 1};
+    struct parallel p = {c, body, args, n, MAX(n / (c->n_threads * PIECES_PER_THREAD), 1u)};
 
     if (n == 0)
         return;
-    if (c->n_threads > 1 && n > 1 && cost >= PARALLEL_MIN / n) {
-        p.piece = MAX(n / (c->n_threads * PIECES_PER_THREAD), 1u);
+    if (cost < PIECE_MIN)
+        p.piece = MAX(p.piece, (uint32_t)(PIECE_MIN / MAX(cost, (size_t)1)));
+    if (c->n_threads > 1 && p.piece < n) {
+        uint32_t n_pieces = DIV_ROUND_UP(n, p.piece);
+
+        p.piece = DIV_ROUND_UP(n, n_pieces); /* so that the last is not much smaller */
         team_run(c->team, DIV_ROUND_UP(n, p.piece), do_piece, &p);
         return;
     }

@@ -67,6 +67,23 @@ static void meet(const void *args, uint32_t piece, uint32_t thread)
         sched_yield();
 }
 
+struct rendezvous {
+    pid_t *tids; /* [THREADS] */
+    atomic_uint here;
+};
+
+/* All threads of the team are in the job at the same time. */
+static void gather(const void *args, uint32_t piece, uint32_t thread)
+{
+    struct rendezvous *r = (struct rendezvous *)args;
+
+    (void)piece;
+    r->tids[thread] = gettid();
+    atomic_fetch_add(&r->here, 1);
+    while (atomic_load(&r->here) < THREADS)
+        sched_yield();
+}
+
 static bool sleeps(pid_t tid)
 {
     char path[64], line[512];
@@ -90,6 +107,24 @@ static void remember_tid(const void *args, uint32_t piece, uint32_t thread)
         atomic_store(tid, gettid());
     while (atomic_load(tid) == 0)
         sched_yield();
+}
+
+/* Threads that have nothing to do end up asleep, all of them, and stay so: no time is used. */
+static void idle_threads_sleep(void)
+{
+    pid_t tids[THREADS] = {0};
+    struct rendezvous r = {.tids = tids};
+    struct team *t;
+
+    assert(team_new(&t, THREADS) == 0);
+    team_run(t, THREADS, gather, &r);
+    for (uint32_t i = 1; i < THREADS; i++)
+        while (!sleeps(tids[i]))
+            sched_yield();
+    for (uint32_t n = 0; n < 100; n++)
+        for (uint32_t i = 1; i < THREADS; i++)
+            assert(sleeps(tids[i]));
+    team_free(t);
 }
 
 static void a_sleeper_is_woken(void)
@@ -200,6 +235,7 @@ static void extremes(void)
 int main(void)
 {
     many_jobs();
+    idle_threads_sleep();
     a_sleeper_is_woken();
     pinned();
     extremes();
