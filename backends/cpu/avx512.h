@@ -9,4 +9,6 @@
 #include "backends/cpu/cpu.h"
 
 void cpu_avx512_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a);
+void cpu_avx512_matmul(struct backend *b, const struct weight *w, const struct activations *x,
+                       float *y, size_t ld_y);
 void cpu_avx512_attention(struct backend *b, const struct attention_args *a);

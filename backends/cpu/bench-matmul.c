@@ -40,12 +40,15 @@ static const struct {
 static const struct {
     enum weight_type type;
     enum weight_layout layout;
-    bool rounded;
+    enum { F32, COARSE, FINE } activations;
 } kinds[] = {
-    {WEIGHT_Q4, LAYOUT_TILE16, true},  {WEIGHT_Q8, LAYOUT_TILE16, true},
-    {WEIGHT_Q4, LAYOUT_TILE16, false}, {WEIGHT_BF16, LAYOUT_TILE16, false},
-    {WEIGHT_Q4, LAYOUT_ROWS, true},    {WEIGHT_Q4, LAYOUT_COLS, true},
+    {WEIGHT_Q4, LAYOUT_TILE16, COARSE}, {WEIGHT_Q8, LAYOUT_TILE16, COARSE},
+    {WEIGHT_Q4, LAYOUT_TILE16, FINE},   {WEIGHT_Q4, LAYOUT_TILE16, F32},
+    {WEIGHT_BF16, LAYOUT_TILE16, F32},  {WEIGHT_Q4, LAYOUT_ROWS, COARSE},
+    {WEIGHT_Q4, LAYOUT_COLS, COARSE},
 };
+
+static const char *const activation_names[] = {"f32", "coarse", "fine"};
 
 /* Reads much memory with as many threads: the ceiling for one row. */
 static double read_bandwidth(uint32_t n_threads, const void *memory, size_t bytes)
@@ -92,10 +95,12 @@ static double bench(struct backend *b, const struct weight *w, size_t bytes, siz
     return best;
 }
 
-/* cold_bytes: copies of a matrix take this much, so that none stays in a cache */
-static int run_level(const char *name, uint32_t n_threads, double min_seconds, size_t cold_bytes)
+/* cold_bytes: copies of a matrix take this much, so that none stays in a cache. only: kinds whose
+ * name begins so, NULL for all */
+static int run_level(const char *name, uint32_t n_threads, double min_seconds, size_t cold_bytes,
+                     const char *only)
 {
-    static const uint32_t batches[] = {1, 2, 4, 16, 128, 512};
+    static const uint32_t batches[] = {1, 2, 4, 8, 16, 128, 512};
     const struct backend_limits limits = {MAX_ROWS, 16384, 8};
     CLEANUP(backend_freep) struct backend *b = NULL;
     struct error err = {{0}};
@@ -111,7 +116,7 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
     data = backend_alloc(b, SPACE);
     x = backend_alloc(b, (size_t)MAX_ROWS * 16384 * 4);
     y = backend_alloc(b, (size_t)MAX_ROWS * 16384 * 4);
-    q = backend_alloc(b, (size_t)MAX_ROWS * 16384 * 2);
+    q = backend_alloc(b, (size_t)MAX_ROWS * 16384 * 3);
     if (!data || !x || !y || !q) {
         fprintf(stderr, "bench-matmul: out of memory\n");
         return -1;
@@ -136,15 +141,21 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
 
             if (weight_size(w.type, w.layout, w.n_out, w.n_in, &bytes) < 0)
                 continue;
-            if (kinds[k].rounded) {
+            if (kinds[k].activations != F32) {
                 a.q = (int8_t *)q;
                 a.d = (float *)(q + (size_t)MAX_ROWS * w.n_in);
                 a.sum = (int32_t *)(a.d + MAX_ROWS * n_blocks);
+                if (kinds[k].activations == FINE) {
+                    a.sum_low = a.sum + MAX_ROWS * n_blocks;
+                    a.q_low = (int8_t *)(a.sum_low + MAX_ROWS * n_blocks);
+                }
                 a.n = MAX_ROWS;
                 b->ops->quantize(b, &a);
             }
             snprintf(text, sizeof(text), "%s %s %s", weight_type_name(w.type),
-                     weight_layout_name(w.layout), kinds[k].rounded ? "rounded" : "f32");
+                     weight_layout_name(w.layout), activation_names[kinds[k].activations]);
+            if (only && strncmp(text, only, strlen(only)) != 0)
+                continue;
             printf("%-18s %5ux%-6u", text, w.n_out, w.n_in);
             for (size_t i = 0; i < ARRAY_SIZE(batches); i++) {
                 double t;
@@ -161,23 +172,26 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
     backend_release(b, data, SPACE);
     backend_release(b, x, (size_t)MAX_ROWS * 16384 * 4);
     backend_release(b, y, (size_t)MAX_ROWS * 16384 * 4);
-    backend_release(b, q, (size_t)MAX_ROWS * 16384 * 2);
+    backend_release(b, q, (size_t)MAX_ROWS * 16384 * 3);
     return 0;
 }
 
 int main(int argc, char **argv)
 {
-    static const struct option options[] = {
-        {"level", required_argument, NULL, 'l'},   {"threads", required_argument, NULL, 't'},
-        {"seconds", required_argument, NULL, 's'}, {"hot", no_argument, NULL, 'c'},
-        {"help", no_argument, NULL, 'h'},          {0}};
-    const char *level = NULL;
+    static const struct option options[] = {{"level", required_argument, NULL, 'l'},
+                                            {"threads", required_argument, NULL, 't'},
+                                            {"seconds", required_argument, NULL, 's'},
+                                            {"hot", no_argument, NULL, 'c'},
+                                            {"kind", required_argument, NULL, 'k'},
+                                            {"help", no_argument, NULL, 'h'},
+                                            {0}};
+    const char *level = NULL, *kind = NULL;
     double min_seconds = 0.3;
     uint32_t n_threads = 0;
     bool hot = false;
     int o;
 
-    while ((o = getopt_long(argc, argv, "l:t:s:ch", options, NULL)) != -1)
+    while ((o = getopt_long(argc, argv, "l:t:s:ck:h", options, NULL)) != -1)
         switch (o) {
         case 'l':
             level = optarg;
@@ -191,14 +205,19 @@ int main(int argc, char **argv)
         case 'c':
             hot = true;
             break;
+        case 'k':
+            kind = optarg;
+            break;
         case 'h':
             printf(
                 "usage: bench-matmul [--level NAME] [--threads N] [--seconds PER-FIGURE] [--hot]\n"
-                "  --hot  the same matrix each time, so that small ones stay in the cache\n");
+                "                    [--kind TEXT]\n"
+                "  --hot   the same matrix each time, so that small ones stay in the cache\n"
+                "  --kind  only those whose name begins so, as 'q4 tile16 fine'\n");
             return 0;
         default:
             fprintf(stderr, "Try 'bench-matmul --help'.\n");
             return 2;
         }
-    return run_level(level, n_threads, min_seconds, hot ? 0 : SPACE / 2) < 0;
+    return run_level(level, n_threads, min_seconds, hot ? 0 : SPACE / 2, kind) < 0;
 }

@@ -184,12 +184,13 @@ size_t cpu_scratch_each(const struct backend_limits *limits)
     size_t matmul = packed_bytes(width) + stripe_scratch(width);
 
     row = MAX(MAX(row, matmul), sparse_scratch_each(limits));
-    return ALIGN_UP(MAX(row, CPU_ATTENTION_SCRATCH), (size_t)4096);
+    return ALIGN_UP(MAX(MAX(row, 2 * stripe_scratch(width)), CPU_ATTENTION_SCRATCH), (size_t)4096);
 }
 
 size_t cpu_scratch_shared(const struct backend_limits *limits)
 {
-    return MAX(sparse_scratch_shared(limits), CPU_ATTENTION_SHARED);
+    return MAX(MAX(sparse_scratch_shared(limits), panels_bytes(limits->max_width)),
+               CPU_ATTENTION_SHARED);
 }
 
 static void *map(size_t bytes)
@@ -210,8 +211,7 @@ int cpu_map_scratch(struct cpu_backend *c)
     if (c->scratch)
         (void)munmap(c->scratch, c->scratch_total);
     c->scratch = NULL;
-    if (ckd_mul(&total, c->scratch_each, c->n_threads) ||
-        ckd_add(&total, total, c->scratch_shared))
+    if (ckd_mul(&total, c->scratch_each, c->n_threads) || ckd_add(&total, total, c->scratch_shared))
         return -ENOMEM;
     c->scratch = map(total);
     c->scratch_total = total;

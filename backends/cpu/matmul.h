@@ -79,6 +79,32 @@ static inline struct packed_rows pack_rows(const struct activations *x, uint32_t
     return p;
 }
 
+/*
+ * Panels: rounded activations rearranged once for all threads, in the shared scratch. Groups of a
+ * few rows, block by block, so that a kernel reads one stream and finds every row at a constant
+ * distance. A block of a group of n rows:
+ *   int8_t q[n][32], q_low[n][32] if fine; float d[n]; int32_t bias[n]
+ * where bias is what the offset of the weights adds to the integer sum, negated.
+ */
+static inline size_t panel_bytes(bool fine, uint32_t n)
+{
+    return (size_t)n * ((fine ? 2 : 1) * WEIGHT_BLOCK + 8);
+}
+
+/* Rounded values that are in panels at a time: they meet a pair of stripes before the next pair
+ * does, so they should stay in a second-level cache, and weights be read seldom. Of more rows than
+ * CHUNK_ROWS_MIN at most CHUNK_BLOCKS blocks, of fewer all. */
+#define CHUNK_BYTES ((uint32_t)384 << 10)
+#define CHUNK_ROWS_MIN 16
+#define CHUNK_BLOCKS 64
+
+/* Bytes of shared scratch for the panels of the longest rows. */
+static inline size_t panels_bytes(size_t width)
+{
+    return MAX((size_t)CHUNK_BYTES, ALIGN_UP(width, (size_t)WEIGHT_BLOCK) * CHUNK_ROWS_MIN) /
+           WEIGHT_BLOCK * panel_bytes(true, 1);
+}
+
 /* Bytes of scratch for one stripe of the longest rows. */
 static inline size_t stripe_scratch(size_t width)
 {

@@ -204,10 +204,10 @@ static const struct {
 
 static void test_matmul(void)
 {
-    static const uint32_t sizes[][2] = {{1, 1},     {1, 32},   {15, 31},  {16, 16},  {17, 15},
-                                        {31, 33},   {32, 32},  {33, 64},  {64, 17},  {96, 96},
-                                        {160, 64},  {32, 544}, {64, 160}, {544, 96}, {128, 320},
-                                        {96, 2048}, {48, 544}, {160, 32}, {2048, 64}};
+    static const uint32_t sizes[][2] = {{1, 1},     {1, 32},   {15, 31},  {16, 16},   {17, 15},
+                                        {31, 33},   {32, 32},  {33, 64},  {64, 17},   {96, 96},
+                                        {160, 64},  {32, 544}, {64, 160}, {544, 96},  {128, 320},
+                                        {96, 2048}, {48, 544}, {160, 32}, {2048, 64}, {40, 4128}};
 
     for (size_t s = 0; s < ARRAY_SIZE(sizes); s++)
         for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
@@ -216,6 +216,41 @@ static void test_matmul(void)
                     if (r == ROUND_NOT || s % 8 == 3 || weight_type_is_quantized(kinds[i].type))
                         check_matmul(kinds[i].type, kinds[i].layout, sizes[s][0], sizes[s][1],
                                      (enum rounding)r);
+}
+
+/* More and longer rows than kernels take at a time: each has the bits it has alone. */
+static void check_many_rows(enum weight_type type, enum weight_layout layout,
+                            enum rounding rounding)
+{
+    enum { N = 403, N_OUT = 48, N_IN = 2112 };
+    struct packed p = packed_new(type, layout, N_OUT, N_IN);
+    struct rows x = rows_new(N, N_IN, rounding);
+    struct array y = array_new(N, N_OUT, 5), part = array_new(1, N_OUT, 0);
+
+    rows_fill(&x);
+    if (rounding != ROUND_NOT)
+        two->ops->quantize(two, &x.a);
+    two->ops->matmul(two, &p.w, &x.a, y.p, y.ld);
+    check_guards(&y, N);
+    for (uint32_t i = 0; i < N; i++) {
+        struct activations a = rows_from(&x.a, i, 1);
+
+        one->ops->matmul(one, &p.w, &a, part.p, part.ld);
+        check_same("matmul of many rows", y.p + i * y.ld, part.p, N_OUT);
+    }
+    array_free(&part);
+    array_free(&y);
+    rows_free(&x);
+    packed_free(&p);
+}
+
+static void test_many_rows(void)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(kinds) && two->ops->matmul != ref->ops->matmul; i++)
+        for (int r = ROUND_NOT; r <= ROUND_FINE; r++)
+            if (weight_supported(kinds[i].type, kinds[i].layout, 48, 2112) &&
+                (r == ROUND_NOT || weight_type_is_quantized(kinds[i].type)))
+                check_many_rows(kinds[i].type, kinds[i].layout, (enum rounding)r);
 }
 
 /* Weights whose every bit is hostile: nothing is promised but to come back. */
@@ -299,6 +334,7 @@ static void tests(void)
 {
     test_quantize();
     test_matmul();
+    test_many_rows();
     test_hostile_weights();
     test_get_rows();
 }
