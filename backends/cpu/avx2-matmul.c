@@ -5,7 +5,8 @@
  * Matrix products with AVX2. Sums run over blocks of 32 values of k in rising order, one addition
  * to the output's accumulator per block:
  *
- *   rounded   acc = fma((float)integer sum, d_w * d_x, acc)
+ *   coarse    acc = fma((float)integer sum, d_w * d_x, acc)
+ *   fine      acc = fma((float)(254 * sum of q's products + sum of q_low's), d_w / 254 * d_x, acc)
  *   f32       acc = fma(d_w, block sum, acc), or acc + block sum for weights without scales
  *
  * An output is one lane of an accumulator whichever kernel computes it, so one row and many give
@@ -21,6 +22,17 @@
 #include "backends/cpu/avx2.h"
 #include "backends/cpu/matmul.h"
 #include "backends/cpu/repack.h"
+
+/*
+ * gcc, left alone, loads all activations of a block before the first product, and both compilers
+ * keep fine ones of one half of a stripe for the other: then no registers are left for the weights.
+ */
+#ifdef __clang__
+#define KEEP_ORDER(vector) ((void)0)
+#else
+#define KEEP_ORDER(vector) __asm__("" : "+x"(vector))
+#endif
+#define LOAD_AGAIN(pointer) __asm__("" : "+r"(pointer))
 
 #define HALF 8 /* rows of a stripe in one register */
 
@@ -49,19 +61,6 @@ static inline void store_lanes(float *y, uint32_t n, __m256 v)
         _mm256_maskstore_ps(y, lanes_below(n), v);
 }
 
-/*
- * Integer sums of one block, eight rows of weights in the lanes. q4: products of a nibble, at most
- * 15, and 127, two by two and eight pairs deep: 30480, which 16 bits hold.
- */
-static inline __m256i dot_q4(const __m256i *nibbles, const int8_t *q, int32_t bias)
-{
-    __m256i sum = _mm256_maddubs_epi16(nibbles[0], broadcast_word(q));
-
-    for (int i = 1; i < 8; i++)
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(nibbles[i], broadcast_word(q + 4 * i)));
-    return _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(bias));
-}
-
 static inline void load_q4(const uint8_t *line, __m256i *nibbles)
 {
     const __m256i mask = _mm256_set1_epi8(0xf);
@@ -74,20 +73,49 @@ static inline void load_q4(const uint8_t *line, __m256i *nibbles)
     }
 }
 
-/* q8: the sign goes over to the activation; 2 * 128 * 127 fits 16 bits, so nothing saturates. */
-static inline __m256i dot_q8(const uint8_t *line, const int8_t *q)
+/*
+ * sum + factor * integer sums of one block, eight rows of weights in the lanes. q4: products of a
+ * nibble, at most 15, and 127, two by two and eight pairs deep: 30480, which 16 bits hold.
+ */
+static inline __m256i dot_q4(const __m256i *nibbles, const int8_t *q, int16_t factor, __m256i sum)
 {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i sum = _mm256_setzero_si256();
+    __m256i s = _mm256_maddubs_epi16(nibbles[0], broadcast_word(q));
 
+    for (int i = 1; i < 8; i++) {
+        s = _mm256_add_epi16(s, _mm256_maddubs_epi16(nibbles[i], broadcast_word(q + 4 * i)));
+        KEEP_ORDER(s);
+    }
+    return _mm256_add_epi32(_mm256_madd_epi16(s, _mm256_set1_epi16(factor)), sum);
+}
+
+/* q8: the sign goes over to the activation; 2 * 128 * 127 fits 16 bits, so nothing saturates. */
+static inline __m256i dot_q8(const uint8_t *line, const int8_t *q, int16_t factor, __m256i sum)
+{
     for (int i = 0; i < 8; i++) {
         __m256i w = _mm256_load_si256((const __m256i *)(line + 64 * i));
         __m256i x = _mm256_sign_epi8(broadcast_word(q + 4 * i), w);
+        __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), x);
 
-        sum = _mm256_add_epi32(
-            sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), x), ones));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(factor)));
     }
     return sum;
+}
+
+static inline int32_t offset_of(enum weight_type type)
+{
+    return type == WEIGHT_Q4 ? 8 : 0;
+}
+
+static inline size_t block_bytes(enum weight_type type)
+{
+    return type == WEIGHT_Q4 ? 4 * 64 : 8 * 64;
+}
+
+/* Half a stripe's block: nibbles of q4, already taken apart, or q8's line itself. */
+static inline __m256i dot_block(enum weight_type type, const uint8_t *line, const __m256i *nibbles,
+                                const int8_t *q, int16_t factor, __m256i sum)
+{
+    return type == WEIGHT_Q4 ? dot_q4(nibbles, q, factor, sum) : dot_q8(line, q, factor, sum);
 }
 
 static inline __m256 add_block(__m256i dot, __m256 d_w, float d_x, __m256 acc)
@@ -95,36 +123,49 @@ static inline __m256 add_block(__m256i dot, __m256 d_w, float d_x, __m256 acc)
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(d_w, _mm256_set1_ps(d_x)), acc);
 }
 
-/* One row of activations against one stripe. */
-static inline void stripe_rounded_one(enum weight_type type, const uint8_t *line,
-                                      const uint16_t *scales, const struct activations *x,
-                                      uint32_t row, float *y, uint32_t n_out)
+/* Scales of eight rows of weights, for activations of one or two planes. */
+static inline __m256 scales_for(bool fine, const uint16_t *d)
 {
-    const int8_t *q = x->q + row * x->ld_q;
-    const float *d = x->d + row * (x->ld_q / WEIGHT_BLOCK);
-    const int32_t *sum = x->sum + row * (x->ld_q / WEIGHT_BLOCK);
+    __m256 v = load_scales(d);
+
+    return fine ? _mm256_mul_ps(v, _mm256_set1_ps(FINE_SCALE)) : v;
+}
+
+/* One row of activations against one stripe. Type and fine are constants where this is used. */
+static inline __attribute__((always_inline)) void
+stripe_rounded_one(enum weight_type type, bool fine, const uint8_t *line, const uint16_t *scales,
+                   const struct activations *x, uint32_t row, float *y, uint32_t n_out)
+{
+    const size_t ld_d = x->ld_q / WEIGHT_BLOCK;
+    const int8_t *q = x->q + row * x->ld_q, *low = fine ? x->q_low + row * x->ld_q : NULL;
+    const float *d = x->d + row * ld_d;
+    const int32_t *sum = x->sum + row * ld_d, *sum_low = fine ? x->sum_low + row * ld_d : NULL;
     uint32_t n_blocks = x->k / WEIGHT_BLOCK;
     __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
 
     prefetch(scales, PREFETCH_SCALES);
     for (uint32_t b = 0; b < n_blocks; b++) {
-        prefetch(line + PREFETCH_LINES, type == WEIGHT_Q4 ? 4 * 64 : 8 * 64);
+        __m256i bias =
+            _mm256_set1_epi32(-offset_of(type) * (fine ? FINE * sum[b] + sum_low[b] : sum[b]));
+
+        prefetch(line + PREFETCH_LINES, block_bytes(type));
         prefetch((const char *)scales + PREFETCH_SCALES, 1);
-
         for (int half = 0; half < 2; half++) {
-            __m256i dot;
+            const uint8_t *part = line + 32 * half;
+            __m256i nibbles[8], dot;
 
-            if (type == WEIGHT_Q4) {
-                __m256i nibbles[8];
-
-                load_q4(line + 32 * half, nibbles);
-                dot = dot_q4(nibbles, q, -8 * sum[b]);
-            } else {
-                dot = dot_q8(line + 32 * half, q);
+            if (fine) {
+                LOAD_AGAIN(q);
+                LOAD_AGAIN(low);
             }
-            acc[half] = add_block(dot, load_scales(scales + HALF * half), d[b], acc[half]);
+            if (type == WEIGHT_Q4)
+                load_q4(part, nibbles);
+            dot = dot_block(type, part, nibbles, q, fine ? FINE : 1, bias);
+            if (fine)
+                dot = dot_block(type, part, nibbles, low + b * (size_t)WEIGHT_BLOCK, 1, dot);
+            acc[half] = add_block(dot, scales_for(fine, scales + HALF * half), d[b], acc[half]);
         }
-        line += type == WEIGHT_Q4 ? 4 * 64 : 8 * 64;
+        line += block_bytes(type);
         scales += WEIGHT_STRIPE;
         q += WEIGHT_BLOCK;
     }
@@ -133,38 +174,41 @@ static inline void stripe_rounded_one(enum weight_type type, const uint8_t *line
 }
 
 /* n packed rows against one stripe. */
-static inline void stripe_rounded_many(enum weight_type type, const uint8_t *line,
-                                       const uint16_t *scales, const struct packed_rows *p,
-                                       uint32_t n_blocks, uint32_t n, float *y, size_t ld_y,
-                                       uint32_t n_out)
+static inline __attribute__((always_inline)) void
+stripe_rounded_many(enum weight_type type, bool fine, const uint8_t *line, const uint16_t *scales,
+                    const struct packed_rows *p, uint32_t n_blocks, uint32_t n, float *y,
+                    size_t ld_y, uint32_t n_out)
 {
     float acc[PACK_ROWS][WEIGHT_STRIPE] __attribute__((aligned(64)));
+    const size_t next = (fine ? 2 : 1) * WEIGHT_BLOCK;
 
     memset(acc, 0, n * sizeof(acc[0]));
     prefetch(scales, PREFETCH_SCALES);
     for (uint32_t b = 0; b < n_blocks; b++) {
-        prefetch(line + PREFETCH_LINES, type == WEIGHT_Q4 ? 4 * 64 : 8 * 64);
-        prefetch((const char *)scales + PREFETCH_SCALES, 1);
-
-        const int8_t *q = p->q + (size_t)b * PACK_ROWS * WEIGHT_BLOCK;
         const float *d = p->d + (size_t)b * PACK_ROWS;
         const int32_t *bias = p->bias + (size_t)b * PACK_ROWS;
 
+        prefetch(line + PREFETCH_LINES, block_bytes(type));
+        prefetch((const char *)scales + PREFETCH_SCALES, 1);
         for (int half = 0; half < 2; half++) {
-            __m256 d_w = load_scales(scales + HALF * half);
+            const int8_t *q = p->q + (size_t)b * PACK_ROWS * WEIGHT_BLOCK;
+            const uint8_t *part = line + 32 * half;
+            __m256 d_w = scales_for(fine, scales + HALF * half);
             __m256i nibbles[8];
 
             if (type == WEIGHT_Q4)
-                load_q4(line + 32 * half, nibbles);
-            for (uint32_t i = 0; i < n; i++) {
+                load_q4(part, nibbles);
+            for (uint32_t i = 0; i < n; i++, q += next) {
+                __m256i dot =
+                    dot_block(type, part, nibbles, q, fine ? FINE : 1, _mm256_set1_epi32(bias[i]));
                 float *to = acc[i] + HALF * half;
-                __m256i dot = type == WEIGHT_Q4 ? dot_q4(nibbles, q + i * WEIGHT_BLOCK, bias[i])
-                                                : dot_q8(line + 32 * half, q + i * WEIGHT_BLOCK);
 
+                if (fine)
+                    dot = dot_block(type, part, nibbles, q + WEIGHT_BLOCK, 1, dot);
                 _mm256_store_ps(to, add_block(dot, d_w, d[i], _mm256_load_ps(to)));
             }
         }
-        line += type == WEIGHT_Q4 ? 4 * 64 : 8 * 64;
+        line += block_bytes(type);
         scales += WEIGHT_STRIPE;
     }
     for (uint32_t i = 0; i < n; i++)
@@ -175,9 +219,9 @@ static inline void stripe_rounded_many(enum weight_type type, const uint8_t *lin
  * Stripes first..last - 1, each against all rows. LAYOUT_ROWS, for several rows only: stripes are
  * made of its rows first, behind the packed activations in the scratch memory.
  */
-static inline void stripes_rounded(enum weight_type type, enum weight_layout layout,
-                                   const struct matmul_task *t, uint32_t first, uint32_t last,
-                                   void *scratch)
+static inline __attribute__((always_inline)) void
+stripes_rounded(enum weight_type type, enum weight_layout layout, bool fine,
+                const struct matmul_task *t, uint32_t first, uint32_t last, void *scratch)
 {
     const struct weight *w = t->w;
     const struct activations *x = t->x;
@@ -188,9 +232,9 @@ static inline void stripes_rounded(enum weight_type type, enum weight_layout lay
         bool many = layout == LAYOUT_ROWS || x->n - i > 1;
         struct packed_rows p;
 
-        n = MIN(x->n - i, (uint32_t)PACK_ROWS);
+        n = MIN(x->n - i, (uint32_t)PACK_ROWS / (fine ? 2 : 1));
         if (many)
-            p = pack_rows(x, i, n, type == WEIGHT_Q4 ? 8 : 0, scratch);
+            p = pack_rows(x, i, n, offset_of(type), scratch);
         for (uint32_t s = first; s < last; s++) {
             uint32_t o = s * WEIGHT_STRIPE, n_out = MIN(w->n_out - o, (uint32_t)WEIGHT_STRIPE);
             const uint8_t *stripe = (const uint8_t *)w->data + s * stripe_bytes;
@@ -201,32 +245,42 @@ static inline void stripes_rounded(enum weight_type type, enum weight_layout lay
                 stripe = repacked;
             }
             if (many)
-                stripe_rounded_many(type, stripe, stripe_scales(w, stripe), &p,
+                stripe_rounded_many(type, fine, stripe, stripe_scales(w, stripe), &p,
                                     w->n_in / WEIGHT_BLOCK, n, y, t->ld_y, n_out);
             else
-                stripe_rounded_one(type, stripe, stripe_scales(w, stripe), x, i, y, n_out);
+                stripe_rounded_one(type, fine, stripe, stripe_scales(w, stripe), x, i, y, n_out);
         }
     }
 }
 
-static void tile16_q4_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+static void tile16_q4_coarse(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
-    stripes_rounded(WEIGHT_Q4, LAYOUT_TILE16, args, first, last, scratch);
+    stripes_rounded(WEIGHT_Q4, LAYOUT_TILE16, false, args, first, last, scratch);
 }
 
-static void tile16_q8_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+static void tile16_q4_fine(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
-    stripes_rounded(WEIGHT_Q8, LAYOUT_TILE16, args, first, last, scratch);
+    stripes_rounded(WEIGHT_Q4, LAYOUT_TILE16, true, args, first, last, scratch);
 }
 
-static void rows_q4_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+static void rows_q4_coarse(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
-    stripes_rounded(WEIGHT_Q4, LAYOUT_ROWS, args, first, last, scratch);
+    stripes_rounded(WEIGHT_Q4, LAYOUT_ROWS, false, args, first, last, scratch);
 }
 
-static void rows_q8_rounded(const void *args, uint32_t first, uint32_t last, void *scratch)
+static void tile16_q8_coarse(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
-    stripes_rounded(WEIGHT_Q8, LAYOUT_ROWS, args, first, last, scratch);
+    stripes_rounded(WEIGHT_Q8, LAYOUT_TILE16, false, args, first, last, scratch);
+}
+
+static void tile16_q8_fine(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    stripes_rounded(WEIGHT_Q8, LAYOUT_TILE16, true, args, first, last, scratch);
+}
+
+static void rows_q8_coarse(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    stripes_rounded(WEIGHT_Q8, LAYOUT_ROWS, false, args, first, last, scratch);
 }
 
 /*
@@ -801,7 +855,7 @@ void cpu_avx2_matmul(struct backend *b, const struct weight *w, const struct act
     struct cpu_backend *c = cpu_backend(b);
     struct matmul_task t = {w, x, y, ld_y};
     size_t cost = (size_t)w->n_in * x->n;
-    bool rounded = is_coarse(&t);
+    bool coarse = is_coarse(&t), rounded = x->q && weight_type_is_quantized(w->type);
     bool q4 = w->type == WEIGHT_Q4;
     uint32_t n_stripes = DIV_ROUND_UP(w->n_out, WEIGHT_STRIPE);
 
@@ -810,13 +864,14 @@ void cpu_avx2_matmul(struct backend *b, const struct weight *w, const struct act
     case LAYOUT_TILE16:
         cpu_parallel(c, n_stripes, cost,
                      !rounded ? tile16_f32_any
-                     : q4     ? tile16_q4_rounded
-                              : tile16_q8_rounded,
+                     : coarse ? q4 ? tile16_q4_coarse : tile16_q8_coarse
+                     : q4     ? tile16_q4_fine
+                              : tile16_q8_fine,
                      &t);
         break;
     case LAYOUT_ROWS:
-        if (rounded && x->n >= REPACK_MIN) {
-            cpu_parallel(c, n_stripes, cost, q4 ? rows_q4_rounded : rows_q8_rounded, &t);
+        if (coarse && x->n >= REPACK_MIN) {
+            cpu_parallel(c, n_stripes, cost, q4 ? rows_q4_coarse : rows_q8_coarse, &t);
             break;
         }
         /* fall through */

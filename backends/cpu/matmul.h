@@ -38,13 +38,14 @@ static inline bool is_coarse(const struct matmul_task *t)
 #define PACK_ROWS 32
 
 /*
- * Up to PACK_ROWS rows of rounded activations, block by block: rows of a matrix lie a power of two
- * apart and would share a few sets of the first-level cache.
+ * Up to PACK_ROWS planes of rounded activations, block by block: rows of a matrix lie a power of
+ * two apart and would share a few sets of the first-level cache. A coarse row is one plane, a fine
+ * one two, side by side.
  */
 struct packed_rows {
-    int8_t *q;     /* [n_blocks][PACK_ROWS][32] */
-    float *d;      /* [n_blocks][PACK_ROWS] */
-    int32_t *bias; /* [n_blocks][PACK_ROWS]: -(offset) * sum of q */
+    int8_t *q;     /* [n_blocks][PACK_ROWS][32]: of each row q, then q_low */
+    float *d;      /* [n_blocks][PACK_ROWS], by row */
+    int32_t *bias; /* [n_blocks][PACK_ROWS], by row: -(offset) * sum of the integers */
 };
 
 static inline size_t packed_bytes(size_t width)
@@ -56,7 +57,7 @@ static inline size_t packed_bytes(size_t width)
 static inline struct packed_rows pack_rows(const struct activations *x, uint32_t first, uint32_t n,
                                            int32_t offset, void *scratch)
 {
-    uint32_t n_blocks = x->k / WEIGHT_BLOCK;
+    uint32_t n_blocks = x->k / WEIGHT_BLOCK, n_planes = x->q_low ? 2 : 1;
     size_t ld_d = x->ld_q / WEIGHT_BLOCK;
     struct packed_rows p;
 
@@ -65,15 +66,20 @@ static inline struct packed_rows pack_rows(const struct activations *x, uint32_t
     p.bias = (int32_t *)(p.d + (size_t)n_blocks * PACK_ROWS);
     for (uint32_t i = 0; i < n; i++) {
         const int8_t *q = x->q + (first + i) * x->ld_q;
+        const int8_t *low = x->q_low ? x->q_low + (first + i) * x->ld_q : NULL;
         const float *d = x->d + (first + i) * ld_d;
         const int32_t *sum = x->sum + (first + i) * ld_d;
+        const int32_t *sum_low = x->q_low ? x->sum_low + (first + i) * ld_d : NULL;
 
         for (uint32_t b = 0; b < n_blocks; b++) {
-            size_t at = (size_t)b * PACK_ROWS + i;
+            size_t at = (size_t)b * PACK_ROWS;
+            int8_t *to = p.q + (at + (size_t)i * n_planes) * WEIGHT_BLOCK;
 
-            memcpy(p.q + at * WEIGHT_BLOCK, q + (size_t)b * WEIGHT_BLOCK, WEIGHT_BLOCK);
-            p.d[at] = d[b];
-            p.bias[at] = -offset * sum[b];
+            memcpy(to, q + (size_t)b * WEIGHT_BLOCK, WEIGHT_BLOCK);
+            if (low)
+                memcpy(to + WEIGHT_BLOCK, low + (size_t)b * WEIGHT_BLOCK, WEIGHT_BLOCK);
+            p.d[at + i] = d[b];
+            p.bias[at + i] = -offset * (low ? FINE * sum[b] + sum_low[b] : sum[b]);
         }
     }
     return p;
