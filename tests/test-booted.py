@@ -7,6 +7,7 @@
 
 BUILD_ROOT is configured with --prefix=/usr, without sanitizers. Status 77: this machine can boot no other.
 """
+import concurrent.futures
 import json
 import os
 import shutil
@@ -232,8 +233,10 @@ def stop_ends_streams(m):
     runs = [m.popen(*asked, user=user) for user in ("alice", "bob")]
     assert all(p.stdout.read(1) == "{" for p in runs)
     m.run("systemctl", "stop", "--no-block", "llmd.service")
-    for p in runs:
-        out, err = p.communicate(timeout=60)
+    # Both at once: a daemon that ends waits for its readers only so long.
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        said = list(threads.map(lambda p: p.communicate(timeout=60), runs))
+    for p, (out, err) in zip(runs, said):
         end = json.loads(out.splitlines()[-1])
         assert (end["type"], end["reason"]) == ("end", "shutdown"), (end, err)
         assert p.returncode == 1 and "the daemon ended before the answer did" in err, (p.returncode, err)
