@@ -63,6 +63,7 @@ struct authority {
     uint64_t generation; /* from 1 */
     uint64_t last_id;
     struct check *checks;
+    struct log_limit failures;
 };
 
 static const char *const names[ACTION_N] = {
@@ -131,12 +132,17 @@ static int read_answer(struct check *c, sd_bus_message *m)
     struct authority *a = c->authority;
     const sd_bus_error *error = sd_bus_message_get_error(m);
     int yes, challenge, r;
+    uint32_t untold;
 
     if (error && is_absent(error) && !a->seen)
         return without_polkit(a, c->action);
     if (error) {
-        log_warning("polkit could not say whether user %u may %s: %s", (unsigned)c->who->uid,
-                    action_name(c->action), error->message ? error->message : error->name);
+        if (log_limit_pass(&a->failures, &untold)) {
+            if (untold > 0)
+                log_warning("polkit could not say %u times more what a user may do", untold);
+            log_warning("polkit could not say whether user %u may %s: %s", (unsigned)c->who->uid,
+                        action_name(c->action), error->message ? error->message : error->name);
+        }
         r = sd_bus_error_get_errno(error);
         return r > 0 ? -r : -EIO;
     }

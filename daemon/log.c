@@ -16,8 +16,12 @@
 #define SD_JOURNAL_SUPPRESS_LOCATION /* sd_journal_sendv() would name this file each time */
 #include <systemd/sd-journal.h>
 
+#include "base/clock.h"
+
 #define LINE_BYTES 2048
 #define FIELDS_MAX 10
+#define LIMIT_USEC UINT64_C(10000000) /* so many lines of a kind are written in that time */
+#define LIMIT_LINES 5u
 
 static atomic_int level = LOG_INFO;
 
@@ -112,4 +116,21 @@ void log_with(int priority, const struct log_fields *fields, const char *format,
     va_start(ap, format);
     log_va(priority, fields, format, ap);
     va_end(ap);
+}
+
+bool log_limit_pass(struct log_limit *l, uint32_t *ret_untold)
+{
+    uint64_t now = now_usec();
+
+    *ret_untold = 0;
+    if (now - l->since >= LIMIT_USEC) {
+        *ret_untold = l->n_untold;
+        *l = (struct log_limit){.since = now};
+    }
+    if (l->n < LIMIT_LINES) {
+        l->n++;
+        return true;
+    }
+    l->n_untold++;
+    return false;
 }

@@ -38,6 +38,15 @@ struct log_fields {
 void log_with(int priority, const struct log_fields *fields, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
+/* For lines that others can bring about as often as they like; zero at first. */
+struct log_limit {
+    uint64_t since; /* CLOCK_MONOTONIC */
+    uint32_t n, n_untold;
+};
+
+/* Whether this one is to be written; *ret_untold: of so many before it was not, to be told first. */
+bool log_limit_pass(struct log_limit *l, uint32_t *ret_untold);
+
 /* docs/man/llmd.8 lists them. */
 #define LOG_ID_READY "ebd92389b4a6494e8d71b614d9cd9918"
 #define LOG_ID_STOPPING "1c390cd49aad4c4eb22b4c9167cbcc5e"

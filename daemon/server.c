@@ -25,7 +25,6 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
-#include "base/clock.h"
 #include "daemon/client-identity.h"
 #include "daemon/connection.h"
 #include "daemon/log.h"
@@ -34,8 +33,6 @@
 
 #define INHERITED_MAX 8
 #define HANDSHAKE_USEC UINT64_C(5000000)
-#define REFUSALS_USEC UINT64_C(10000000) /* so many refusals are logged one by one in that time */
-#define REFUSALS_MAX 5u
 
 struct guest {
     struct server *server;
@@ -58,8 +55,7 @@ struct server {
     struct guest *guests;
     uint32_t n_guests;
 
-    uint64_t refusals_since; /* CLOCK_MONOTONIC */
-    uint32_t n_refusals, n_untold;
+    struct log_limit refusals;
 };
 
 /* ---- who comes in ---- */
@@ -67,18 +63,12 @@ struct server {
 /* Who is refused can try again at once, so the log has a limit. */
 static void say_refused(struct server *s, const struct client_identity *who, const char *why)
 {
-    uint64_t now = now_usec();
+    uint32_t untold;
 
-    if (now - s->refusals_since >= REFUSALS_USEC) {
-        if (s->n_untold > 0)
-            log_warning("refused %u more connections", s->n_untold);
-        s->refusals_since = now;
-        s->n_refusals = s->n_untold = 0;
-    }
-    if (s->n_refusals++ >= REFUSALS_MAX) {
-        s->n_untold++;
+    if (!log_limit_pass(&s->refusals, &untold))
         return;
-    }
+    if (untold > 0)
+        log_warning("refused %u more connections", untold);
     log_with(LOG_WARNING,
              &(struct log_fields){
                  .message_id = LOG_ID_CONNECTION_REFUSED, .has_uid = true, .uid = who->uid},

@@ -544,15 +544,16 @@ static bool parse_id(const char *text, uint64_t *ret)
 int session_of_path(struct client *c, const char *path, struct client_session **ret,
                     sd_bus_error *error)
 {
-    size_t n = strlen(LLM_SESSION_PATH);
+    bool is_below = strncmp(path, LLM_SESSION_PATH "/", strlen(LLM_SESSION_PATH "/")) == 0;
+    const char *name = is_below ? path + strlen(LLM_SESSION_PATH "/") : path;
     struct client_session *session = NULL;
     struct error err = {0};
     uint64_t id;
 
-    if (strncmp(path, LLM_SESSION_PATH "/", n + 1) == 0 && parse_id(path + n + 1, &id))
+    if (is_below && parse_id(name, &id))
         session = session_set_find(c->service->sessions, id);
     if (!session || client_session_user(session) != c->user) {
-        error_set(&err, ESRCH, "%.200s: there is no such session", path);
+        error_set(&err, ESRCH, "session %.200s: there is no such session", name);
         return bus_error_set(error, ESRCH, &err);
     }
     *ret = session;

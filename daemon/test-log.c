@@ -112,6 +112,20 @@ static void test_journal(int journal)
     assert(!strstr(got, "MESSAGE_ID=") && !strstr(got, "CODE_"));
 }
 
+static void test_limit(void)
+{
+    struct log_limit l = {0};
+    uint32_t untold = 1;
+
+    for (int i = 0; i < 5; i++)
+        assert(log_limit_pass(&l, &untold) && untold == 0);
+    for (int i = 0; i < 3; i++)
+        assert(!log_limit_pass(&l, &untold) && untold == 0);
+    l.since = 0; /* long ago */
+    assert(log_limit_pass(&l, &untold) && untold == 3);
+    assert(log_limit_pass(&l, &untold) && untold == 0);
+}
+
 /* Whether it is the journal is looked at once, so each has a process of its own. */
 int main(int argc, char **argv)
 {
@@ -121,6 +135,7 @@ int main(int argc, char **argv)
     if (argc == 1) {
         unsetenv("JOURNAL_STREAM");
         test_lines();
+        test_limit();
         return 0;
     }
     journal = make_journal();
