@@ -65,6 +65,7 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     struct kv_shape shape = {c->n_heads_kv, c->head_dim, keeps_f16(options)};
     struct backend_limits limits;
     uint64_t kv_bytes = options->kv_bytes ? options->kv_bytes : default_kv_bytes();
+    uint32_t n_threads;
     int r;
 
     if (options->max_rows > MOST_ROWS || options->max_logits > MOST_ROWS)
@@ -103,8 +104,9 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
                          (unsigned long long)kv_bytes, kv_page_bytes(&shape));
     if (r < 0)
         return r;
-    snprintf(e->description, sizeof(e->description), "cpu/%s, %u threads, %s activations, %s KV",
-             e->backend->ops->name, e->backend->vtable->n_threads(e->backend),
+    n_threads = e->backend->vtable->n_threads(e->backend);
+    snprintf(e->description, sizeof(e->description), "cpu/%s, %u thread%s, %s activations, %s KV",
+             e->backend->ops->name, n_threads, n_threads == 1 ? "" : "s",
              e->activations == ACTIVATIONS_INT8 ? "int8" : "f32", shape.f16 ? "f16" : "f32");
     *ret = TAKE_PTR(e);
     return 0;
