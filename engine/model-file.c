@@ -164,6 +164,7 @@ static int read_header(struct model_file *f, char **ret_text, size_t *ret_n, str
     to_hex(digest, actual);
     if (strcmp(claimed, actual) != 0)
         return broken(f, err, "llmd.header_sha256: the header is damaged (or not finished)");
+    memcpy(text + PREFIX_BYTES, claimed, HASH_DIGITS); /* saved sessions know their model by it */
     *ret_text = TAKE_PTR(text);
     *ret_n = n;
     f->data_start = 8 + n;
