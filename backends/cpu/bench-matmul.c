@@ -16,6 +16,7 @@
 #include <time.h>
 
 #include "backends/backend.h"
+#include "backends/cpu/probe.h"
 #include "base/checked.h"
 #include "base/cleanup.h"
 
@@ -50,34 +51,6 @@ static const struct {
 
 static const char *const activation_names[] = {"f32", "coarse", "fine"};
 
-/* Reads much memory with as many threads: the ceiling for one row. */
-static double read_bandwidth(uint32_t n_threads, const void *memory, size_t bytes)
-{
-    double best = 0;
-
-    for (int run = 0; run < 5; run++) {
-        double start = seconds();
-        uint64_t sum = 0;
-
-#pragma omp parallel for num_threads(n_threads) reduction(+ : sum)
-        for (size_t piece = 0; piece < bytes >> 16; piece++) {
-            const uint64_t *p = (const uint64_t *)memory + (piece << 13);
-            uint64_t s[8] = {0};
-
-            for (size_t i = 0; i < 1 << 13; i += 8)
-                for (size_t j = 0; j < 8; j++)
-                    s[j] += p[i + j];
-            for (size_t j = 0; j < 8; j++)
-                sum += s[j];
-        }
-        best = MAX(best, (double)bytes / (seconds() - start) * 1e-9);
-        if (sum == 1) /* keeps the loop */
-            puts("");
-    }
-    (void)n_threads;
-    return best;
-}
-
 static double bench(struct backend *b, const struct weight *w, size_t bytes, size_t n_copies,
                     struct activations *x, float *y, double min_seconds)
 {
@@ -93,6 +66,28 @@ static double bench(struct backend *b, const struct weight *w, size_t bytes, siz
         best = MIN(best, seconds() - start);
     }
     return best;
+}
+
+/* What the machine gives these threads, measured beside the matrices. */
+static int print_limits(const struct backend *b)
+{
+    static const char *const units[] = {"int8 Gop/s", "f32 GFLOP/s", "bf16 GFLOP/s"};
+    CLEANUP(probe_freep) struct probe *p = NULL;
+    struct probe_rate rate;
+    struct error err;
+
+    if (probe_new(&p, b->ops->name, b->vtable->n_threads(b), /* pin= */ false, &err) < 0) {
+        fprintf(stderr, "%s\n", err.text);
+        return -1;
+    }
+    printf("%s, %u threads; ", b->ops->name, probe_n_threads(p));
+    if (probe_read(p, SPACE, &rate) == 0)
+        printf("memory reads at %.1f GB/s", 1e-9 * rate.max);
+    for (enum probe_multiplier m = 0; m < N_PROBE_MULTIPLIERS; m++)
+        if (probe_multiply(p, m, &rate) == 0)
+            printf(", %.0f %s", 1e-9 * rate.max, units[m]);
+    putchar('\n');
+    return 0;
 }
 
 /* cold_bytes: copies of a matrix take this much, so that none stays in a cache. only: kinds whose
@@ -125,8 +120,8 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
         data[i] = (char)(0x20 | (i * 2654435761u >> 9 & 0xf));
     for (size_t i = 0; i < (size_t)MAX_ROWS * 16384; i++)
         x[i] = (float)(i * 2654435761u >> 8 & 0xfff) / 2048 - 1;
-    printf("%s, %u threads; memory reads at %.1f GB/s\n", b->ops->name, b->vtable->n_threads(b),
-           read_bandwidth(b->vtable->n_threads(b), data, SPACE));
+    if (print_limits(b) < 0)
+        return -1;
     printf("%-18s %-12s   GB/s at 1 row   Gop/s at", "weight", "shape");
     for (size_t i = 0; i < ARRAY_SIZE(batches); i++)
         printf(" %6u", batches[i]);
