@@ -14,6 +14,7 @@
 #include <langinfo.h>
 #include <libsmartcols/libsmartcols.h>
 #include <locale.h>
+#include <math.h>
 #include <pwd.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -210,6 +211,14 @@ static void format_time(uint64_t usec, char *out, size_t n)
         snprintf(out, n, "%" PRIu64, usec / USEC_PER_SEC);
 }
 
+/* So many that three digits stand, but never more than three: 0.0001 is nothing to people. */
+static int figure_decimals(double x)
+{
+    double size = fabs(x);
+
+    return size < 0.9995 ? 3 : size < 9.995 ? 2 : size < 99.95 ? 1 : 0;
+}
+
 /* The cell's text: its own, or one written to buffer. */
 static const char *format_cell(const struct cell *cell, enum table_kind kind, bool people,
                                char buffer[CELL_TEXT_MAX])
@@ -236,6 +245,9 @@ static const char *format_cell(const struct cell *cell, enum table_kind kind, bo
         break;
     case TABLE_RATE:
         snprintf(buffer, CELL_TEXT_MAX, "%.1f", cell->real);
+        return buffer;
+    case TABLE_FIGURE:
+        snprintf(buffer, CELL_TEXT_MAX, "%.*f", figure_decimals(cell->real), cell->real);
         return buffer;
     case TABLE_PERCENT:
         snprintf(buffer, CELL_TEXT_MAX, people ? "%.0f %%" : "%.0f", cell->real * 100);
@@ -271,6 +283,7 @@ static bool is_right_aligned(enum table_kind kind)
     case TABLE_NUMBER:
     case TABLE_BYTES:
     case TABLE_RATE:
+    case TABLE_FIGURE:
     case TABLE_PERCENT:
     case TABLE_DURATION:
         return true;
@@ -400,6 +413,7 @@ static struct json_object *cell_to_json(const struct cell *cell, enum table_kind
     case TABLE_TIME:
         return json_object_new_uint64(cell->number);
     case TABLE_RATE:
+    case TABLE_FIGURE:
     case TABLE_PERCENT:
         return json_object_new_double(cell->real);
     case TABLE_BOOL:

@@ -23,6 +23,7 @@ enum table_kind {
     TABLE_BYTES,    /* uint64_t; "1.5 GiB" on a terminal */
     TABLE_USER,     /* uint64_t, a uid; the user's name on a terminal */
     TABLE_RATE,     /* double, finite; one decimal */
+    TABLE_FIGURE,   /* double, finite; three digits, as "0.012", "1.23", "1234" */
     TABLE_PERCENT,  /* double, 0 to 1; "43 %" for people */
     TABLE_BOOL,     /* "yes" and "no" for people */
     TABLE_DURATION, /* uint64_t, usec; "2 h 3 min" on a terminal, else seconds */
