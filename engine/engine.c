@@ -163,6 +163,16 @@ void engine_sparse(const struct engine *e, struct engine_sparse *ret)
     *ret = e->sparse;
 }
 
+struct backend *engine_backend(const struct engine *e)
+{
+    return e->backend;
+}
+
+void engine_set_backend(struct engine *e, struct backend *b)
+{
+    e->backend = b;
+}
+
 uint64_t engine_kv_bytes(const struct engine *e, uint32_t n_tokens)
 {
     return kv_cache_bytes_max(kv_pool_shape(e->pool), e->config, n_tokens, e->max_rows);

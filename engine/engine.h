@@ -16,6 +16,7 @@
 
 #include "base/error.h"
 
+struct backend;
 struct engine;
 struct model;
 struct session;
@@ -69,6 +70,13 @@ struct engine_sparse {
     uint64_t bytes_read, bytes;
 };
 void engine_sparse(const struct engine *e, struct engine_sparse *ret);
+
+/*
+ * For whoever measures: what executes the operations, and another one that does from now on, by
+ * giving each to the first. Memory stays the first one's, which must be back before engine_free().
+ */
+struct backend *engine_backend(const struct engine *e);
+void engine_set_backend(struct engine *e, struct backend *b);
 
 /* The most of the pool that a session takes on its way to n tokens, a mark included. */
 uint64_t engine_kv_bytes(const struct engine *e, uint32_t n_tokens);

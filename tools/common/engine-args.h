@@ -30,11 +30,15 @@ enum engine_arg {
     {"pin-threads", required_argument, NULL, ENGINE_ARG_PIN_THREADS},                              \
     {"threads", required_argument, NULL, ENGINE_ARG_THREADS}
 
-#define ENGINE_ARGS_HELP                                                                           \
+/* Without --threads, for a program that has its own meaning of it. */
+#define ENGINE_ARGS_HELP_MODES                                                                     \
     "  --activations f32|int8   how activations meet q4 and q8 weights (int8)\n"                  \
     "  --cpu-level LEVEL        at most reference, avx2, avx512 or amx (the best there is)\n"     \
     "  --kv f16|f32             what K and V are kept as (f32 with f32 activations, else f16)\n" \
-    "  --pin-threads yes|no     whether each thread keeps to one core (yes)\n"                    \
+    "  --pin-threads yes|no     whether each thread keeps to one core (yes)\n"
+
+#define ENGINE_ARGS_HELP                                                                           \
+    ENGINE_ARGS_HELP_MODES                                                                         \
     "  --threads N              threads to compute with (one for each core it may use)\n"
 /* clang-format on */
 
