@@ -23,6 +23,9 @@
 
 #define VECS (16 / LANES)
 
+/* Of functions that are to be one copy for each type of weights. */
+#define INLINE inline __attribute__((always_inline))
+
 static inline __m256d low_half(__m256 v)
 {
     return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
@@ -137,7 +140,7 @@ static void cut_row(const struct sparse_task *t, uint32_t i)
 
 /* Group g of a row in the order of sparse_x; parts: like the row, but with zeros behind its end
  * when n_blocks are fewer than SPARSE_GROUP. */
-static inline const struct sparse_w *unpack_groups(enum weight_type type, const uint8_t *row,
+static INLINE const struct sparse_w *unpack_groups(enum weight_type type, const uint8_t *row,
                                                    uint32_t n_blocks, struct sparse_w *to)
 {
     size_t block = type == WEIGHT_Q4 ? WEIGHT_BLOCK / 2 : WEIGHT_BLOCK;
@@ -161,7 +164,7 @@ static inline const struct sparse_w *unpack_groups(enum weight_type type, const 
     return to;
 }
 
-static inline void up_rounded(enum weight_type type, const struct sparse_task *t, uint32_t j,
+static INLINE void up_rounded(enum weight_type type, const struct sparse_task *t, uint32_t j,
                               const struct sparse_use *uses, uint32_t n, struct sparse_w *w)
 {
     const struct weight *up = t->a->up;
@@ -174,7 +177,7 @@ static inline void up_rounded(enum weight_type type, const struct sparse_task *t
 }
 
 /* A row of up in float with zeros up to a multiple of 64. */
-static inline void unpack_row(enum weight_type type, const uint8_t *row, uint32_t n_in, float *to)
+static INLINE void unpack_row(enum weight_type type, const uint8_t *row, uint32_t n_in, float *to)
 {
     uint32_t k = 0;
 
@@ -225,7 +228,7 @@ static inline float dot_row(const float *w, const float *x, uint32_t n)
     return sum_64(acc);
 }
 
-static inline void up_f32(enum weight_type type, const struct sparse_task *t, uint32_t j,
+static INLINE void up_f32(enum weight_type type, const struct sparse_task *t, uint32_t j,
                           const struct sparse_use *uses, uint32_t n, float *w)
 {
     const struct weight *up = t->a->up;
@@ -267,27 +270,27 @@ static void up_neuron(const struct sparse_task *t, uint32_t j, const struct spar
 
 /* down */
 
-#define UNIT 32 /* outputs worked on together by down_few */
-#define UNIT_VECS (UNIT / LANES)
+/* Bytes of 32 outputs in a column. */
+static INLINE size_t bytes_of_32(enum weight_type type)
+{
+    return type == WEIGHT_Q4 ? 16 : type == WEIGHT_Q8 ? 32 : type == WEIGHT_F32 ? 128 : 64;
+}
 
 /* Where the parts of a matrix in LAYOUT_COLS are. */
 struct columns {
+    enum weight_type type;
     bool scaled;
-    size_t line, block;   /* bytes of a column and of 32 with their scales */
-    size_t o_bytes_by_32; /* of 32 outputs in a column */
+    size_t line, block; /* bytes of a column and of 32 with their scales */
     const uint8_t *data;
 };
 
-static inline struct columns columns_of(enum weight_type type, const struct weight *w)
+static INLINE struct columns columns_of(enum weight_type type, const struct weight *w)
 {
     return (struct columns){
+        .type = type,
         .scaled = type == WEIGHT_Q4 || type == WEIGHT_Q8,
         .line = weight_column_bytes(type, w->n_out),
         .block = weight_col_block_bytes(type, w->n_out),
-        .o_bytes_by_32 = type == WEIGHT_Q4    ? 16
-                         : type == WEIGHT_Q8  ? 32
-                         : type == WEIGHT_F32 ? 128
-                                              : 64,
         .data = w->data,
     };
 }
@@ -301,7 +304,7 @@ static inline const uint16_t *column_scales(const struct columns *c, uint32_t b,
 static inline const uint8_t *column_at(const struct columns *c, uint32_t b, uint32_t j, uint32_t o)
 {
     return c->data + b * c->block + (c->block - WEIGHT_BLOCK * c->line) + j * c->line +
-           o / 32 * c->o_bytes_by_32;
+           o / 32 * bytes_of_32(c->type);
 }
 
 /* Asks for what down_few() reads of block b. */
@@ -312,7 +315,7 @@ static inline void prefetch_block(const struct columns *c, uint32_t b, uint32_t 
         prefetch(column_scales(c, b, o), n_out * (size_t)2);
     for (; all; all &= all - 1)
         prefetch(column_at(c, b, (uint32_t)__builtin_ctz(all), o),
-                 DIV_ROUND_UP(n_out, 32u) * c->o_bytes_by_32);
+                 DIV_ROUND_UP(n_out, 32u) * bytes_of_32(c->type));
 }
 
 /* One entry of a row's list. */
@@ -321,122 +324,104 @@ struct part {
     uint32_t acc; /* where the row's sums begin */
 };
 
-/*
- * Sums for one unit of outputs: columns in rising order, each for its rows. n: vectors of sixteen
- * outputs that exist, 1 or 2. single: there is one row, whose sums stay in registers.
- */
-static inline __attribute__((always_inline)) void
-add_unit(enum weight_type type, bool single, uint32_t n, const uint16_t *scales,
-         const uint8_t *const *columns, uint32_t n_columns, const uint32_t *counts,
-         const struct part *parts, uint32_t n_rows, size_t u, float *acc)
+/* acc += h * (a column with its scales d), for n sixteens of outputs, a constant */
+static INLINE void add_sixteens(enum weight_type type, uint32_t n, const uint8_t *column,
+                                const float *d, vec h, float *acc)
 {
-    bool scaled = type == WEIGHT_Q4 || type == WEIGHT_Q8;
-    size_t at = u * (type == WEIGHT_Q4    ? 16
-                     : type == WEIGHT_Q8  ? 32
-                     : type == WEIGHT_F32 ? 128
-                                          : 64);
-    vec d[UNIT_VECS], sum[UNIT_VECS], w[UNIT_VECS];
+    for (uint32_t s = 0; s < n; s++) {
+        vec v[VECS];
 
-    if (scaled)
-        for (uint32_t i = 0; i < UNIT_VECS; i++)
-            d[i] = load_half(scales + u * UNIT + LANES * i);
-    if (single)
-        for (uint32_t i = 0; i < n * VECS; i++)
-            sum[i] = v_load(acc + u * UNIT + LANES * i);
-    for (uint32_t c = 0; c < n_columns; c++) {
-        for (uint32_t h = 0; h < n; h++)
-            load16(type, columns[c] + at, h, w + h * VECS);
-        if (scaled)
-            for (uint32_t i = 0; i < UNIT_VECS; i++)
-                w[i] = v_mul(w[i], d[i]);
-        if (single) {
-            for (uint32_t i = 0; i < n * VECS; i++)
-                sum[i] = v_fma(v_set1(parts[c].h), w[i], sum[i]);
-            continue;
-        }
-        for (uint32_t k = 0; k < counts[c]; k++) {
-            const struct part *p = &parts[c * n_rows + k];
-            float *to = acc + p->acc + u * UNIT;
+        load16(type, column, s, v);
+        for (uint32_t i = 0; i < VECS; i++) {
+            float *to = acc + 16 * s + LANES * i;
 
-            for (uint32_t i = 0; i < n * VECS; i++)
-                v_store(to + LANES * i, v_fma(v_set1(p->h), w[i], v_load(to + LANES * i)));
+            if (type == WEIGHT_Q4 || type == WEIGHT_Q8)
+                v[i] = v_mul(v[i], v_load(d + 16 * s + LANES * i));
+            v_store(to, v_fma(h, v[i], v_load(to)));
         }
     }
-    if (single)
-        for (uint32_t i = 0; i < n * VECS; i++)
-            v_store(acc + u * UNIT + LANES * i, sum[i]);
 }
 
-static inline __attribute__((always_inline)) void few_rows(enum weight_type type, bool single,
-                                                           const struct sparse_task *t, uint32_t o,
-                                                           uint32_t n_out, void *scratch)
+static INLINE void add_column(enum weight_type type, const uint8_t *column, const float *d,
+                              uint32_t n, const struct part *p, float *acc)
+{
+    vec h = v_set1(p->h);
+
+    acc += p->acc;
+    for (; n >= 2; n -= 2, column += bytes_of_32(type), d += 32, acc += 32)
+        add_sixteens(type, 2, column, d, h, acc);
+    if (n)
+        add_sixteens(type, 1, column, d, h, acc);
+}
+
+/*
+ * Outputs o.. of few rows. All sums of the panel stay in the first-level cache, so each column is
+ * gone through once for each of its rows, in long loops: most columns have one.
+ */
+static INLINE void few_rows(enum weight_type type, const struct sparse_task *t, uint32_t o,
+                            uint32_t n_out, void *scratch)
 {
     const struct columns c = columns_of(type, t->a->down);
-    uint32_t n_blocks = 0, *blocks = scratch, width = ALIGN_UP(n_out, (uint32_t)UNIT);
-    float *acc = (float *)scratch + ALIGN_UP(t->n_blocks, 16u);
-    /* panels are long: some blocks ahead are as much as memory brings in the time it takes */
+    uint32_t n_blocks = 0, *blocks = scratch, n = DIV_ROUND_UP(n_out, 16u); /* sixteens */
+    float *d = (float *)scratch + ALIGN_UP(t->n_blocks, 16u), *acc = d + 16 * n;
+    /* of long panels, some blocks are as much as memory brings in the time they take */
     uint32_t ahead = n_out >= 512 ? 2 : 4;
 
-    memset(acc, 0, (size_t)t->n * width * sizeof(*acc));
+    memset(acc, 0, (size_t)t->n * 16 * n * sizeof(*acc));
     for (uint32_t b = 0; b < t->n_blocks; b++)
         if (t->unions[b])
             blocks[n_blocks++] = b;
     for (uint32_t k = 0; k < MIN(ahead, n_blocks); k++)
         prefetch_block(&c, blocks[k], t->unions[blocks[k]], o, n_out);
     for (uint32_t k = 0; k < n_blocks; k++) {
-        uint32_t b = blocks[k], n_columns = 0, counts[WEIGHT_BLOCK], number[WEIGHT_BLOCK];
-        const uint8_t *columns[WEIGHT_BLOCK];
-        struct part parts[WEIGHT_BLOCK * SPARSE_FEW];
+        uint32_t b = blocks[k], counts[WEIGHT_BLOCK] = {0};
+        struct part parts[WEIGHT_BLOCK][SPARSE_FEW];
 
         if (k + ahead < n_blocks)
             prefetch_block(&c, blocks[k + ahead], t->unions[blocks[k + ahead]], o, n_out);
-        for (uint32_t m = t->unions[b]; m; m &= m - 1, n_columns++) {
-            uint32_t j = (uint32_t)__builtin_ctz(m);
-
-            columns[n_columns] = column_at(&c, b, j, o);
-            number[j] = n_columns;
-            counts[n_columns] = 0;
-        }
         for (uint32_t i = 0; i < t->n; i++) {
             const float *h = sparse_list(t, i) + t->starts[b * t->ld + i];
 
             for (uint32_t m = t->masks[b * t->ld + i]; m; m &= m - 1) {
-                uint32_t at = number[__builtin_ctz(m)];
+                uint32_t j = (uint32_t)__builtin_ctz(m);
 
-                parts[at * t->n + counts[at]++] = (struct part){*h++, i * width};
+                parts[j][counts[j]++] = (struct part){*h++, i * 16 * n};
             }
         }
-        for (uint32_t u = 0; u < n_out / UNIT; u++)
-            add_unit(type, single, 2, column_scales(&c, b, o), columns, n_columns, counts, parts,
-                     t->n, u, acc);
-        if (n_out % UNIT)
-            add_unit(type, single, n_out % UNIT > 16 ? 2 : 1, column_scales(&c, b, o), columns,
-                     n_columns, counts, parts, t->n, n_out / UNIT, acc);
+        for (uint32_t i = 0; c.scaled && i < n * VECS; i++)
+            v_store(d + LANES * i, load_half(column_scales(&c, b, o) + LANES * i));
+        for (uint32_t m = t->unions[b]; m; m &= m - 1) {
+            uint32_t j = (uint32_t)__builtin_ctz(m);
+            const uint8_t *column = column_at(&c, b, j, o);
+
+            for (uint32_t i = 0; i < counts[j]; i++)
+                add_column(type, column, d, n, &parts[j][i], acc);
+        }
     }
     for (uint32_t i = 0; i < t->n; i++)
-        memcpy(t->a->y + i * t->a->ld_y + o, acc + (size_t)i * width, n_out * sizeof(*acc));
+        memcpy(t->a->y + i * t->a->ld_y + o, acc + (size_t)i * 16 * n, n_out * sizeof(*acc));
 }
 
-/* Outputs o.. of column j of block b in float, n sixteens of them. d: their scales */
-static inline void unpack_column(enum weight_type type, const struct columns *c, uint32_t b,
-                                 uint32_t j, uint32_t o, uint32_t n, const vec *d, float *to)
+/* A column with its scales d in float, n sixteens of outputs. */
+static INLINE void unpack_column(enum weight_type type, const uint8_t *column, const vec *d,
+                                 uint32_t n, float *to)
 {
-    const uint8_t *column = column_at(c, b, j, o);
-
     for (uint32_t s = 0; s < n; s++) {
         vec v[VECS];
 
-        load16(type, column, s, v);
-        for (uint32_t i = 0; i < VECS; i++)
-            v_store(to + 16 * s + LANES * i, c->scaled ? v_mul(v[i], d[s * VECS + i]) : v[i]);
+        load16(type, column + s / 2 * bytes_of_32(type), s % 2, v);
+        for (uint32_t i = 0; i < VECS; i++) {
+            if (type == WEIGHT_Q4 || type == WEIGHT_Q8)
+                v[i] = v_mul(v[i], d[s * VECS + i]);
+            v_store(to + 16 * s + LANES * i, v[i]);
+        }
     }
 }
 
 #define PANEL_VECS (SPARSE_OUTPUTS / LANES)
 
-static inline __attribute__((always_inline)) void many_rows(enum weight_type type,
-                                                            const struct sparse_task *t, uint32_t o,
-                                                            uint32_t n_out, void *scratch)
+static INLINE void many_rows(enum weight_type type, const struct sparse_task *t, uint32_t o,
+                             uint32_t n_out, void *scratch)
 {
     const struct columns c = columns_of(type, t->a->down);
     float *tile = scratch, *acc = tile + SPARSE_COLUMNS * SPARSE_OUTPUTS;
@@ -465,11 +450,13 @@ static inline __attribute__((always_inline)) void many_rows(enum weight_type typ
                 float *to = tile + ((b - first) * WEIGHT_BLOCK + j) * SPARSE_OUTPUTS;
 
                 if (n == SPARSE_OUTPUTS / 16)
-                    unpack_column(type, &c, b, j, o, SPARSE_OUTPUTS / 16, d, to);
+                    unpack_column(type, column_at(&c, b, j, o), d, SPARSE_OUTPUTS / 16, to);
                 else
-                    unpack_column(type, &c, b, j, o, n, d, to);
+                    unpack_column(type, column_at(&c, b, j, o), d, n, to);
             }
         }
+        for (uint32_t b = last; b < MIN(last + blocks, t->n_blocks); b++)
+            prefetch_block(&c, b, t->unions[b], o, n_out);
         for (uint32_t i = 0; i < t->n; i++) {
             const float *list = sparse_list(t, i);
             const uint8_t *columns = t->columns + i * t->ld_columns;
@@ -494,32 +481,23 @@ static inline __attribute__((always_inline)) void many_rows(enum weight_type typ
                n_out * sizeof(*acc));
 }
 
-static inline void few_of(enum weight_type type, const struct sparse_task *t, uint32_t o,
-                          uint32_t n_out, void *scratch)
-{
-    if (t->n == 1)
-        few_rows(type, true, t, o, n_out, scratch);
-    else
-        few_rows(type, false, t, o, n_out, scratch);
-}
-
 static void down_few(const struct sparse_task *t, uint32_t o, uint32_t n_out, void *scratch)
 {
     switch (t->a->down->type) {
     case WEIGHT_F32:
-        few_of(WEIGHT_F32, t, o, n_out, scratch);
+        few_rows(WEIGHT_F32, t, o, n_out, scratch);
         break;
     case WEIGHT_F16:
-        few_of(WEIGHT_F16, t, o, n_out, scratch);
+        few_rows(WEIGHT_F16, t, o, n_out, scratch);
         break;
     case WEIGHT_BF16:
-        few_of(WEIGHT_BF16, t, o, n_out, scratch);
+        few_rows(WEIGHT_BF16, t, o, n_out, scratch);
         break;
     case WEIGHT_Q8:
-        few_of(WEIGHT_Q8, t, o, n_out, scratch);
+        few_rows(WEIGHT_Q8, t, o, n_out, scratch);
         break;
     case WEIGHT_Q4:
-        few_of(WEIGHT_Q4, t, o, n_out, scratch);
+        few_rows(WEIGHT_Q4, t, o, n_out, scratch);
         break;
     }
 }

@@ -30,7 +30,7 @@ size_t sparse_scratch_each(const struct backend_limits *limits)
     size_t width = ALIGN_UP((size_t)limits->max_width, (size_t)512);
     size_t n = limits->max_rows;
     size_t up = width * 4 + 32 * n * sizeof(struct sparse_use) + width * 5;
-    size_t few = width * 4 + width * SPARSE_FEW * 4;
+    size_t few = width * 4 + width * (SPARSE_FEW + 1) * 4;
     size_t many = (SPARSE_COLUMNS + n) * SPARSE_OUTPUTS * sizeof(float);
 
     return MAX(up, MAX(few, many)) + 4096;
