@@ -40,7 +40,7 @@
 #define BATCH 256 /* rows */
 #define SPAN 64   /* blocks */
 #define CHUNK 16  /* blocks */
-#define GROUP 4   /* blocks whose sums are in memory at a time, even */
+#define GROUP 4   /* blocks whose sums are in memory at a time; half of it when fine; even */
 
 #define BLOCK_BYTES ((size_t)WEIGHT_BLOCK * WEIGHT_STRIPE)
 #define PART 8 /* rows whose sums of both stripes fill 16 registers */
@@ -51,11 +51,14 @@
 #define ROWS 2
 #define WEIGHTS0 3
 #define WEIGHTS1 4
+#define ROWS_LOW 5
+#define LOW0 6 /* sums of the low plane */
+#define LOW1 7
 
 /* Rearranged activations: tiles of 16 rows, whose blocks follow one another. */
 struct tiled_rows {
-    int8_t *q; /* [n_tiles][n_blocks][16][32] */
-    float *d;  /* [n_tiles][n_blocks][16]; 0 for rows that there are not */
+    int8_t *q, *q_low; /* [n_tiles][n_blocks][16][32]; NULL for coarse activations */
+    float *d;          /* [n_tiles][n_blocks][16]; 0 for rows that there are not */
 };
 
 struct amx_task {
@@ -68,7 +71,8 @@ struct amx_task {
 struct workspace {
     _Alignas(64) int8_t weights[2][CHUNK * WEIGHT_BLOCK * WEIGHT_STRIPE]; /* by stripe */
     _Alignas(64) float scales[CHUNK][2][WEIGHT_STRIPE];
-    _Alignas(64) int32_t sums[2][GROUP][2][TILE_ROWS * WEIGHT_STRIPE]; /* even and odd groups */
+    /* even and odd groups; with two planes the low one's half a group behind the other's */
+    _Alignas(64) int32_t sums[2][GROUP][2][TILE_ROWS * WEIGHT_STRIPE];
     _Alignas(64) float y[BATCH][2][WEIGHT_STRIPE];
 };
 
@@ -76,15 +80,17 @@ struct workspace {
 
 static size_t tiled_bytes(uint32_t n_rows, uint32_t n_blocks)
 {
-    return ALIGN_UP((size_t)n_rows, (size_t)TILE_ROWS) * n_blocks * (WEIGHT_BLOCK + 4);
+    return ALIGN_UP((size_t)n_rows, (size_t)TILE_ROWS) * n_blocks * (2 * WEIGHT_BLOCK + 4);
 }
 
-static struct tiled_rows tiled_rows(void *memory, uint32_t n_rows, uint32_t n_blocks)
+static struct tiled_rows tiled_rows(void *memory, uint32_t n_rows, uint32_t n_blocks, bool fine)
 {
-    struct tiled_rows t;
+    size_t plane = ALIGN_UP((size_t)n_rows, (size_t)TILE_ROWS) * n_blocks * WEIGHT_BLOCK;
+    struct tiled_rows t = {.q = memory};
 
-    t.q = memory;
-    t.d = (float *)(t.q + ALIGN_UP((size_t)n_rows, (size_t)TILE_ROWS) * n_blocks * WEIGHT_BLOCK);
+    if (fine)
+        t.q_low = t.q + plane;
+    t.d = (float *)(t.q + 2 * plane);
     return t;
 }
 
@@ -106,16 +112,21 @@ static void rearrange(const void *args, uint32_t first, uint32_t last, void *scr
             size_t at = (size_t)tile * n_blocks * TILE_ROWS + i;
 
             for (uint32_t b = from; b < to; b++) {
-                int8_t *q = t->rows.q + (at + (size_t)b * TILE_ROWS) * WEIGHT_BLOCK;
+                size_t to_q = (at + (size_t)b * TILE_ROWS) * WEIGHT_BLOCK;
+                size_t from_q = (row + i) * x->ld_q + (size_t)b * WEIGHT_BLOCK;
                 float *d = t->rows.d + at + (size_t)b * TILE_ROWS;
 
-                if (i < n) {
-                    memcpy(q, x->q + (row + i) * x->ld_q + (size_t)b * WEIGHT_BLOCK, WEIGHT_BLOCK);
-                    *d = x->d[(row + i) * ld_d + b];
-                } else {
-                    memset(q, 0, WEIGHT_BLOCK);
+                if (i >= n) {
+                    memset(t->rows.q + to_q, 0, WEIGHT_BLOCK);
+                    if (t->rows.q_low)
+                        memset(t->rows.q_low + to_q, 0, WEIGHT_BLOCK);
                     *d = 0;
+                    continue;
                 }
+                memcpy(t->rows.q + to_q, x->q + from_q, WEIGHT_BLOCK);
+                if (t->rows.q_low)
+                    memcpy(t->rows.q_low + to_q, x->q_low + from_q, WEIGHT_BLOCK);
+                *d = x->d[(row + i) * ld_d + b];
             }
         }
     }
@@ -140,17 +151,19 @@ static void unpack_q4(const uint8_t *lines, uint32_t n, int8_t *to)
 }
 
 /* The weights of blocks from..from + n - 1 of a stripe as B tiles. */
-static inline const int8_t *weight_tiles(const struct weight *w, const uint8_t *stripe,
+static inline const int8_t *weight_tiles(bool fine, const struct weight *w, const uint8_t *stripe,
                                          uint32_t from, uint32_t n, struct workspace *work,
                                          int side)
 {
     const uint16_t *scales = stripe_scales(w, stripe) + (size_t)from * WEIGHT_STRIPE;
 
     prefetch(scales + (size_t)CHUNK * WEIGHT_STRIPE, (size_t)CHUNK * WEIGHT_STRIPE * 2);
-    for (uint32_t b = 0; b < n; b++)
+    for (uint32_t b = 0; b < n; b++, scales += WEIGHT_STRIPE) {
+        __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
+
         _mm512_store_ps(work->scales[b][side],
-                        _mm512_cvtph_ps(_mm256_loadu_si256(
-                            (const __m256i *)(scales + (size_t)b * WEIGHT_STRIPE))));
+                        fine ? _mm512_mul_ps(d, _mm512_set1_ps(FINE_SCALE)) : d);
+    }
     if (w->type == WEIGHT_Q8)
         return (const int8_t *)stripe + from * BLOCK_BYTES; /* as they are */
     unpack_q4(stripe + from * BLOCK_BYTES / 2, n, work->weights[side]);
@@ -169,34 +182,68 @@ struct step {
 /* One chunk of two stripes. */
 struct chunk {
     const struct amx_task *task;
-    const int8_t *q, *weights[2];
+    const int8_t *q, *q_low, *weights[2];
     const float *d;
     size_t q_tile, d_tile; /* distances of tiles of rows, in elements */
     uint32_t n_blocks;
     struct workspace *work;
 };
 
-/* Sums of one block and one stripe, which is a constant where this is used. */
+static inline uint32_t group_blocks(bool fine)
+{
+    return fine ? GROUP / 2 : GROUP;
+}
+
+/* Sums of one block and one stripe. fine and side are constants where this is used. */
 static inline __attribute__((always_inline)) void
-tile_sums(const struct chunk *c, const struct step *s, uint32_t block, int side)
+tile_sums(bool fine, const struct chunk *c, const struct step *s, uint32_t block, int side)
 {
     const int8_t *weights = c->weights[side] + (s->first + block) * BLOCK_BYTES;
+    size_t rows = s->tile * c->q_tile + (s->first + block) * BLOCK_BYTES;
     int32_t *sums = c->work->sums[s->buffer][block][side];
+    int32_t *low = fine ? c->work->sums[s->buffer][GROUP / 2 + block][side] : NULL;
 
     if (side == 0) {
-        tile_load(ROWS, c->q + s->tile * c->q_tile + (s->first + block) * BLOCK_BYTES,
-                  WEIGHT_BLOCK);
+        tile_load(ROWS, c->q + rows, WEIGHT_BLOCK);
+        if (fine)
+            tile_load(ROWS_LOW, c->q_low + rows, WEIGHT_BLOCK);
         tile_load(WEIGHTS0, weights, 64);
         tile_zero(SUMS0);
         tile_dot_int8(SUMS0, ROWS, WEIGHTS0);
         tile_store(SUMS0, sums, 64);
+        if (fine) {
+            tile_zero(LOW0);
+            tile_dot_int8(LOW0, ROWS_LOW, WEIGHTS0);
+            tile_store(LOW0, low, 64);
+        }
     } else {
         tile_load(WEIGHTS1, weights, 64);
         tile_zero(SUMS1);
         tile_dot_int8(SUMS1, ROWS, WEIGHTS1);
         tile_store(SUMS1, sums, 64);
+        if (fine) {
+            tile_zero(LOW1);
+            tile_dot_int8(LOW1, ROWS_LOW, WEIGHTS1);
+            tile_store(LOW1, low, 64);
+        }
     }
 }
+
+/* A row of sums as floats. With two planes the multiply-add rounds 254 times the one plus the other
+ * just as the conversion of that integer would: both are exact floats, below 2^24. */
+static inline __attribute__((always_inline)) __m512 load_sums(bool fine, const int32_t *sums)
+{
+    const int32_t *low = sums + GROUP / 2 * 2 * TILE_ROWS * WEIGHT_STRIPE;
+    __m512 v = _mm512_cvtepi32_ps(_mm512_load_si512(sums));
+
+    return fine ? _mm512_fmadd_ps(v, _mm512_set1_ps(FINE),
+                                  _mm512_cvtepi32_ps(_mm512_load_si512(low)))
+                : v;
+}
+
+/* Row after row: clang 14 would work out the products of all, and have no registers left for them.
+ */
+#define KEEP(left, right) __asm__ volatile("" : "+v"(left), "+v"(right)::"memory");
 
 #define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 
@@ -204,7 +251,7 @@ tile_sums(const struct chunk *c, const struct step *s, uint32_t block, int side)
  * Scales and adds PART rows of step s from row on, while the tiles work on slots first_slot and
  * following of the step after it, as many as a part has: slot i is stripe i % 2 of block i / 2.
  */
-static inline __attribute__((always_inline)) void add_sums(const struct chunk *c,
+static inline __attribute__((always_inline)) void add_sums(bool fine, const struct chunk *c,
                                                            const struct step *s, uint32_t row,
                                                            const struct step *next,
                                                            uint32_t first_slot)
@@ -213,15 +260,17 @@ static inline __attribute__((always_inline)) void add_sums(const struct chunk *c
     const float *d = c->d + s->tile * c->d_tile + (size_t)s->first * TILE_ROWS + row;
 
 #define LOAD(i) __m512 left##i = _mm512_load_ps(y[i][0]), right##i = _mm512_load_ps(y[i][1]);
-#define ADD(i)                                                                                     \
-    {                                                                                              \
-        __m512 d_x = _mm512_set1_ps(d[i]);                                                         \
-                                                                                                   \
-        left##i = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + (i)*WEIGHT_STRIPE)), \
-                                  _mm512_mul_ps(scale_left, d_x), left##i);                        \
-        right##i = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(                           \
-                                       sums + TILE_ROWS * WEIGHT_STRIPE + (i)*WEIGHT_STRIPE)),     \
-                                   _mm512_mul_ps(scale_right, d_x), right##i);                     \
+#define ADD(i)                                                                                    \
+    {                                                                                             \
+        const int32_t *left_sums = sums + (i)*WEIGHT_STRIPE;                                      \
+        const int32_t *right_sums = left_sums + TILE_ROWS * WEIGHT_STRIPE;                        \
+        __m512 d_x = _mm512_set1_ps(d[i]);                                                        \
+                                                                                                  \
+        left##i =                                                                                 \
+            _mm512_fmadd_ps(load_sums(fine, left_sums), _mm512_mul_ps(scale_left, d_x), left##i); \
+        right##i = _mm512_fmadd_ps(load_sums(fine, right_sums), _mm512_mul_ps(scale_right, d_x),  \
+                                   right##i);                                                     \
+        KEEP(left##i, right##i)                                                                   \
     }
 #define STORE(i)                       \
     _mm512_store_ps(y[i][0], left##i); \
@@ -229,9 +278,9 @@ static inline __attribute__((always_inline)) void add_sums(const struct chunk *c
 
     EACH_ROW(LOAD)
 #pragma GCC unroll 4
-    for (uint32_t i = 0; i < GROUP; i++) {
+    for (uint32_t i = 0; i < group_blocks(fine); i++) {
         if ((first_slot + i) / 2 < next->n)
-            tile_sums(c, next, (first_slot + i) / 2, i & 1);
+            tile_sums(fine, c, next, (first_slot + i) / 2, i & 1);
         if (i < s->n) {
             const int32_t *sums = c->work->sums[s->buffer][i][0] + row * WEIGHT_STRIPE;
             const float *scales = c->work->scales[s->first + i][0];
@@ -249,14 +298,14 @@ static inline __attribute__((always_inline)) void add_sums(const struct chunk *c
 }
 
 /* All rows of the batch with one chunk of two stripes: work->y += products. */
-static void run_chunk(const struct chunk *c)
+static inline __attribute__((always_inline)) void run_chunk(bool fine, const struct chunk *c)
 {
-    uint32_t n_rows = c->task->n;
-    struct step s = {.n = MIN(c->n_blocks, (uint32_t)GROUP)};
+    uint32_t n_rows = c->task->n, group = group_blocks(fine);
+    struct step s = {.n = MIN(c->n_blocks, group)};
 
     for (uint32_t b = 0; b < s.n; b++) {
-        tile_sums(c, &s, b, 0);
-        tile_sums(c, &s, b, 1);
+        tile_sums(fine, c, &s, b, 0);
+        tile_sums(fine, c, &s, b, 1);
     }
     while (s.n) {
         struct step next = {s.tile, s.first + s.n, 0, s.buffer ^ 1};
@@ -266,14 +315,14 @@ static void run_chunk(const struct chunk *c)
             next.tile++;
         }
         if (next.tile * TILE_ROWS < n_rows)
-            next.n = MIN(c->n_blocks - next.first, (uint32_t)GROUP);
-        add_sums(c, &s, 0, &next, 0);
+            next.n = MIN(c->n_blocks - next.first, group);
+        add_sums(fine, c, &s, 0, &next, 0);
         if (s.tile * TILE_ROWS + PART < n_rows)
-            add_sums(c, &s, PART, &next, GROUP);
+            add_sums(fine, c, &s, PART, &next, group);
         else
-            for (uint32_t b = GROUP / 2; b < next.n; b++) {
-                tile_sums(c, &next, b, 0);
-                tile_sums(c, &next, b, 1);
+            for (uint32_t b = group / 2; b < next.n; b++) {
+                tile_sums(fine, c, &next, b, 0);
+                tile_sums(fine, c, &next, b, 1);
             }
         s = next;
     }
@@ -289,7 +338,8 @@ static __mmask16 outputs(const struct weight *w, uint32_t stripe)
 }
 
 /* Items are pairs of stripes; an odd last one is taken twice and kept once. */
-static void stripe_pairs(const void *args, uint32_t first, uint32_t last, void *scratch)
+static inline __attribute__((always_inline)) void
+stripe_pairs(bool fine, const void *args, uint32_t first, uint32_t last, void *scratch)
 {
     const struct amx_task *t = args;
     const struct weight *w = t->m.w;
@@ -304,12 +354,12 @@ static void stripe_pairs(const void *args, uint32_t first, uint32_t last, void *
         .work = work,
     };
 
-    config.rows[SUMS0] = config.rows[SUMS1] = config.rows[ROWS] =
-        (uint8_t)MIN(t->n, (uint32_t)TILE_ROWS);
-    config.row_bytes[SUMS0] = config.row_bytes[SUMS1] = WEIGHT_STRIPE * 4;
-    config.row_bytes[ROWS] = WEIGHT_BLOCK;
+    for (int i = 0; i < 8; i++) { /* sums, but for these: */
+        config.rows[i] = (uint8_t)MIN(t->n, (uint32_t)TILE_ROWS);
+        config.row_bytes[i] = WEIGHT_STRIPE * 4;
+    }
+    config.row_bytes[ROWS] = config.row_bytes[ROWS_LOW] = WEIGHT_BLOCK;
     config.rows[WEIGHTS0] = config.rows[WEIGHTS1] = WEIGHT_BLOCK / 4;
-    config.row_bytes[WEIGHTS0] = config.row_bytes[WEIGHTS1] = WEIGHT_STRIPE * 4;
     tile_configure(&config);
     for (uint32_t span = 0; span < n_blocks; span += SPAN)
         for (uint32_t pair = first; pair < last; pair++) {
@@ -330,11 +380,13 @@ static void stripe_pairs(const void *args, uint32_t first, uint32_t last, void *
                 }
             for (uint32_t from = span; from < end; from += CHUNK) {
                 c.n_blocks = MIN(end - from, (uint32_t)CHUNK);
-                c.weights[0] = weight_tiles(w, left, from, c.n_blocks, work, 0);
-                c.weights[1] = weight_tiles(w, right, from, c.n_blocks, work, 1);
+                c.weights[0] = weight_tiles(fine, w, left, from, c.n_blocks, work, 0);
+                c.weights[1] = weight_tiles(fine, w, right, from, c.n_blocks, work, 1);
                 c.q = t->rows.q + from * BLOCK_BYTES;
+                if (fine)
+                    c.q_low = t->rows.q_low + from * BLOCK_BYTES;
                 c.d = t->rows.d + (size_t)from * TILE_ROWS;
-                run_chunk(&c);
+                run_chunk(fine, &c);
             }
             for (uint32_t i = 0; i < t->n; i++)
                 for (int side = 0; side < 2; side++)
@@ -344,6 +396,22 @@ static void stripe_pairs(const void *args, uint32_t first, uint32_t last, void *
     tile_release();
 }
 
+static void stripe_pairs_coarse(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    stripe_pairs(false, args, first, last, scratch);
+}
+
+static void stripe_pairs_fine(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    stripe_pairs(true, args, first, last, scratch);
+}
+
+/* What the scratch memory holds. */
+static uint32_t batch_rows(const struct cpu_backend *c)
+{
+    return c->limits.max_rows < BATCH ? ALIGN_UP(c->limits.max_rows, (uint32_t)TILE_ROWS) : BATCH;
+}
+
 static void amx_matmul(struct backend *b, const struct weight *w, const struct activations *x,
                        float *y, size_t ld_y)
 {
@@ -351,29 +419,30 @@ static void amx_matmul(struct backend *b, const struct weight *w, const struct a
     struct amx_task t = {.m = {w, x, y, ld_y}};
     uint32_t n_blocks = w->n_in / WEIGHT_BLOCK;
 
-    if (w->layout != LAYOUT_TILE16 || !is_coarse(&t.m) || x->n < LEAST_ROWS) {
+    if (w->layout != LAYOUT_TILE16 || !weight_type_is_quantized(w->type) || !x->q ||
+        x->n < LEAST_ROWS) {
         c->few_rows_matmul(b, w, x, y, ld_y);
         return;
     }
-    assert(x->k == w->n_in && w->n_in <= c->limits.max_width && x->n <= c->limits.max_rows);
+    assert(x->k == w->n_in && w->n_in <= c->limits.max_width);
     for (t.row = 0; t.row < x->n; t.row += t.n) {
         uint32_t n_stripes = DIV_ROUND_UP(w->n_out, WEIGHT_STRIPE);
 
-        t.n = MIN(x->n - t.row, (uint32_t)BATCH);
-        t.rows = tiled_rows(cpu_shared(c), t.n, n_blocks);
+        t.n = MIN(x->n - t.row, batch_rows(c));
+        t.rows = tiled_rows(cpu_shared(c), t.n, n_blocks, x->q_low);
         cpu_parallel(c, DIV_ROUND_UP(t.n, TILE_ROWS) * DIV_ROUND_UP(n_blocks, (uint32_t)CHUNK),
                      (size_t)CHUNK * BLOCK_BYTES / 4, rearrange, &t);
-        cpu_parallel(c, DIV_ROUND_UP(n_stripes, 2u), (size_t)w->n_in * t.n, stripe_pairs, &t);
+        cpu_parallel(c, DIV_ROUND_UP(n_stripes, 2u), (size_t)w->n_in * t.n,
+                     x->q_low ? stripe_pairs_fine : stripe_pairs_coarse, &t);
     }
 }
 
 void cpu_use_amx(struct cpu_backend *c)
 {
-    uint32_t rows = MIN(c->limits.max_rows, (uint32_t)BATCH);
     uint32_t n_blocks = DIV_ROUND_UP(c->limits.max_width, (uint32_t)WEIGHT_BLOCK);
 
     c->scratch_each = MAX(c->scratch_each, ALIGN_UP(sizeof(struct workspace), (size_t)4096));
-    c->scratch_shared = MAX(c->scratch_shared, tiled_bytes(rows, n_blocks));
+    c->scratch_shared = MAX(c->scratch_shared, tiled_bytes(batch_rows(c), n_blocks));
     c->few_rows_matmul = c->ops.matmul;
     c->ops.matmul = amx_matmul;
 }

@@ -223,7 +223,7 @@ static void test_tiles(bool have_amx)
 
 /* Products of n rows by both, bit by bit. */
 static void check_same_bits(struct backend *amx, struct backend *avx512, enum weight_type type,
-                            uint32_t n_out, uint32_t n_in, uint32_t n)
+                            uint32_t n_out, uint32_t n_in, uint32_t n, bool fine)
 {
     struct weight w = {.type = type, .layout = LAYOUT_TILE16, .n_out = n_out, .n_in = n_in};
     size_t bytes, ld_q = ALIGN_UP((size_t)n_in, (size_t)64), ld_y = n_out + 3;
@@ -240,7 +240,10 @@ static void check_same_bits(struct backend *amx, struct backend *avx512, enum we
     x.q = calloc(n, ld_q);
     x.d = calloc(n * n_blocks, sizeof(*x.d));
     x.sum = calloc(n * n_blocks, sizeof(*x.sum));
+    x.q_low = fine ? calloc(n, ld_q) : NULL;
+    x.sum_low = fine ? calloc(n * n_blocks, sizeof(*x.sum_low)) : NULL;
     assert(got && want && d && q && data && x.f32 && x.q && x.d && x.sum);
+    assert(!fine || (x.q_low && x.sum_low));
     memset(data, 0, bytes);
     w.data = data;
     for (uint32_t r = 0; r < n_out; r++) {
@@ -260,9 +263,9 @@ static void check_same_bits(struct backend *amx, struct backend *avx512, enum we
     avx512->ops->matmul(avx512, &w, &x, want, ld_y);
     for (size_t i = 0; i < n * ld_y; i++)
         if (memcmp(&got[i], &want[i], sizeof(*got)) != 0) {
-            fprintf(stderr, "%s %ux%u, %u rows: row %zu output %zu: %a by tiles, %a by avx512\n",
-                    weight_type_name(type), n_out, n_in, n, i / ld_y, i % ld_y, (double)got[i],
-                    (double)want[i]);
+            fprintf(stderr, "%s %s %ux%u, %u rows: row %zu output %zu: %a by tiles, %a by avx512\n",
+                    weight_type_name(type), fine ? "fine" : "coarse", n_out, n_in, n, i / ld_y,
+                    i % ld_y, (double)got[i], (double)want[i]);
             abort();
         }
     free(got);
@@ -274,6 +277,8 @@ static void check_same_bits(struct backend *amx, struct backend *avx512, enum we
     free(x.q);
     free(x.d);
     free(x.sum);
+    free(x.q_low);
+    free(x.sum_low);
 }
 
 static void test_same_bits(struct backend *amx, struct backend *avx512)
@@ -286,10 +291,13 @@ static void test_same_bits(struct backend *amx, struct backend *avx512)
         {16, 64, 255}, {48, 96, 256},  {33, 32, 257},  {16, 2112, 300}, {32, 4096, 6},
     };
 
-    for (size_t i = 0; i < ARRAY_SIZE(sizes); i++) {
-        check_same_bits(amx, avx512, WEIGHT_Q4, sizes[i].n_out, sizes[i].n_in, sizes[i].n);
-        check_same_bits(amx, avx512, WEIGHT_Q8, sizes[i].n_out, sizes[i].n_in, sizes[i].n);
-    }
+    for (size_t i = 0; i < ARRAY_SIZE(sizes); i++)
+        for (int fine = 0; fine < 2; fine++) {
+            check_same_bits(amx, avx512, WEIGHT_Q4, sizes[i].n_out, sizes[i].n_in, sizes[i].n,
+                            fine);
+            check_same_bits(amx, avx512, WEIGHT_Q8, sizes[i].n_out, sizes[i].n_in, sizes[i].n,
+                            fine);
+        }
 }
 
 int main(void)
