@@ -6,28 +6,6 @@
 #include "backends/cpu/attention.h"
 #include "backends/cpu/avx512.h"
 
-/* exp(x) as exp_lanes() of avx2.h, with the same constants and error. */
-static inline __m512 exp_lanes(__m512 x)
-{
-    __m512 n, r, p;
-
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87)), _mm512_set1_ps(88));
-    n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)),
-                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);
-    p = _mm512_set1_ps(1.0f / 5040);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    return _mm512_castsi512_ps(
-        _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
-}
-
 /* Sixteen values, of which those in lanes are read. */
 static inline __m512 load_kv(const void *array, size_t at, __mmask16 lanes, bool f16)
 {
@@ -99,7 +77,7 @@ static inline float page_weights(float *score, uint32_t first, uint32_t last, fl
         scale = exp_one(old - *max);
     for (uint32_t p = 0; p < KV_PAGE; p += 16) {
         __m512 s = _mm512_sub_ps(_mm512_load_ps(score + p), _mm512_set1_ps(*max));
-        __m512 e = _mm512_maskz_mov_ps((__mmask16)(seen >> p), exp_lanes(s));
+        __m512 e = _mm512_maskz_mov_ps((__mmask16)(seen >> p), exp_lanes_16(s));
 
         part = _mm512_add_ps(part, e);
         _mm512_store_ps(score + p, e);
@@ -161,7 +139,7 @@ static ALWAYS_INLINE void page_values(const void *v, bool f16, uint32_t dim, uin
 
 static inline float exp_one(float x)
 {
-    return _mm512_cvtss_f32(exp_lanes(_mm512_set1_ps(x)));
+    return _mm512_cvtss_f32(exp_lanes_16(_mm512_set1_ps(x)));
 }
 
 void cpu_avx512_attention(struct backend *b, const struct attention_args *a)

@@ -9,6 +9,7 @@ void cpu_use_avx512(struct cpu_backend *c)
 {
     c->lower_matmul = c->ops.matmul;
     c->ops.matmul = cpu_avx512_matmul;
+    cpu_avx512_use_ops(c);
     c->ops.attention = cpu_avx512_attention;
     c->ops.sparse_ffn = cpu_avx512_sparse_ffn;
 }

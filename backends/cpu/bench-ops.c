@@ -460,6 +460,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "bench-ops: %s\n", err.text);
         return 1;
     }
+    backend_cpu_pin(b);
     m.x = backend_alloc(b, SPACE);
     m.y = backend_alloc(b, SPACE);
     m.w = backend_alloc(b, SPACE);

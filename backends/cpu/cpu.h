@@ -24,6 +24,7 @@ struct cpu_backend {
     /* matmul of the level below the tiles, which has the same sums and is faster for few rows */
     void (*few_rows_matmul)(struct backend *b, const struct weight *w, const struct activations *x,
                             float *y, size_t ld_y);
+    void (*lower_gate)(struct backend *b, const struct gate_args *a); /* likewise */
     struct backend_limits limits;
     struct cores cores;
     struct team *team;
