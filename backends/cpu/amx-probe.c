@@ -6,35 +6,28 @@
  * tiles is the process's and has been asked for by whoever found the level usable.
  */
 
-#include <immintrin.h>
-#include <string.h>
+#include <stddef.h>
 
+#include "backends/cpu/amx-tile.h"
 #include "backends/cpu/probe.h"
-
-/* What LDTILECFG reads; eight tiles of 16 rows of 64 bytes. */
-struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} __attribute__((aligned(64)));
 
 static void begin(void)
 {
     struct tile_config c = {.palette = 1};
 
     for (size_t i = 0; i < 8; i++) {
-        c.bytes[i] = 64;
-        c.rows[i] = 16;
+        c.row_bytes[i] = TILE_ROW_BYTES;
+        c.rows[i] = TILE_ROWS;
     }
-    _tile_loadconfig(&c);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
-    _tile_zero(6);
-    _tile_zero(7);
+    tile_configure(&c);
+    tile_zero(0);
+    tile_zero(1);
+    tile_zero(2);
+    tile_zero(3);
+    tile_zero(4);
+    tile_zero(5);
+    tile_zero(6);
+    tile_zero(7);
 }
 
 static void multiply_int8(uint64_t n_rounds)
@@ -46,7 +39,7 @@ static void multiply_int8(uint64_t n_rounds)
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
     }
-    _tile_release();
+    tile_release();
 }
 
 static void multiply_bf16(uint64_t n_rounds)
@@ -58,7 +51,7 @@ static void multiply_bf16(uint64_t n_rounds)
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_release();
+    tile_release();
 }
 
 void probe_use_amx(struct probe_kernels *k)

@@ -38,8 +38,9 @@ _Static_assert(sizeof(struct tile_config) == 64, "what LDTILECFG reads");
 
 static inline void tile_configure(const struct tile_config *config)
 {
-    tile_memory();
-    _tile_loadconfig(config);
+    /* not the intrinsic: gcc 12's reads eight bytes as the compiler sees it, the rest is not stored
+     */
+    __asm__ volatile("ldtilecfg %0" : : "m"(*config) : "memory");
 }
 
 static inline void tile_release(void)

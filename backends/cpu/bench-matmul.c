@@ -68,8 +68,9 @@ static double bench(struct backend *b, const struct weight *w, size_t bytes, siz
     return best;
 }
 
-/* What the machine gives these threads, measured beside the matrices. */
-static int print_limits(const struct backend *b)
+/* What the machine gives these threads, measured beside the matrices. ret: Gop/s of int8 products
+ */
+static int print_limits(const struct backend *b, double *ret)
 {
     static const char *const units[] = {"int8 Gop/s", "f32 GFLOP/s", "bf16 GFLOP/s"};
     CLEANUP(probe_freep) struct probe *p = NULL;
@@ -84,8 +85,11 @@ static int print_limits(const struct backend *b)
     if (probe_read(p, SPACE, &rate) == 0)
         printf("memory reads at %.1f GB/s", 1e-9 * rate.max);
     for (enum probe_multiplier m = 0; m < N_PROBE_MULTIPLIERS; m++)
-        if (probe_multiply(p, m, &rate) == 0)
+        if (probe_multiply(p, m, &rate) == 0) {
             printf(", %.0f %s", 1e-9 * rate.max, units[m]);
+            if (m == PROBE_INT8)
+                *ret = 1e-9 * rate.max;
+        }
     putchar('\n');
     return 0;
 }
@@ -99,6 +103,7 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
     const struct backend_limits limits = {MAX_ROWS, 16384, 8};
     CLEANUP(backend_freep) struct backend *b = NULL;
     struct error err = {{0}};
+    double limit = 0;
     float *x, *y;
     char *data, *q;
 
@@ -120,12 +125,12 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
         data[i] = (char)(0x20 | (i * 2654435761u >> 9 & 0xf));
     for (size_t i = 0; i < (size_t)MAX_ROWS * 16384; i++)
         x[i] = (float)(i * 2654435761u >> 8 & 0xfff) / 2048 - 1;
-    if (print_limits(b) < 0)
+    if (print_limits(b, &limit) < 0)
         return -1;
     printf("%-18s %-12s   GB/s at 1 row   Gop/s at", "weight", "shape");
     for (size_t i = 0; i < ARRAY_SIZE(batches); i++)
         printf(" %6u", batches[i]);
-    printf(" rows\n");
+    printf(" rows, the last in %% of int8\n");
     for (size_t k = 0; k < ARRAY_SIZE(kinds); k++)
         for (size_t s = 0; s < ARRAY_SIZE(shapes); s++) {
             struct weight w = {kinds[k].type, kinds[k].layout, shapes[s].n_out, shapes[s].n_in,
@@ -153,13 +158,16 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
                 continue;
             printf("%-18s %5ux%-6u", text, w.n_out, w.n_in);
             for (size_t i = 0; i < ARRAY_SIZE(batches); i++) {
-                double t;
+                double t, rate;
 
                 a.n = batches[i];
                 t = bench(b, &w, bytes, cold_bytes / bytes + 1, &a, y, min_seconds);
                 if (i == 0)
                     printf("   %13.1f           ", (double)bytes / t * 1e-9);
-                printf(" %6.0f", 2e-9 * w.n_out * w.n_in * batches[i] / t);
+                rate = 2e-9 * w.n_out * w.n_in * batches[i] / t;
+                printf(" %6.0f", rate);
+                if (i == ARRAY_SIZE(batches) - 1 && kinds[k].activations != F32 && limit > 0)
+                    printf(" %5.1f", 100 * rate / limit);
                 fflush(stdout);
             }
             printf("\n");
