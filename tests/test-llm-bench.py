@@ -53,7 +53,7 @@ class Test:
         assert got["model"]["path"] == self.a and got["model"]["bytes"] == os.path.getsize(self.a)
         with open(self.a, "rb") as f:
             assert got["model"]["header_sha256"].encode() in f.read(200)
-        assert got["engine"]["description"].startswith(f"cpu/{got['engine']['level']}, 1 threads, int8")
+        assert got["engine"]["description"].startswith(f"cpu/{got['engine']['level']}, 1 thread, int8")
         assert (got["engine"]["activations"], got["engine"]["kv"]) == ("int8", "f16")
 
         limits, = got["limits"]

@@ -204,7 +204,7 @@ static void look_into(struct bench *b, struct result *res, double seconds, doubl
 {
     double steps = res->n_steps, known = 0;
 
-    timed_backend_take(b->timed, res->ops);
+    seconds -= timed_backend_take(b->timed, res->ops);
     for (int c = 0; c < N_OP_CLASSES; c++) {
         struct op_sum *s = &res->ops[c];
 

@@ -29,6 +29,7 @@ struct timed_backend {
     struct backend base;
     struct backend *inner;
     struct op_sum sums[N_OP_CLASSES];
+    double counting;    /* seconds */
     struct role *roles; /* [n_roles], by data */
     size_t n_roles;
     uint8_t *left;             /* [widest ffn]: neurons that some row has */
@@ -152,6 +153,8 @@ static void add_products(struct op_sum *s, const struct weight *w, const struct 
 static void count_left(struct timed_backend *t, const float *gate, size_t ld, uint32_t n,
                        uint32_t k, double z)
 {
+    double start = now();
+
     memset(t->left, 0, k);
     t->n_left = t->n_blocks = 0;
     t->n_products = 0;
@@ -179,6 +182,7 @@ static void count_left(struct timed_backend *t, const float *gate, size_t ld, ui
         t->n_left += here;
         t->n_blocks += here > 0;
     }
+    t->counting += now() - start;
 }
 
 /* Of the columns that are left, and of the scales that blocks of them share. */
@@ -492,8 +496,12 @@ struct backend *timed_backend_base(struct timed_backend *t)
     return &t->base;
 }
 
-void timed_backend_take(struct timed_backend *t, struct op_sum *ret)
+double timed_backend_take(struct timed_backend *t, struct op_sum *ret)
 {
+    double counting = t->counting;
+
     memcpy(ret, t->sums, sizeof(t->sums));
     memset(t->sums, 0, sizeof(t->sums));
+    t->counting = 0;
+    return counting;
 }

@@ -55,5 +55,8 @@ void timed_backend_freep(struct timed_backend **t);
 
 struct backend *timed_backend_base(struct timed_backend *t);
 
-/* Sums since the last call, [N_OP_CLASSES]; OP_SAMPLING and OP_REST are 0. */
-void timed_backend_take(struct timed_backend *t, struct op_sum *ret);
+/*
+ * Sums since the last call, [N_OP_CLASSES]; OP_SAMPLING is 0. Returns the seconds that counting
+ * itself took meanwhile, which are in none of them.
+ */
+double timed_backend_take(struct timed_backend *t, struct op_sum *ret);
