@@ -402,7 +402,13 @@ def _(d, c):
     with System() as other, other.connect() as oc, RawBus(other.socket) as raw:
         s = oc.create()
         f = s.generate(LONG, prompt="x")
-        s.wait_state("paused")
+
+        def stands_still():  # for good: all buffers are full, the socket's as well
+            before = s.get("ContextUsed")
+            oc.create().run(prompt="y", max_tokens=dbus.UInt32(200), ignore_end=True)
+            return s.get("State") == "paused" and s.get("ContextUsed") == before
+
+        until(stands_still)
         raw.call(ROOT, MANAGER, "Subscribe", "a{sv}", {})
         other.process.send_signal(signal.SIGSTOP)
         assert os.WIFSTOPPED(os.waitpid(other.process.pid, os.WUNTRACED)[1])
