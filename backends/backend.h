@@ -134,7 +134,7 @@ struct gate_args {
  * hostile file) does not matter to a row that lacks them.
  */
 struct sparse_ffn_args {
-    const struct activations *x; /* n rows; matmul()'s rules on what is used of them */
+    const struct activations *x; /* n rows, used as by matmul(); coarse or f32 */
     float *gate;                 /* [n][up->n_out], destroyed */
     size_t ld_gate;
     float z;                       /* > 0 */

@@ -216,8 +216,8 @@ stripe_rounded_many(enum weight_type type, bool fine, const uint8_t *line, const
 }
 
 /*
- * Stripes first..last - 1, each against all rows. LAYOUT_ROWS, for several rows only: stripes are
- * made of its rows first, behind the packed activations in the scratch memory.
+ * Stripes first..last - 1, each against all rows. LAYOUT_ROWS: stripes are made of
+ * its rows first, behind the packed activations in the scratch memory.
  */
 static inline __attribute__((always_inline)) void
 stripes_rounded(enum weight_type type, enum weight_layout layout, bool fine,
@@ -512,121 +512,6 @@ static inline float row_dot_f32(enum weight_type type, const uint8_t *row, const
     return sum_lanes(acc);
 }
 
-static inline __m256i row_block(enum weight_type type, const uint8_t *row, uint32_t b)
-{
-    __m128i v;
-
-    if (type == WEIGHT_Q8)
-        return _mm256_loadu_si256((const __m256i *)(row + b * (size_t)32));
-    v = _mm_loadu_si128((const __m128i *)(row + b * (size_t)16));
-    return _mm256_sub_epi8(
-        _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(0xf)),
-        _mm256_set1_epi8(8));
-}
-
-/* One block of a row times 32 activations, in eight partial sums; q4 without its offset. */
-static inline __m256i row_products(enum weight_type type, const uint8_t *row, uint32_t b, __m256i x)
-{
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i w;
-
-    if (type == WEIGHT_Q4) {
-        __m128i v = _mm_loadu_si128((const __m128i *)(row + b * (size_t)16));
-
-        w = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(0xf));
-        return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones);
-    }
-    w = _mm256_loadu_si256((const __m256i *)(row + b * (size_t)32));
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
-                             ones);
-}
-
-/* to[j]: the scales of block b + j of eight rows; n of those blocks exist. */
-static inline void gather_scales(const uint8_t *const *rows, size_t at, uint32_t n, __m128i *to)
-{
-    uint16_t some[HALF][HALF] = {{0}};
-    __m128i v[HALF], u[HALF];
-
-    for (int r = 0; r < HALF; r++) {
-        if (n < HALF) {
-            memcpy(some[r], rows[r] + at, n * sizeof(some[r][0]));
-            v[r] = _mm_loadu_si128((const __m128i *)some[r]);
-        } else {
-            v[r] = _mm_loadu_si128((const __m128i *)(rows[r] + at));
-        }
-    }
-    for (int r = 0; r < 4; r++) { /* pairs of rows, of four, of all */
-        u[r] = _mm_unpacklo_epi16(v[2 * r], v[2 * r + 1]);
-        u[r + 4] = _mm_unpackhi_epi16(v[2 * r], v[2 * r + 1]);
-    }
-    for (int h = 0; h < HALF; h += 4) { /* blocks 0-3 and 4-7 */
-        __m128i a = _mm_unpacklo_epi32(u[h], u[h + 1]), b = _mm_unpackhi_epi32(u[h], u[h + 1]);
-        __m128i c = _mm_unpacklo_epi32(u[h + 2], u[h + 3]);
-        __m128i e = _mm_unpackhi_epi32(u[h + 2], u[h + 3]);
-
-        to[h] = _mm_unpacklo_epi64(a, c);
-        to[h + 1] = _mm_unpackhi_epi64(a, c);
-        to[h + 2] = _mm_unpacklo_epi64(b, e);
-        to[h + 3] = _mm_unpackhi_epi64(b, e);
-    }
-}
-
-/*
- * Eight rows of weights against one of activations. Their integer sums are gathered into the lanes
- * of one register, so that the rest, and the result, is as for a stripe.
- */
-static inline __m256 eight_rows_rounded(enum weight_type type, const uint8_t *const *rows,
-                                        size_t quants, const struct activations *x, uint32_t i)
-{
-    const int8_t *q = x->q + i * x->ld_q;
-    const float *d = x->d + i * (x->ld_q / WEIGHT_BLOCK);
-    const int32_t *sum = x->sum + i * (x->ld_q / WEIGHT_BLOCK);
-    __m128i scales[HALF];
-    __m256 acc = _mm256_setzero_ps();
-
-    for (uint32_t b = 0; b < x->k / WEIGHT_BLOCK; b++) {
-        __m256i v = _mm256_loadu_si256((const __m256i *)(q + b * (size_t)WEIGHT_BLOCK));
-        __m256i p[HALF], dot;
-
-        if (b % HALF == 0)
-            gather_scales(rows, quants + b * (size_t)2, MIN(x->k / WEIGHT_BLOCK - b, 8u), scales);
-        for (int r = 0; r < HALF; r++) {
-            p[r] = row_products(type, rows[r], b, v);
-            if (b % 4 == 0)
-                prefetch(rows[r] + HALF * (quants + quants / 16) + b * (size_t)16, 1);
-        }
-        for (int r = 0; r < HALF; r += 2)
-            p[r / 2] = _mm256_hadd_epi32(p[r], p[r + 1]);
-        p[0] = _mm256_hadd_epi32(p[0], p[1]);
-        p[1] = _mm256_hadd_epi32(p[2], p[3]);
-        dot = _mm256_add_epi32(_mm256_permute2x128_si256(p[0], p[1], 0x20),
-                               _mm256_permute2x128_si256(p[0], p[1], 0x31));
-        if (type == WEIGHT_Q4)
-            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(-8 * sum[b]));
-        acc = add_block(dot, _mm256_cvtph_ps(scales[b % HALF]), d[b], acc);
-    }
-    return acc;
-}
-
-static inline void rows_rounded_few(enum weight_type type, const struct matmul_task *t,
-                                    uint32_t first, uint32_t last)
-{
-    const struct weight *w = t->w;
-    size_t bytes = weight_row_bytes(type, w->n_in);
-    size_t quants = type == WEIGHT_Q4 ? w->n_in / 2 : w->n_in;
-
-    for (uint32_t o = first; o < last; o += HALF) {
-        uint32_t n_out = MIN(last - o, (uint32_t)HALF);
-        const uint8_t *rows[HALF];
-
-        for (uint32_t r = 0; r < HALF; r++)
-            rows[r] = (const uint8_t *)w->data + (o + MIN(r, n_out - 1)) * bytes;
-        for (uint32_t i = 0; i < t->x->n; i++)
-            store_lanes(t->y + i * t->ld_y + o, n_out,
-                        eight_rows_rounded(type, rows, quants, t->x, i));
-    }
-}
-
 static inline void rows_f32(enum weight_type type, const struct matmul_task *t, uint32_t first,
                             uint32_t last)
 {
@@ -661,191 +546,11 @@ static void rows_any(const void *args, uint32_t first, uint32_t last, void *scra
         rows_f32(WEIGHT_BF16, t, first, last);
         break;
     case WEIGHT_Q8:
-        if (is_coarse(t))
-            rows_rounded_few(WEIGHT_Q8, t, first, last);
-        else
-            rows_f32(WEIGHT_Q8, t, first, last);
+        rows_f32(WEIGHT_Q8, t, first, last);
         break;
     case WEIGHT_Q4:
-        if (is_coarse(t))
-            rows_rounded_few(WEIGHT_Q4, t, first, last);
-        else
-            rows_f32(WEIGHT_Q4, t, first, last);
+        rows_f32(WEIGHT_Q4, t, first, last);
         break;
-    }
-}
-
-/*
- * LAYOUT_COLS. Outputs lie in the lanes, 32 at a time; a group is what one cache line of a q4
- * column holds. Columns whose activation is zero are not read: they would add +0 to a sum that is
- * never -0, so leaving them out changes no bit.
- */
-#define COL_OUTPUTS 32
-#define COL_GROUP 128
-
-/* Four registers of eight outputs from o on, of one column; n of them exist. */
-static inline void column_values(enum weight_type type, const uint8_t *column, uint32_t o,
-                                 uint32_t n, __m256 *v)
-{
-    for (uint32_t i = 0; i < 4; i++) {
-        uint32_t at = o + 8 * i;
-
-        if (type == WEIGHT_Q4) /* 32 outputs share 16 bytes */
-            v[i] = row_values(type, column + o / 2, i);
-        else if (8 * i < n) /* a column's padding to 64 bytes holds whole registers */
-            v[i] = row_values(type, column, at / 8);
-        else
-            v[i] = _mm256_setzero_ps();
-    }
-}
-
-static inline void columns_f32(enum weight_type type, const struct matmul_task *t, uint32_t i,
-                               uint32_t o, uint32_t n, float *acc)
-{
-    const struct weight *w = t->w;
-    const float *x = t->x->f32 + i * t->x->ld;
-    bool scaled = type == WEIGHT_Q4 || type == WEIGHT_Q8;
-    size_t line = weight_column_bytes(type, w->n_out);
-    size_t block_bytes = weight_col_block_bytes(type, w->n_out);
-    const uint8_t *block = w->data;
-
-    for (uint32_t k = 0, n_k; k < w->n_in; k += n_k, block += block_bytes) {
-        const uint8_t *columns = block + (block_bytes - WEIGHT_BLOCK * line);
-        uint32_t used[WEIGHT_BLOCK], n_used = 0;
-
-        n_k = MIN(w->n_in - k, (uint32_t)WEIGHT_BLOCK);
-        for (uint32_t j = 0; j < n_k; j++) {
-            used[n_used] = j;
-            n_used += x[k + j] != 0;
-        }
-        for (uint32_t c = 0; c < n && n_used; c += COL_OUTPUTS) {
-            __m256 sum[4], v[4];
-
-            for (int r = 0; r < 4; r++)
-                sum[r] = _mm256_setzero_ps();
-            for (uint32_t j = 0; j < n_used; j++) {
-                __m256 f = _mm256_set1_ps(x[k + used[j]]);
-
-                column_values(type, columns + used[j] * line, o + c, n - c, v);
-                for (int r = 0; r < 4; r++)
-                    sum[r] = _mm256_fmadd_ps(v[r], f, sum[r]);
-            }
-            for (uint32_t r = 0; r < 4; r++) {
-                float *to = acc + c + 8 * r;
-                __m256 a = _mm256_load_ps(to);
-
-                a = scaled ? _mm256_fmadd_ps(load_scales((const uint16_t *)block + o + c + 8 * r),
-                                             sum[r], a)
-                           : _mm256_add_ps(a, sum[r]);
-                _mm256_store_ps(to, a);
-            }
-        }
-    }
-}
-
-/* 32 outputs of a column as bytes with sign. */
-static inline __m256i column_bytes(enum weight_type type, const uint8_t *column, uint32_t o)
-{
-    return row_block(type, column, o / WEIGHT_BLOCK);
-}
-
-static inline void columns_rounded(enum weight_type type, const struct matmul_task *t, uint32_t i,
-                                   uint32_t o, uint32_t n, float *acc)
-{
-    const struct weight *w = t->w;
-    const struct activations *x = t->x;
-    const int8_t *q = x->q + i * x->ld_q;
-    const float *d = x->d + i * (x->ld_q / WEIGHT_BLOCK);
-    size_t line = weight_column_bytes(type, w->n_out);
-    size_t block_bytes = weight_col_block_bytes(type, w->n_out);
-    const uint8_t *block = w->data;
-
-    for (uint32_t b = 0; b < w->n_in / WEIGHT_BLOCK; b++, q += WEIGHT_BLOCK, block += block_bytes) {
-        const uint8_t *columns = block + (block_bytes - WEIGHT_BLOCK * line);
-        uint32_t used[WEIGHT_BLOCK + 1], n_used = 0;
-        int32_t pairs[WEIGHT_BLOCK / 2];
-
-        for (uint32_t j = 0; j < WEIGHT_BLOCK; j++) {
-            used[n_used] = j;
-            n_used += q[j] != 0;
-        }
-        for (uint32_t j = 0; j < n_used; j += 2) { /* an odd end takes the last twice, once by 0 */
-            if (j + 1 == n_used)
-                used[j + 1] = used[j];
-            pairs[j / 2] = (uint16_t)q[used[j]] |
-                           (j + 1 == n_used ? 0 : (int32_t)((uint32_t)q[used[j + 1]] << 16));
-        }
-        for (uint32_t c = 0; c < n && n_used; c += COL_OUTPUTS) {
-            __m256i sum[4];
-
-            for (int r = 0; r < 4; r++)
-                sum[r] = _mm256_setzero_si256();
-            for (uint32_t j = 0; j < n_used; j += 2) {
-                __m256i u = column_bytes(type, columns + used[j] * line, o + c);
-                __m256i v = column_bytes(type, columns + used[j + 1] * line, o + c);
-                __m256i by = _mm256_set1_epi32(pairs[j / 2]);
-
-                for (int r = 0; r < 2; r++) { /* outputs 16 r..: in lanes 0-3, 8-11; 4-7, 12-15 */
-                    __m256i a = _mm256_cvtepi8_epi16(r ? _mm256_extracti128_si256(u, 1)
-                                                       : _mm256_castsi256_si128(u));
-                    __m256i e = _mm256_cvtepi8_epi16(r ? _mm256_extracti128_si256(v, 1)
-                                                       : _mm256_castsi256_si128(v));
-
-                    sum[2 * r] = _mm256_add_epi32(
-                        sum[2 * r], _mm256_madd_epi16(_mm256_unpacklo_epi16(a, e), by));
-                    sum[2 * r + 1] = _mm256_add_epi32(
-                        sum[2 * r + 1], _mm256_madd_epi16(_mm256_unpackhi_epi16(a, e), by));
-                }
-            }
-            for (uint32_t r = 0; r < 4; r++) {
-                float *to = acc + c + 8 * r;
-                __m256i low = sum[r / 2 * 2], high = sum[r / 2 * 2 + 1];
-                __m256i dot = r % 2 ? _mm256_permute2x128_si256(low, high, 0x31)
-                                    : _mm256_permute2x128_si256(low, high, 0x20);
-                __m256 d_w = load_scales((const uint16_t *)block + o + c + 8 * r);
-
-                _mm256_store_ps(to, add_block(dot, d_w, d[b], _mm256_load_ps(to)));
-            }
-        }
-    }
-}
-
-static void columns_any(const void *args, uint32_t first, uint32_t last, void *scratch)
-{
-    const struct matmul_task *t = args;
-    float acc[COL_GROUP] __attribute__((aligned(64)));
-
-    (void)scratch;
-    for (uint32_t group = first; group < last; group++) {
-        uint32_t o = group * COL_GROUP, n = MIN(t->w->n_out - o, (uint32_t)COL_GROUP);
-
-        for (uint32_t i = 0; i < t->x->n; i++) {
-            memset(acc, 0, sizeof(acc));
-            switch (t->w->type) {
-            case WEIGHT_F32:
-                columns_f32(WEIGHT_F32, t, i, o, n, acc);
-                break;
-            case WEIGHT_F16:
-                columns_f32(WEIGHT_F16, t, i, o, n, acc);
-                break;
-            case WEIGHT_BF16:
-                columns_f32(WEIGHT_BF16, t, i, o, n, acc);
-                break;
-            case WEIGHT_Q8:
-                if (is_coarse(t))
-                    columns_rounded(WEIGHT_Q8, t, i, o, n, acc);
-                else
-                    columns_f32(WEIGHT_Q8, t, i, o, n, acc);
-                break;
-            case WEIGHT_Q4:
-                if (is_coarse(t))
-                    columns_rounded(WEIGHT_Q4, t, i, o, n, acc);
-                else
-                    columns_f32(WEIGHT_Q4, t, i, o, n, acc);
-                break;
-            }
-            memcpy(t->y + i * t->ld_y + o, acc, n * sizeof(float));
-        }
     }
 }
 
@@ -870,7 +575,7 @@ void cpu_avx2_matmul(struct backend *b, const struct weight *w, const struct act
                      &t);
         break;
     case LAYOUT_ROWS:
-        if (coarse && x->n >= REPACK_MIN) {
+        if (coarse) {
             cpu_parallel(c, n_stripes, cost, q4 ? rows_q4_coarse : rows_q8_coarse, &t);
             break;
         }
@@ -879,7 +584,7 @@ void cpu_avx2_matmul(struct backend *b, const struct weight *w, const struct act
         cpu_parallel(c, w->n_out, cost / 8, rows_any, &t);
         break;
     case LAYOUT_COLS:
-        cpu_parallel(c, DIV_ROUND_UP(w->n_out, COL_GROUP), cost * COL_GROUP / 16, columns_any, &t);
+        c->reference_matmul(b, w, x, y, ld_y);
         break;
     }
 }

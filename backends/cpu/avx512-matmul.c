@@ -479,7 +479,7 @@ void cpu_avx512_matmul(struct backend *b, const struct weight *w, const struct a
 
     assert(x->k == w->n_in && w->n_in <= c->limits.max_width);
     if (rounded && (w->layout == LAYOUT_TILE16 ||
-                    (w->layout == LAYOUT_ROWS && is_coarse(&t) && x->n >= REPACK_MIN)))
+                    (w->layout == LAYOUT_ROWS && is_coarse(&t))))
         matmul_rounded(c, &t);
     else if (w->layout == LAYOUT_TILE16)
         cpu_parallel(c, DIV_ROUND_UP(w->n_out, WEIGHT_STRIPE), (size_t)w->n_in * x->n,

@@ -46,7 +46,6 @@ static const struct {
     {WEIGHT_Q4, LAYOUT_TILE16, COARSE}, {WEIGHT_Q8, LAYOUT_TILE16, COARSE},
     {WEIGHT_Q4, LAYOUT_TILE16, FINE},   {WEIGHT_Q4, LAYOUT_TILE16, F32},
     {WEIGHT_BF16, LAYOUT_TILE16, F32},  {WEIGHT_Q4, LAYOUT_ROWS, COARSE},
-    {WEIGHT_Q4, LAYOUT_COLS, COARSE},
 };
 
 static const char *const activation_names[] = {"f32", "coarse", "fine"};

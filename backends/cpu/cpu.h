@@ -18,6 +18,9 @@
 struct cpu_backend {
     struct backend base;
     struct backend_ops ops; /* what base.ops points to */
+    /* matmul of the reference, for layouts that no level has kernels for */
+    void (*reference_matmul)(struct backend *b, const struct weight *w, const struct activations *x,
+                             float *y, size_t ld_y);
     /* matmul of the level below, for a level that has kernels for some layouts only */
     void (*lower_matmul)(struct backend *b, const struct weight *w, const struct activations *x,
                          float *y, size_t ld_y);
@@ -70,8 +73,8 @@ int cpu_map_scratch(struct cpu_backend *c);
  */
 #define CPU_ATTENTION_ROWS 16
 #define CPU_ATTENTION_GROUP 4
-#define CPU_ATTENTION_SCRATCH                                                                      \
-    ((size_t)CPU_ATTENTION_ROWS * CPU_ATTENTION_GROUP * (BACKEND_MAX_HEAD_DIM + KV_PAGE) *         \
+#define CPU_ATTENTION_SCRATCH                                                              \
+    ((size_t)CPU_ATTENTION_ROWS * CPU_ATTENTION_GROUP * (BACKEND_MAX_HEAD_DIM + KV_PAGE) * \
      sizeof(float))
 #define CPU_ATTENTION_SHARED ((size_t)4 << 20)
 

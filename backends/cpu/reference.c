@@ -549,6 +549,7 @@ static void ref_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a)
     uint64_t neurons = 0;
 
     assert(a->up->layout == LAYOUT_ROWS && a->down->layout == LAYOUT_COLS && a->z > 0);
+    assert(!a->x->q_low);
     assert(a->x->k == a->up->n_in && a->down->n_in == ffn &&
            MAX(ffn, a->x->k) <= c->limits.max_width);
     cpu_parallel(c, n, ffn, cut_rows, a);
@@ -783,6 +784,7 @@ static void ref_softcap(struct backend *b, float *x, size_t n, float c)
 
 void cpu_use_reference(struct cpu_backend *c)
 {
+    c->reference_matmul = ref_matmul;
     c->ops = (struct backend_ops){
         .quantize = ref_quantize,
         .matmul = ref_matmul,

@@ -3,17 +3,14 @@
 #pragma once
 
 /*
- * Sixteen rows of LAYOUT_ROWS as a stripe of LAYOUT_TILE16, so that many rows of activations meet
- * them in the faster kernel. SSE2, for the levels of x86.
+ * Sixteen rows of LAYOUT_ROWS as a stripe of LAYOUT_TILE16, so that they
+ * are multiplied by its kernels. SSE2, for the levels of x86.
  */
 
 #include <immintrin.h>
 #include <string.h>
 
 #include "backends/cpu/matmul.h"
-
-/* Rows of activations from which on it pays; below, rows of weights are used as they lie. */
-#define REPACK_MIN 4
 
 /* r[i]: 16 bytes of row i. Afterwards r[c]: bytes 4 c..4 c + 3 of the four rows. */
 static inline void transpose_words(__m128i *r)

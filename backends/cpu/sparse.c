@@ -181,6 +181,7 @@ void cpu_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a,
     uint64_t entries = 0, neurons = 0;
 
     assert(a->up->layout == LAYOUT_ROWS && a->down->layout == LAYOUT_COLS && a->z > 0);
+    assert(!a->x->q_low);
     assert(a->x->k == a->up->n_in && a->down->n_in == t.ffn && t.n <= c->limits.max_rows);
     assert(MAX(MAX(t.ffn, a->x->k), n_out) <= c->limits.max_width);
     t.ld = t.n < 4 * SKEW ? t.n : ALIGN_UP((size_t)t.n, (size_t)SKEW) + SKEW;
