@@ -26,7 +26,13 @@
 #define ROWS 8
 #define ROWS_BEST 6
 
+/* Loops of at most eight. clang 14 takes a number as it stands: of a loop of six, its arrays then stay
+ * in memory instead of registers. */
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 8")
+#endif
 
 static inline __m512 load_scales(const uint16_t *d)
 {
@@ -88,7 +94,8 @@ static void pack_groups(const void *args, uint32_t first, uint32_t last, void *s
 
         for (uint32_t i = 0; i < n; i++) {
             size_t row = c->first + start + i;
-            const int8_t *q = x->q + row * x->ld_q, *low = x->q_low + row * x->ld_q;
+            const int8_t *q = x->q + row * x->ld_q;
+            const int8_t *low = c->fine ? x->q_low + row * x->ld_q : NULL;
             char *to = group_panels(c, group);
 
             for (size_t b = c->block; b < c->block + c->n_blocks; b++, to += bytes) {
