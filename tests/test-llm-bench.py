@@ -121,8 +121,8 @@ class Test:
     def test_tables(self):
         out, err = run(self.bench, *OPTIONS, "--threads", "1", self.demo)
         assert err == "" and "of text" in out
-        for text in ("KLD ", "Limits of the machine", "Prefill", "Decode", "A prompt of 40 tokens", "A step of 1 sessions at depth 8",
-                     "A step of 3 sessions at depth 8"):
+        for text in ("KLD ", "Limits of the machine", "Prefill", "Decode", "A prompt of 40 tokens", "A step of 1 session at depth 8",
+                     "A step of 3 sessions at depth 8, 1 thread\n", "OF READ, OF MUL:"):
             assert text in out, (text, out)
         assert max(map(len, out.splitlines())) <= 140, out
 
@@ -137,9 +137,9 @@ class Test:
         other["accuracy"]["kld_mean_nats"] *= 4
         out, err = compare(report, other, options=["--json"])
         lines = {x["what"]: x for x in json.loads(out)}
-        assert err == "" and lines["prefill 1 threads, 40 tokens: tokens_per_second"]["ratio"] == 2
-        assert lines["prefill 1 threads, 5 tokens: tokens_per_second"]["ratio"] == 1
-        assert lines["decode 1 threads, 70 deep, 1 sessions: tokens_per_second"]["ratio"] == 0.5
+        assert err == "" and lines["prefill 1 thread, 40 tokens: tokens_per_second"]["ratio"] == 2
+        assert lines["prefill 1 thread, 5 tokens: tokens_per_second"]["ratio"] == 1
+        assert lines["decode 1 thread, 70 deep, 1 session: tokens_per_second"]["ratio"] == 0.5
         assert lines["accuracy: kld_mean_nats"]["ratio"] == 4
         assert not any("7 sessions" in x or "8 deep, 1 " in x for x in lines)
         for x in lines.values():
@@ -162,6 +162,19 @@ class Test:
             wrong[part][key] = value
             out, err = compare(wrong, report, status=1)
             assert out == "" and message in err and len(err.splitlines()) == 1, err
+        huge = copy.deepcopy(report)
+        huge["prefill"][0].update(threads=1e300, tokens_per_second=1e-300)
+        huge["decode"][0]["tokens_per_second"] = 1e-300
+        huge["decode"][1]["tokens_per_second"] = 1e300
+        out, err = compare(huge, huge)
+        assert err == "" and "prefill 1e+300 threads, 5 tokens: tokens_per_second" in out
+        other = copy.deepcopy(huge)
+        other["prefill"][0]["tokens_per_second"] = 1e300  # no ratio
+        other["decode"][0]["tokens_per_second"] = 1
+        other["decode"][1]["tokens_per_second"] = 1e290
+        out, err = compare(huge, other)
+        assert err == "" and "1e+300 threads, 5 tokens: operations" in out and "1e+300 threads, 5 tokens: tokens_" not in out, out
+        assert " 1e+300\n" in out and " 1e-10\n" in out, out
         wrong = copy.deepcopy(report)
         for r in wrong["prefill"] + wrong["decode"]:
             r["threads"] = 99
@@ -176,9 +189,13 @@ class Test:
         out, err = run(self.bench, "--json", *OPTIONS, "--threads", "1", "--compare", old, self.a)
         got = json.loads(out)
         ratios = {x["what"]: x["ratio"] for x in got["comparison"]}
-        assert err == "" and ratios["decode 1 threads, 8 deep, 3 sessions: bytes_per_step"] == 1
-        assert close(ratios["prefill 1 threads, 5 tokens: tokens_per_second"],
+        assert err == "" and ratios["decode 1 thread, 8 deep, 3 sessions: bytes_per_step"] == 1
+        assert close(ratios["prefill 1 thread, 5 tokens: tokens_per_second"],
                      got["prefill"][0]["tokens_per_second"] / report["prefill"][0]["tokens_per_second"])
+        # what was measured is shown also where nothing of it is in the old file
+        out, err = run(self.bench, "--json", "--prompt", "6", "--depth", "9", "--sessions", "1", "--decode", "1", "--repetitions", "1",
+                       "--probe", "0", "--accuracy", "0", "--threads", "1", "--compare", old, self.a, status=1)
+        assert "no line with the same" in err and json.loads(out)["prefill"][0]["prompt_tokens"] == 6
         long = ["--repetitions", "1000", "--decode", "100", "--compare", old]
         assert "another model" in run(self.bench, *long, "--threads", "1", self.b, status=1)[1]
         assert "another CPU level" in run(self.bench, *long, "--threads", "1", "--cpu-level", "reference", self.a, status=1)[1]
@@ -212,7 +229,8 @@ class Test:
                 (2, "at most 16 numbers", "--prompt", ",".join(map(str, range(1, 18))), self.a),
                 (1, "may use", "--threads", "1024", self.a),
                 (1, "/no/such.json: cannot read", "--compare", "/no/such.json", self.a),
-                (1, "not what 'llm-bench --json'", "--compare", self.a, self.a)):
+                (1, "not what 'llm-bench --json'", "--compare", self.a, self.a),
+                (2, "nothing is measured", "--threads", "1", "--compare", "old.json", "new.json")):
             out, err = run(self.bench, *command, status=status)
             assert out == "" and message in err and len(err.splitlines()) == status, err
 

@@ -29,22 +29,22 @@ DEFINE_CLEANUP(struct table *, table_free)
 
 static const struct part {
     const char *name;
-    const char *keys[3];    /* none: the part is one object */
-    const char *letters[3]; /* what follows a key's value in a line's name */
+    const char *keys[3];  /* none: the part is one object */
+    const char *units[3]; /* of a key's value in a line's name; plurals end in s */
     const char *values[5];
 } parts[] = {
     {"limits",
      {"threads"},
-     {" threads"},
+     {"threads"},
      {"read_bytes_per_second", "int8_operations_per_second", "f32_operations_per_second",
       "bf16_operations_per_second"}},
     {"prefill",
      {"threads", "prompt_tokens"},
-     {" threads", " tokens"},
+     {"threads", "tokens"},
      {"tokens_per_second", "operations_per_token"}},
     {"decode",
      {"threads", "depth_tokens", "sessions"},
-     {" threads", " deep", " sessions"},
+     {"threads", "deep", "sessions"},
      {"tokens_per_second", "bytes_per_step"}},
     {"memory",
      {NULL},
@@ -158,14 +158,19 @@ static bool add_line(struct json_object *list, const struct part *p, struct json
                      const char *value, double was, double is)
 {
     struct json_object *line = json_object_new_object();
-    char what[256];
+    char what[256]; /* %.10g: no number of a file is longer than 17 characters */
     int n = snprintf(what, sizeof(what), "%s", p->name);
     double key;
 
     for (size_t k = 0; k < ARRAY_SIZE(p->keys) && p->keys[k]; k++)
-        if (number_of(row, p->keys[k], &key))
-            n += snprintf(what + n, sizeof(what) - (size_t)n, "%s %.0f%s", k > 0 ? "," : "", key,
-                          p->letters[k]);
+        if (number_of(row, p->keys[k], &key)) {
+            size_t length = strlen(p->units[k]);
+
+            if (key == 1 && p->units[k][length - 1] == 's')
+                length--;
+            n += snprintf(what + n, sizeof(what) - (size_t)n, "%s %.10g %.*s", k > 0 ? "," : "",
+                          key, (int)length, p->units[k]);
+        }
     snprintf(what + n, sizeof(what) - (size_t)n, ": %s", value);
     if (line && put(line, "what", json_object_new_string(what)) && put(line, "old", number(was)) &&
         put(line, "new", number(is)) && put(line, "ratio", number(is / was)) &&
@@ -182,7 +187,7 @@ static bool add_lines(struct json_object *list, const struct part *p, struct jso
 
     for (size_t v = 0; v < ARRAY_SIZE(p->values) && p->values[v]; v++)
         if (number_of(a, p->values[v], &was) && number_of(b, p->values[v], &is) && was > 0 &&
-            !add_line(list, p, b, p->values[v], was, is))
+            isfinite(is / was) && !add_line(list, p, b, p->values[v], was, is))
             return false;
     return true;
 }
@@ -229,7 +234,7 @@ int compare_make(struct json_object **ret, struct json_object *old, struct json_
 int compare_print(struct json_object *list, const char *old_path)
 {
     static const struct table_column columns[] = {
-        {"AGAINST", NULL, TABLE_TEXT, false},
+        {"WHAT", NULL, TABLE_TEXT, false},
         {"OLD", NULL, TABLE_TEXT, false},
         {"NEW", NULL, TABLE_TEXT, false},
         {"NEW/OLD", NULL, TABLE_TEXT, false},
@@ -250,7 +255,7 @@ int compare_print(struct json_object *list, const char *old_path)
         table_add_text(t, json_object_get_string(what));
         for (size_t k = 0; k < ARRAY_SIZE(values); k++) {
             number_of(line, values[k], &x);
-            snprintf(cell, sizeof(cell), k == 2 ? "%.3f" : "%.4g", x);
+            snprintf(cell, sizeof(cell), k == 2 && x >= 0.01 && x < 1e6 ? "%.3f" : "%.4g", x);
             table_add_text(t, cell);
         }
         if (strstr(json_object_get_string(what), "read_bytes_per_second"))

@@ -56,7 +56,7 @@ static const char help[] =
 struct arguments {
     struct bench_options bench;
     const char *compare, *path;
-    bool json, quick, has_prompts, has_depths, has_positions, has_probe;
+    bool json, quick, has_others, has_prompts, has_depths, has_positions, has_probe;
 };
 
 static int by_value(const void *pa, const void *pb)
@@ -119,6 +119,14 @@ static void fill_in(struct arguments *a)
         o->n_positions = a->quick ? 32 : 64;
 }
 
+/* Two files are compared, and nothing is measured. */
+static bool compares_files(const struct arguments *a)
+{
+    size_t n = strlen(a->path);
+
+    return a->compare && n > 5 && strcmp(a->path + n - 5, ".json") == 0;
+}
+
 /* 0; 1: --help or --version has been answered; EXIT_USAGE: the message is printed. */
 static int parse_options(struct arguments *a, int argc, char **argv)
 {
@@ -144,6 +152,7 @@ static int parse_options(struct arguments *a, int argc, char **argv)
 
     while ((c = getopt_long(argc, argv, "h", long_options, NULL)) != -1) {
         r = 0;
+        a->has_others |= c != 'c' && c != 'j';
         switch (c) {
         case 'p':
             r = parse_list("--prompt", optarg, MODEL_MAX_CONTEXT, &o->prompts, &err);
@@ -199,6 +208,9 @@ static int parse_options(struct arguments *a, int argc, char **argv)
     if (optind + 1 < argc)
         return usage_error(program, "one MODEL only, '%s' is too much", argv[optind + 1]);
     a->path = argv[optind];
+    if (compares_files(a) && a->has_others)
+        return usage_error(program, "of two files, %s and %s, nothing is measured: --json only",
+                           a->compare, a->path);
     fill_in(a);
     return 0;
 }
@@ -229,8 +241,8 @@ static int check_lengths(const struct arguments *a, const struct model *m, struc
         return error_set(err, EINVAL, "a prompt of %u tokens passes the context of %s, %u", prompt,
                          a->path, most);
     if (depth > most || o->n_decode > most - depth)
-        return error_set(err, EINVAL, "%u tokens and %u more pass the context of %s, %u", depth,
-                         o->n_decode, a->path, most);
+        return error_set(err, EINVAL, "a depth of %u and %u tokens more pass the context of %s, %u",
+                         depth, o->n_decode, a->path, most);
     return 0;
 }
 
@@ -292,7 +304,8 @@ static int run(const struct arguments *a, struct error *err)
     CLEANUP(model_freep) struct model *m = NULL;
     CLEANUP(freep) struct measurements *found = calloc(1, sizeof(*found));
     struct comparison c = {.arguments = a};
-    int r = 0;
+    struct error why = {""};
+    int r = 0, outcome; /* of measuring and comparing: what was measured is shown in any case */
 
     if (!found)
         return error_set(err, ENOMEM, "out of memory");
@@ -306,12 +319,15 @@ static int run(const struct arguments *a, struct error *err)
         return r;
     c.old = old;
     c.model = m;
-    r = measure(found, m, o, old ? check_comparison : NULL, &c, err);
-    if (r == 0)
-        r = report_json(&top, found, m, o) < 0 ? error_set(err, ENOMEM, "out of memory") : 0;
-    if (r == 0 && old) {
-        r = compare_make(&list, old, top, a->compare, err);
-        if (r == 0 && !put(top, "comparison", json_object_get(list)))
+    outcome = measure(found, m, o, old ? check_comparison : NULL, &c, &why);
+    if (outcome < 0 && found->n_results == 0)
+        return error_set(err, -outcome, "%s", why.text);
+    r = report_json(&top, found, m, o) < 0 ? error_set(err, ENOMEM, "out of memory") : 0;
+    if (r == 0 && outcome == 0 && old && found->n_results > 0) {
+        outcome = compare_make(&list, old, top, a->compare, &why);
+        if (outcome == -EINVAL && !found->is_complete)
+            outcome = 0; /* no wonder */
+        if (list && !put(top, "comparison", json_object_get(list)))
             r = error_set(err, ENOMEM, "out of memory");
     }
     if (r < 0)
@@ -324,14 +340,9 @@ static int run(const struct arguments *a, struct error *err)
         r = compare_print(list, a->compare);
     if (r < 0)
         return error_set(err, ENOMEM, "out of memory");
+    if (outcome < 0)
+        return error_set(err, -outcome, "%s", why.text);
     return found->is_complete ? 0 : 1;
-}
-
-static bool is_json(const char *path)
-{
-    size_t n = strlen(path);
-
-    return n > 5 && strcmp(path + n - 5, ".json") == 0;
 }
 
 int main(int argc, char **argv)
@@ -352,9 +363,11 @@ int main(int argc, char **argv)
         return EXIT_USAGE;
     if (r == 1)
         return finish_output(program);
-    r = a.compare && is_json(a.path) ? compare_files(&a, &err) : run(&a, &err);
-    if (r < 0)
+    r = compares_files(&a) ? compare_files(&a, &err) : run(&a, &err);
+    if (r < 0) {
+        finish_output(program); /* what was measured before */
         return run_error(program, "%s", err.text);
+    }
     status = finish_output(program);
     if (r == 1) { /* the shell is to know */
         fprintf(stderr, "%s: interrupted: this is what there was\n", program);

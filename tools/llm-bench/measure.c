@@ -25,6 +25,7 @@
 #include "engine/sampler.h"
 #include "engine/tokenizer.h"
 #include "tools/common/engine-args.h"
+#include "tools/llm-bench/words.h"
 
 /* Any text; a model that has a vocabulary is compared with itself on it. */
 static const char text[] =
@@ -258,11 +259,13 @@ static int run_case(struct bench *b, struct result what, struct session **sessio
         double start, took, sampling = 0;
 
         if (what.is_decode)
-            progress("%u threads: decoding, %u sessions of %u tokens: %u of %u", b->n_threads,
-                     what.n_sessions, what.n_tokens, i, b->o->n_repetitions);
+            progress("%u thread%s: decoding, %u session%s of %u token%s: %u of %u", b->n_threads,
+                     plural_s(b->n_threads), what.n_sessions, plural_s(what.n_sessions),
+                     what.n_tokens, plural_s(what.n_tokens), i, b->o->n_repetitions);
         else
-            progress("%u threads: reading a prompt of %u tokens: %u of %u", b->n_threads,
-                     what.n_tokens, i, b->o->n_repetitions);
+            progress("%u thread%s: reading a prompt of %u token%s: %u of %u", b->n_threads,
+                     plural_s(b->n_threads), what.n_tokens, plural_s(what.n_tokens), i,
+                     b->o->n_repetitions);
         if (!what.is_decode)
             r = session_new(&s, b->engine, what.n_tokens);
         if (r < 0)
@@ -328,7 +331,7 @@ static int run_decoding(struct bench *b, struct error *err)
         for (size_t k = 0; r == 0 && k < (d == 0 ? counts->n : 1); k++) {
             uint32_t n = counts->values[k];
 
-            progress("%u threads: filling sessions", b->n_threads);
+            progress("%u thread%s: filling sessions", b->n_threads, plural_s(b->n_threads));
             for (; r == 0 && n_made < n; n_made++) {
                 r = session_new(&sessions[n_made], b->engine,
                                 n_made < counts->values[0] ? n_ctx : depth + b->o->n_decode);
@@ -363,12 +366,12 @@ static int probe_before(struct bench *b, struct probe *p, struct limits *l, stru
 {
     size_t bytes = (size_t)b->o->probe_mib << 20;
 
-    progress("%u threads: the machine's limits", b->n_threads);
+    progress("%u thread%s: the machine's limits", b->n_threads, plural_s(b->n_threads));
     l->n_threads = b->n_threads;
     if (bytes == 0)
         return 0;
     if (probe_read(p, bytes, &l->read_before) < 0)
-        return error_set(err, ENOMEM, "no %zu bytes of memory to read", bytes);
+        return error_set(err, ENOMEM, "no memory of %u MiB to read; see --probe", b->o->probe_mib);
     l->has_read = true;
     for (enum probe_multiplier k = 0; k < N_PROBE_MULTIPLIERS; k++)
         l->has_multiplier[k] = probe_multiply(p, k, &l->multiply[k]) == 0;
@@ -380,7 +383,7 @@ static void probe_after(struct bench *b, struct probe *p, struct limits *l)
 {
     if (!l->has_read || is_interrupted)
         return;
-    progress("%u threads: the machine's limits", b->n_threads);
+    progress("%u thread%s: the machine's limits", b->n_threads, plural_s(b->n_threads));
     l->has_read_after = probe_read(p, (size_t)b->o->probe_mib << 20, &l->read_after) == 0;
     for (enum probe_multiplier k = 0; k < N_PROBE_MULTIPLIERS; k++) {
         struct probe_rate again;
@@ -519,7 +522,7 @@ static int run_accuracy(struct bench *b, struct error *err)
     options.n_threads = definition.n_threads = b->n_threads;
     options.max_logits = definition.max_logits = 16;
     options.kv_bytes = definition.kv_bytes = 0;
-    progress("accuracy: %u positions", n);
+    progress("accuracy: %u position%s", n, plural_s(n));
     r = evaluate(b, &options, ids, n, p, err);
     if (r == 0)
         r = evaluate(b, &definition, ids, n, q, err);

@@ -21,19 +21,20 @@
 #include "client/table.h"
 #include "engine/model-file.h"
 #include "tools/llm-bench/json.h"
+#include "tools/llm-bench/words.h"
 
 /* A figure in two units: one column for people, one for JSON. add_scaled() fills both. */
-#define SCALED(heading, field)            \
+#define SCALED(heading, field)              \
     {(heading), NULL, TABLE_FIGURE, false}, \
-    {                                     \
+    {                                       \
         NULL, (field), TABLE_FIGURE, false  \
     }
 #define NUMBER(heading, field)                  \
     {                                           \
         (heading), (field), TABLE_NUMBER, false \
     }
-#define RATE(heading, field)                  \
-    {                                         \
+#define RATE(heading, field)                    \
+    {                                           \
         (heading), (field), TABLE_FIGURE, false \
     }
 #define SHARE(heading, field)                    \
@@ -487,6 +488,12 @@ static bool is_shown(const struct measurements *m, const struct result *x)
     return x->n_tokens == least_depth && (x->n_sessions == least || x->n_sessions == most);
 }
 
+static const char legend[] =
+    "\nLEAST, MOST: the slowest and the fastest repetition; EACH: tokens/s of one session\n"
+    "MB, GB/S: what had to be read; GOP: 10^9 multiplications and additions\n"
+    "OF READ, OF MUL: how much of the machine's limit of reading and of multiplying that is\n"
+    "LIMIT: tokens/s if the narrower of the two were busy all the time\n";
+
 int report_print(const struct measurements *m, const struct model *model)
 {
     const struct accuracy *a = &m->accuracy;
@@ -506,10 +513,10 @@ int report_print(const struct measurements *m, const struct model *model)
            1e-6 * (double)m->memory.engine.kv_bytes_max,
            1e-6 * (double)m->memory.engine.scratch_bytes);
     if (a->n_positions > 0)
-        printf("KLD      mean %.2e, most %.2e nats, same top token %.1f %%; %u positions of %s,\n"
+        printf("KLD      mean %.2e, most %.2e nats, same top token %.1f %%; %u position%s of %s,\n"
                "         against f32 activations and f32 KV, which differ from float64 by 2e-12\n",
                a->mean, a->most, 100 * ratio(a->n_agree, a->n_positions), a->n_positions,
-               a->is_text ? "text" : "random tokens");
+               plural_s(a->n_positions), a->is_text ? "text" : "random tokens");
     r = make_limits(&t, m);
     r = print_table("Limits of the machine, measured before and afterwards", r, TAKE_PTR(t));
     if (r == 0) {
@@ -524,6 +531,8 @@ int report_print(const struct measurements *m, const struct model *model)
         r = make_scaling(&t, m);
         r = print_table("Threads", r, TAKE_PTR(t));
     }
+    if (r == 0 && m->n_results > 0)
+        fputs(legend, stdout);
     for (size_t i = 0; r == 0 && i < m->n_results; i++) {
         const struct result *x = &m->results[i];
         char title[128];
@@ -531,11 +540,12 @@ int report_print(const struct measurements *m, const struct model *model)
         if (!is_shown(m, x))
             continue;
         if (x->is_decode)
-            snprintf(title, sizeof(title), "A step of %u sessions at depth %u, %u threads",
-                     x->n_sessions, x->n_tokens, x->n_threads);
+            snprintf(title, sizeof(title), "A step of %u session%s at depth %u, %u thread%s",
+                     x->n_sessions, plural_s(x->n_sessions), x->n_tokens, x->n_threads,
+                     plural_s(x->n_threads));
         else
-            snprintf(title, sizeof(title), "A prompt of %u tokens, %u threads", x->n_tokens,
-                     x->n_threads);
+            snprintf(title, sizeof(title), "A prompt of %u token%s, %u thread%s", x->n_tokens,
+                     plural_s(x->n_tokens), x->n_threads, plural_s(x->n_threads));
         r = make_operations(&t, m, x);
         r = print_table(title, r, TAKE_PTR(t));
     }
