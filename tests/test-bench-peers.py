@@ -90,6 +90,23 @@ def main():
         if status == 0:
             assert "for haswell" in out and "cpu/avx2" in out and "zen4" not in err, (out, err)
 
+        # told before the peer's variants are tried
+        status, out, err = call(folder, *usual, "--threads=1000")
+        assert status == 1 and "may use" in err and len(err.splitlines()) == 1, err
+        status, out, err = call(folder, *usual, "--llmd", gguf)
+        assert status == 1 and "not a model file" in err and len(err.splitlines()) == 1, err
+        status, out, err = call(folder, *usual, "--package", "/proc/none")
+        assert status == 1 and err.splitlines()[-1] == "bench-peers: /proc/none: No such file or directory", err
+        write(folder + "/bin/node", "#!/bin/sh\necho nothing\n")
+        status, out, err = call(folder, *usual)
+        assert status == 1 and "prints no JSON" in err and "no variant" in err, err
+        write(folder + "/bin/node", NODE)
+        with open("/dev/full", "w") as full:
+            env = dict(os.environ, PATH=folder + "/bin:" + os.environ["PATH"], PEER_LOG=os.path.join(folder, "log"))
+            p = subprocess.run([sys.executable, TOOL, "--build", build, "--package", os.path.join(folder, "package"),
+                                "--repetitions=1", "--variant=zen4", *usual], stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+        assert p.returncode == 1 and "No space left" in p.stderr and "Traceback" not in p.stderr, p.stderr
+
         status, out, err = call(folder, *usual[:-1], gguf + ".missing")
         assert status == 1 and err == f"bench-peers: {gguf}.missing: is not there or cannot be read\n", err
         status, out, err = call(folder, *usual, "--build", folder)
@@ -97,7 +114,7 @@ def main():
         shutil.rmtree(folder + "/bin")
         status, out, err = call(folder, *usual, path=folder)
         assert status == 1 and "node is not there" in err, err
-        for wrong in ("--sessions=0", "--threads=x", "--variant=z80"):
+        for wrong in ("--sessions=0", "--threads=x", "--variant=z80", "--cpu-level=sse"):
             status, out, err = call(folder, *usual, wrong)
             assert status == 2 and wrong.split("=")[0] in err, err
     print("ok")
