@@ -118,6 +118,8 @@ static void pack_groups(const void *args, uint32_t first, uint32_t last, void *s
 struct stripe_pair {
     const uint8_t *line[2];
     const uint16_t *scales[2];
+    const uint8_t *next_line[2]; /* where the next pair is, to be fetched ahead at this one's end */
+    const uint16_t *next_scales[2];
     uint32_t n_blocks, n_out[2];
     bool more; /* the sums so far are in y */
 };
@@ -165,6 +167,9 @@ pair_rounded(enum weight_type type, bool fine, uint32_t n, const struct stripe_p
 {
     const uint8_t *line0 = s->line[0], *line1 = s->line[1];
     const uint16_t *scales0 = s->scales[0], *scales1 = s->scales[1];
+    const uint8_t *ahead0 = line0 + PREFETCH_LINES, *ahead1 = line1 + PREFETCH_LINES;
+    const char *scales_ahead0 = (const char *)scales0 + PREFETCH_SCALES;
+    const char *scales_ahead1 = (const char *)scales1 + PREFETCH_SCALES;
     __m512 acc[ROWS][2];
 
     UNROLL
@@ -173,17 +178,23 @@ pair_rounded(enum weight_type type, bool fine, uint32_t n, const struct stripe_p
             acc[i][half] = s->more ? _mm512_maskz_loadu_ps(outputs(s->n_out[half]),
                                                            y + i * ld_y + half * WEIGHT_STRIPE)
                                    : _mm512_setzero_ps();
-    prefetch(scales0, PREFETCH_SCALES);
-    prefetch(scales1, PREFETCH_SCALES);
     for (uint32_t b = s->n_blocks; b > 0; b--) {
         const char *d = panel + n * (fine ? 2 : 1) * WEIGHT_BLOCK, *bias = d + n * 4;
         __m512i dot[ROWS][2];
         __m512 d_w0, d_w1;
 
-        prefetch(line0 + PREFETCH_LINES, block_bytes(type));
-        prefetch(line1 + PREFETCH_LINES, block_bytes(type));
-        prefetch((const char *)scales0 + PREFETCH_SCALES, 1);
-        prefetch((const char *)scales1 + PREFETCH_SCALES, 1);
+        if (b == PREFETCH_LINES / block_bytes(type)) {
+            ahead0 = s->next_line[0];
+            ahead1 = s->next_line[1];
+        }
+        if (b == PREFETCH_SCALES / (2 * WEIGHT_STRIPE)) {
+            scales_ahead0 = (const char *)s->next_scales[0];
+            scales_ahead1 = (const char *)s->next_scales[1];
+        }
+        prefetch(ahead0, block_bytes(type));
+        prefetch(ahead1, block_bytes(type));
+        prefetch(scales_ahead0, 1);
+        prefetch(scales_ahead1, 1);
         UNROLL
         for (uint32_t i = 0; i < n; i++)
             dot[i][0] = dot[i][1] = fine ? _mm512_setzero_si512() : broadcast_word(bias + i * 4);
@@ -213,6 +224,10 @@ pair_rounded(enum weight_type type, bool fine, uint32_t n, const struct stripe_p
         line1 += block_bytes(type);
         scales0 += WEIGHT_STRIPE;
         scales1 += WEIGHT_STRIPE;
+        ahead0 += block_bytes(type);
+        ahead1 += block_bytes(type);
+        scales_ahead0 += 2 * WEIGHT_STRIPE;
+        scales_ahead1 += 2 * WEIGHT_STRIPE;
         panel += panel_bytes(fine, n);
     }
     UNROLL
@@ -271,6 +286,7 @@ static void pairs_rounded(const void *args, uint32_t first, uint32_t last, void 
     const struct chunk *c = args;
     const struct weight *w = c->t.w;
     bool q4 = w->type == WEIGHT_Q4;
+    size_t stripe_bytes = weight_stripe_bytes(w->type, w->n_in);
     pair_kernel kernel = c->fine ? q4 ? pair_q4_fine : pair_q8_fine
                          : q4    ? pair_q4_coarse
                                  : pair_q8_coarse;
@@ -296,6 +312,13 @@ static void pairs_rounded(const void *args, uint32_t first, uint32_t last, void 
             }
             s.line[half] = stripe + c->block * block_bytes(w->type);
             s.scales[half] = stripe_scales(w, stripe) + c->block * WEIGHT_STRIPE;
+            s.next_line[half] = s.line[half] + 2 * stripe_bytes;
+            s.next_scales[half] =
+                (const uint16_t *)((const uint8_t *)s.scales[half] + 2 * stripe_bytes);
+            if (pair == first) {
+                prefetch(s.line[half], PREFETCH_LINES);
+                prefetch(s.scales[half], PREFETCH_SCALES);
+            }
         }
         for (uint32_t group = 0; group < c->n_groups; group++) {
             uint32_t start = group_start(c, group), n = group_start(c, group + 1) - start;
@@ -485,8 +508,7 @@ void cpu_avx512_matmul(struct backend *b, const struct weight *w, const struct a
     bool rounded = x->q && weight_type_is_quantized(w->type);
 
     assert(x->k == w->n_in && w->n_in <= c->limits.max_width);
-    if (rounded && (w->layout == LAYOUT_TILE16 ||
-                    (w->layout == LAYOUT_ROWS && is_coarse(&t))))
+    if (rounded && (w->layout == LAYOUT_TILE16 || (w->layout == LAYOUT_ROWS && is_coarse(&t))))
         matmul_rounded(c, &t);
     else if (w->layout == LAYOUT_TILE16)
         cpu_parallel(c, DIV_ROUND_UP(w->n_out, WEIGHT_STRIPE), (size_t)w->n_in * x->n,
