@@ -8,19 +8,16 @@
 /*
  * exp(d) for d <= 0, relative error below 2^-50; 0 from -700 down, and for NaN. The same bits on
  * every machine, which libm does not promise: 2^k times the Taylor series on [-ln2/2, ln2/2], in
- * operations that IEEE 754 rounds in one way (so nothing may contract them).
+ * operations that IEEE 754 rounds in one way (so nothing may contract them), and without a branch,
+ * so that loops of it are vectorised.
  */
 static inline double exp_negative(double d)
 {
     const double magic = 0x1.8p52; /* adding and subtracting it rounds to an integer */
-    double k, r, p, scale;
+    double t = d * 0x1.71547652b82fep0 + magic, k = t - magic;
+    double r = (d - k * 0x1.62e42feep-1) - k * 0x1.a39ef35793c76p-33; /* ln 2, high and low part */
+    double p, e;
     uint64_t bits;
-
-    if (!(d > -700))
-        return 0;
-
-    k = (d * 0x1.71547652b82fep0 + magic) - magic;
-    r = (d - k * 0x1.62e42feep-1) - k * 0x1.a39ef35793c76p-33; /* ln 2, high and low part */
 
     p = 1.0 / 6227020800;
     p = p * r + 1.0 / 479001600;
@@ -37,7 +34,13 @@ static inline double exp_negative(double d)
     p = p * r + 1;
     p = p * r + 1;
 
-    bits = (uint64_t)((int64_t)k + 1023) << 52; /* 2^k: k is in -1010 .. 0 */
-    memcpy(&scale, &bits, sizeof(scale));
-    return p * scale;
+    memcpy(&bits, &t, sizeof(bits)); /* the last of them are k, which is in -1010 .. 0 */
+    bits = (bits << 52) + ((uint64_t)1023 << 52); /* 2^k */
+    memcpy(&e, &bits, sizeof(e));
+    e *= p;
+
+    memcpy(&bits, &e, sizeof(bits));
+    bits &= -(uint64_t)(d > -700); /* a choice by value would be a branch to some compilers */
+    memcpy(&e, &bits, sizeof(e));
+    return e;
 }

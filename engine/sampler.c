@@ -4,9 +4,10 @@
 /*
  * Every cut (top-k, top-p) keeps the head of one total order: larger logit first, of equal ones the
  * lower id. Finding such a cut is a selection, not a sort: find_cut() walks the bits of the logits
- * from the top, three passes, whatever the data. Before that, the maxima of blocks of 64 logits,
- * which the search for the largest logit yields anyway, rule nearly everything out: the k-th
- * largest of them is a lower bound of the k-th largest logit.
+ * from the top, three passes, whatever the data. Before that, bounds rule nearly everything out:
+ * the k-th largest of the maxima of blocks of logits, which the search for the largest logit yields
+ * anyway, for top-k; a logit whose weight could not matter if all had it, for top-p. What needs no
+ * cut is drawn from the sums of the blocks' weights. All passes over the whole row are in logits.c.
  *
  * Probabilities that decide are integers: floor(exp((x - max) / temperature) * 2^weight_bits).
  * Integer sums do not depend on their order, and the exp is our own (libm's differs between
@@ -28,12 +29,12 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
-#include "engine/exp-negative.h"
+#include "engine/logits.h"
 
-#define BLOCK 64 /* logits per entry of block_max */
-#define LANES 16
+#define BLOCK LOGITS_BLOCK
 
 #define RADIX_BITS 11
+#define BINS 2048
 
 struct sampler {
     struct sampler_options options; /* 0 where 1 means off as well; bias is ours */
@@ -41,14 +42,20 @@ struct sampler {
     unsigned weight_bits; /* weights are at most 2^weight_bits, their sum at most 2^63 */
     uint64_t random[4];
 
-    float *adjusted;  /* [vocab_size], NULL when nothing adjusts logits */
-    float *block_max; /* [DIV_ROUND_UP(vocab_size, BLOCK)] */
+    const struct logits_passes *passes;
+    float *adjusted;      /* [vocab_size], NULL when nothing adjusts logits */
+    float *block_max;     /* [DIV_ROUND_UP(vocab_size, BLOCK)] */
+    uint64_t *block_sums; /* the same of weights; NULL when always greedy */
 
     /* Tokens still in the running, in order of ids, [vocab_size] each; NULL when always greedy.
      * Only what a draw uses is ever touched, so the rest costs no memory. */
     float *x;
     uint32_t *ids;
     uint64_t *weights;
+
+    /* Those of them that a search for a cut looks at more closely; NULL without top_p */
+    float *close_x;
+    uint64_t *close_weights;
 
     /* Penalties: occurrences inside the window, and the ids that have some (or had: those leave
      * the list when it is next walked). */
@@ -143,71 +150,100 @@ static struct cut find_cut(const float *x, const uint64_t *weights, size_t n, ui
     return (struct cut){key, weights ? (target - 1) / weights[first] + 1 : target};
 }
 
-/* Maxima of the blocks; returns the largest of all. In lanes, since a max that meets NaN may not be
- * reordered by the compiler. */
-static float find_block_max(float *block_max, const float *logits, size_t n)
+/* Which of BINS parts of [low, low + BINS / per_one] x lies in, as if there were nothing outside.
+ * Of two logits the larger one has no smaller bin. */
+static size_t bin_of(float x, float low, float per_one)
 {
-    float all = -INFINITY;
+    float at = (x - low) * per_one;
 
-    for (size_t b = 0; b * BLOCK < n; b++) {
-        const float *p = logits + b * BLOCK;
-        size_t here = MIN(n - b * BLOCK, (size_t)BLOCK), i = 0;
-        float lane[LANES], m;
-
-        for (size_t k = 0; k < LANES; k++)
-            lane[k] = -INFINITY;
-        for (; i + LANES <= here; i += LANES)
-            for (size_t k = 0; k < LANES; k++)
-                lane[k] = p[i + k] > lane[k] ? p[i + k] : lane[k];
-        m = lane[0];
-        for (size_t k = 1; k < LANES; k++)
-            m = lane[k] > m ? lane[k] : m;
-        for (; i < here; i++)
-            m = p[i] > m ? p[i] : m;
-
-        block_max[b] = sane(m);
-        all = block_max[b] > all ? block_max[b] : all;
-    }
-    return all;
+    at = at > 0 ? at : 0; /* NaN, of 0 times infinity, too */
+    return (size_t)(at < BINS - 1 ? at : BINS - 1);
 }
 
 /*
- * Fills ret_x and ret_ids with the k first of the order, in order of ids; with all of finite logit
- * if k is 0 or there are fewer. block_max belongs to logits. Returns how many.
+ * The same cut among many, of which most should lie in [low, max]: first by sums over equal parts
+ * of that range, so that find_cut() sees only one part's logits.
  */
-static size_t gather(const struct sampler *s, const float *logits, size_t k, float *ret_x,
-                     uint32_t *ret_ids)
+static struct cut find_cut_of_many(struct sampler *s, size_t n, uint64_t target, float low,
+                                   float max)
 {
-    size_t n_blocks = DIV_ROUND_UP((size_t)s->vocab_size, (size_t)BLOCK), n = 0, kept = 0;
-    uint32_t bound = key_of(-FLT_MAX);
-    struct cut cut;
+    /* Neighbours add to different tables: adding twice in a row to one entry takes longer. */
+    static const size_t n_tables = 4;
+    uint64_t sums[4][BINS] = {0};
+    float per_one = (float)BINS / (max - low);
+    size_t close = 0, bin;
 
-    if (k > 0 && k <= n_blocks)
-        bound = MAX(bound, find_cut(s->block_max, NULL, n_blocks, k).key);
+    for (size_t i = 0; i < n; i++)
+        sums[i % n_tables][bin_of(s->x[i], low, per_one)] += s->weights[i];
+    for (bin = BINS - 1; bin > 0; bin--) {
+        uint64_t sum = sums[0][bin] + sums[1][bin] + sums[2][bin] + sums[3][bin];
+
+        if (sum >= target)
+            break;
+        target -= sum;
+    }
+
+    for (size_t i = 0; i < n; i++) {
+        s->close_x[close] = s->x[i];
+        s->close_weights[close] = s->weights[i];
+        close += bin_of(s->x[i], low, per_one) == bin;
+    }
+    return find_cut(s->close_x, s->close_weights, close, target);
+}
+
+/* Fills s->x and s->ids with all logits from bound up, a finite number; block_max belongs to
+ * logits. Without a branch in the inner loop: what is not kept is written over. Returns how many.
+ */
+static size_t gather_from(struct sampler *s, const float *logits, float bound)
+{
+    size_t n_blocks = DIV_ROUND_UP((size_t)s->vocab_size, (size_t)BLOCK), n = 0;
 
     for (size_t b = 0; b < n_blocks; b++) {
-        if (key_of(s->block_max[b]) < bound)
+        if (!(s->block_max[b] >= bound))
             continue;
         for (size_t i = b * BLOCK; i < MIN((b + 1) * BLOCK, (size_t)s->vocab_size); i++) {
-            float x = sane(logits[i]);
-
-            if (key_of(x) >= bound) {
-                ret_x[n] = x;
-                ret_ids[n++] = (uint32_t)i;
-            }
+            s->x[n] = logits[i];
+            s->ids[n] = (uint32_t)i;
+            n += logits[i] >= bound; /* NaN is not */
         }
     }
-    if (k == 0 || n <= k)
+    for (size_t i = 0; i < n; i++)
+        s->x[i] = sane(s->x[i]);
+    return n;
+}
+
+/* The float of that key. */
+static float of_key(uint32_t key)
+{
+    uint32_t u = key & 0x80000000 ? key & 0x7fffffff : ~key;
+    float x;
+
+    memcpy(&x, &u, sizeof(x));
+    return x;
+}
+
+/* Fills s->x and s->ids with the k first of the order, in order of ids; with all of finite logit if
+ * there are fewer. block_max belongs to logits. Returns how many. */
+static size_t gather_first(struct sampler *s, const float *logits, size_t k)
+{
+    size_t n_blocks = DIV_ROUND_UP((size_t)s->vocab_size, (size_t)BLOCK), n, kept = 0;
+    float bound = -FLT_MAX;
+    struct cut cut;
+
+    if (k <= n_blocks)
+        bound = of_key(MAX(key_of(bound), find_cut(s->block_max, NULL, n_blocks, k).key));
+    n = gather_from(s, logits, bound);
+    if (n <= k)
         return n;
 
-    cut = find_cut(ret_x, NULL, n, k);
+    cut = find_cut(s->x, NULL, n, k);
     for (size_t i = 0; i < n; i++) {
-        uint32_t key = key_of(ret_x[i]);
+        uint32_t key = key_of(s->x[i]);
 
         if (key > cut.key || (key == cut.key && cut.n_ties > 0)) {
             cut.n_ties -= key == cut.key;
-            ret_x[kept] = ret_x[i];
-            ret_ids[kept++] = ret_ids[i];
+            s->x[kept] = s->x[i];
+            s->ids[kept++] = s->ids[i];
         }
     }
     return kept;
@@ -262,87 +298,132 @@ static const float *adjust(struct sampler *s, const float *logits)
     return s->adjusted;
 }
 
-/* Keeps the shortest head that has p of the sum; returns how many, and their sum in *total. */
-static size_t cut_top_p(struct sampler *s, size_t n, uint64_t *total)
+/* How much the shortest head that has top_p of the sum weighs at least. */
+static uint64_t find_target(const struct sampler *s, uint64_t total)
 {
     /* p as a fraction of 2^63, exactly, so that "reaches p" is a comparison of integers */
     uint64_t p = (uint64_t)((double)s->options.top_p * 0x1p63);
-    unsigned __int128 product = (unsigned __int128)p * *total;
+    unsigned __int128 product = (unsigned __int128)p * total;
     uint64_t target = (uint64_t)((product + (((unsigned __int128)1 << 63) - 1)) >> 63);
-    struct cut cut = find_cut(s->x, s->weights, n, MAX(target, (uint64_t)1));
+
+    return MAX(target, (uint64_t)1);
+}
+
+/* Keeps of s->ids and s->weights what is inside the cut; returns how many. */
+static size_t apply_cut(struct sampler *s, size_t n, struct cut cut)
+{
     size_t kept = 0;
 
-    *total = 0;
     for (size_t i = 0; i < n; i++) {
         uint32_t key = key_of(s->x[i]);
+        bool tie = key == cut.key;
 
-        if (key > cut.key || (key == cut.key && cut.n_ties > 0)) {
-            cut.n_ties -= key == cut.key;
-            s->ids[kept] = s->ids[i];
-            s->weights[kept] = s->weights[i];
-            *total += s->weights[kept++];
-        }
+        s->ids[kept] = s->ids[i];
+        s->weights[kept] = s->weights[i];
+        kept += key > cut.key || (tie && cut.n_ties > 0);
+        cut.n_ties -= tie && cut.n_ties > 0;
     }
     return kept;
+}
+
+static uint64_t random_below(struct sampler *s, uint64_t total)
+{
+    return (uint64_t)((unsigned __int128)next_random(s->random) * total >> 64);
+}
+
+/* From all whose weight is not 0, without gathering them: total and block_sums are theirs. */
+static uint32_t draw_of_all(struct sampler *s, const float *logits,
+                            const struct logits_scale *scale, uint64_t total)
+{
+    uint64_t at = random_below(s, total), weights[BLOCK];
+    size_t b = 0, i = 0;
+
+    while (at >= s->block_sums[b])
+        at -= s->block_sums[b++];
+    s->passes->weigh(scale, logits + b * BLOCK, MIN(s->vocab_size - b * BLOCK, (size_t)BLOCK),
+                     weights);
+    while (at >= weights[i])
+        at -= weights[i++];
+    return (uint32_t)(b * BLOCK + i);
+}
+
+/*
+ * Keeps the shortest head of all logits whose weights, total together, reach top_p. It ends above a
+ * logit so low that even vocab_size like it would weigh less than what may be left out: only those
+ * from there up are gathered.
+ */
+static size_t cut_top_p_of_all(struct sampler *s, const float *logits,
+                               const struct logits_scale *scale, uint64_t total)
+{
+    uint64_t target = find_target(s, total);
+    double share = (double)(total - target) / (scale->one * s->vocab_size);
+    float low = scale->low;
+    size_t n;
+
+    if (share > 0) /* 0.01: by far more than all of this is rounded, or log() errs */
+        low = MAX(low, (float)(scale->max + (log(share) - 0.01) * scale->temperature));
+    n = gather_from(s, logits, low);
+    s->passes->weigh(scale, s->x, n, s->weights);
+    return apply_cut(s, n, find_cut_of_many(s, n, target, low, (float)scale->max));
 }
 
 static uint32_t draw(struct sampler *s, const float *logits, float max)
 {
     const struct sampler_options *o = &s->options;
-    size_t n = gather(s, logits, o->top_k, s->x, s->ids);
-    uint64_t largest = (uint64_t)1 << s->weight_bits, total = 0, at;
-    size_t i;
+    /* Integers below min_p's share are those below the next integer. */
+    double one = (double)((uint64_t)1 << s->weight_bits), least = ceil((double)o->min_p * one);
+    struct logits_scale scale = {
+        .max = (double)max,
+        .temperature = (double)o->temperature,
+        .one = one,
+    };
+    double depth = 0.7 * s->weight_bits; /* exp(-depth) is less than 2^-weight_bits */
+    uint64_t total, at;
+    size_t n, i;
 
+    if (o->top_k != 0) {
+        n = gather_first(s, logits, o->top_k);
+        total = s->passes->weigh(&scale, s->x, n, s->weights);
+        if (o->top_p != 0)
+            n = apply_cut(s, n, find_cut(s->x, s->weights, n, find_target(s, total)));
+    } else {
+        size_t vocab_size = s->vocab_size;
+
+        if (o->top_p == 0) {
+            scale.least = least;
+            if (o->min_p != 0)
+                depth = MIN(depth, 0.01 - log((double)o->min_p)); /* see above */
+        }
+        /* Of rounding to float: what is less than the rounded one is less than the exact one. */
+        scale.low = (float)((double)max - (double)o->temperature * depth);
+        total = s->passes->weigh_blocks(&scale, logits, vocab_size, s->block_max, s->block_sums);
+        if (o->top_p == 0)
+            return draw_of_all(s, logits, &scale, total);
+        n = cut_top_p_of_all(s, logits, &scale, total);
+    }
+
+    total = 0;
     for (i = 0; i < n; i++) {
-        double d = ((double)s->x[i] - (double)max) / (double)o->temperature;
-
-        s->weights[i] = (uint64_t)(int64_t)(exp_negative(d) * (double)largest);
+        s->weights[i] = (double)s->weights[i] < least ? 0 : s->weights[i];
         total += s->weights[i];
     }
-
-    if (o->top_p != 0)
-        n = cut_top_p(s, n, &total);
-
-    if (o->min_p != 0) {
-        double bound = (double)o->min_p * (double)largest;
-
-        total = 0;
-        for (i = 0; i < n; i++) {
-            if ((double)s->weights[i] < bound)
-                s->weights[i] = 0;
-            total += s->weights[i];
-        }
-    }
-
-    at = (uint64_t)((unsigned __int128)next_random(s->random) * total >> 64);
+    at = random_below(s, total);
     for (i = 0; at >= s->weights[i]; i++)
         at -= s->weights[i];
     return s->ids[i];
 }
 
-/* Of the model's own distribution, softmax(logits). */
-static void fill_logprobs(struct sampler *s, const float *logits, struct sample *ret)
+/* Of the model's own distribution, softmax(logits); max and block_max are of logits. */
+static void fill_logprobs(struct sampler *s, const float *logits, float max, struct sample *ret)
 {
-    float max = find_block_max(s->block_max, logits, s->vocab_size);
-    double sum = 0, weighted = 0, log_sum;
+    struct logits_sums sums = s->passes->sum(logits, s->vocab_size, max);
+    double log_sum = log(sums.e);
 
-    for (size_t i = 0; i < s->vocab_size; i++) {
-        float x = sane(logits[i]);
-        double d = (double)x - (double)max;
-
-        if (d > -700) { /* beyond, the product is 0 (or undefined, at -infinity) */
-            double e = exp_negative(d);
-
-            sum += e;
-            weighted += e * d;
-        }
-    }
-    log_sum = log(sum);
     ret->logprob = (float)((double)sane(logits[ret->id]) - (double)max - log_sum);
-    ret->entropy = (float)(log_sum - weighted / sum);
+    ret->entropy = (float)(log_sum - sums.ed / sums.e);
 
     if (s->options.n_logprobs > 0) {
-        size_t n = gather(s, logits, s->options.n_logprobs, s->x, s->ids);
+        size_t n = gather_first(s, logits, s->options.n_logprobs);
 
         for (size_t i = 0; i < n; i++) { /* an insertion sort: n is at most 64 */
             float x = s->x[i];
@@ -430,7 +511,7 @@ int sampler_observe(struct sampler *s, const uint32_t *ids, size_t n)
 int sampler_draw(struct sampler *s, const float *logits, bool want_logprob, struct sample *ret)
 {
     const float *adjusted = adjust(s, logits);
-    float max = find_block_max(s->block_max, adjusted, s->vocab_size);
+    float max = s->passes->find_maxima(adjusted, s->vocab_size, s->block_max);
     uint32_t id;
     int r;
 
@@ -451,8 +532,11 @@ int sampler_draw(struct sampler *s, const float *logits, bool want_logprob, stru
     ret->logprob = NAN;
     ret->entropy = NAN;
     ret->n_top = 0;
-    if (want_logprob || s->options.n_logprobs > 0)
-        fill_logprobs(s, logits, ret);
+    if (want_logprob || s->options.n_logprobs > 0) {
+        if (adjusted != logits)
+            max = s->passes->find_maxima(logits, s->vocab_size, s->block_max);
+        fill_logprobs(s, logits, max, ret);
+    }
 
     return sampler_observe(s, &id, 1);
 }
@@ -521,6 +605,7 @@ int sampler_new(struct sampler **ret, uint32_t vocab_size, const struct sampler_
     if (!s)
         return error_set(err, ENOMEM, "out of memory");
     s->vocab_size = vocab_size;
+    s->passes = logits_passes(0);
     s->options = *options;
     o = &s->options;
     o->bias = NULL;
@@ -570,7 +655,15 @@ int sampler_new(struct sampler **ret, uint32_t vocab_size, const struct sampler_
     }
     if (o->temperature != 0) {
         s->weights = calloc(vocab_size, sizeof(*s->weights));
-        if (!s->weights)
+        s->block_sums =
+            calloc(DIV_ROUND_UP((size_t)vocab_size, (size_t)BLOCK), sizeof(*s->block_sums));
+        if (!s->weights || !s->block_sums)
+            return error_set(err, ENOMEM, "out of memory");
+    }
+    if (o->temperature != 0 && o->top_p != 0 && o->top_k == 0) {
+        s->close_x = calloc(vocab_size, sizeof(*s->close_x));
+        s->close_weights = calloc(vocab_size, sizeof(*s->close_weights));
+        if (!s->close_x || !s->close_weights)
             return error_set(err, ENOMEM, "out of memory");
     }
 
@@ -584,9 +677,12 @@ struct sampler *sampler_free(struct sampler *s)
         free((void *)s->options.bias);
         free(s->adjusted);
         free(s->block_max);
+        free(s->block_sums);
         free(s->x);
         free(s->ids);
         free(s->weights);
+        free(s->close_x);
+        free(s->close_weights);
         free(s->counts);
         free(s->listed);
         free(s->seen);

@@ -569,15 +569,24 @@ static void test_distributions(void)
 /* Frozen: another compiler, processor or release must draw the same. */
 static void test_frozen_draws(void)
 {
-    static const uint32_t expected[2][12] = {
+    static const uint32_t expected[][12] = {
         {22002, 99352, 178270, 242399, 259997, 201785, 188551, 222829, 199586, 152922, 178906,
          76201},
         {28657, 103682, 182888, 244383, 259510, 193834, 180304, 219907, 191250, 136520, 160996,
          68260},
+        {22002, 99365, 178270, 242396, 259997, 201785, 188551, 222834, 199578, 152909, 178906,
+         76198},
+        {22000, 99350, 178270, 242399, 259995, 201785, 188551, 222829, 199586, 152920, 178906,
+         76198},
+        {21992, 99347, 178270, 242399, 259992, 201783, 188551, 222824, 199586, 152920, 178901,
+         76198},
     };
-    static const struct sampler_options cases[2] = {
+    static const struct sampler_options cases[] = {
         {.temperature = 1, .seed = 42},
         {.temperature = 1, .top_k = 64, .top_p = 0.95f, .repetition_penalty = 1.1f, .seed = 42},
+        {.temperature = 0.6f, .top_p = 0.9f, .seed = 42},
+        {.temperature = 1.3f, .min_p = 0.01f, .seed = 42},
+        {.temperature = 2, .top_p = 0.97f, .min_p = 0.001f, .seed = 42},
     };
     enum { N = 262144 };
     float *x = malloc(N * sizeof(*x));
@@ -585,7 +594,7 @@ static void test_frozen_draws(void)
     assert(x);
     for (uint32_t i = 0; i < N; i++) /* exact in float, so the same everywhere */
         x[i] = (float)(i * 2654435761u >> 8) * 0x1p-20f;
-    for (size_t c = 0; c < 2; c++) {
+    for (size_t c = 0; c < ARRAY_SIZE(cases); c++) {
         CLEANUP(sampler_freep) struct sampler *s = NULL;
         struct error err;
         struct sample got;
