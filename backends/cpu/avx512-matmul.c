@@ -26,8 +26,7 @@
 #define ROWS 8
 #define ROWS_BEST 6
 
-/* Loops of at most eight. clang 14 takes a number as it stands: of a loop of six, its arrays then stay
- * in memory instead of registers. */
+/* Of at most eight. clang 14 takes a number as it stands, and a loop of six is not unrolled. */
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
