@@ -120,6 +120,27 @@ def properties():
 
 
 @test
+def threads_keep_to_their_cores():
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        return "skipped: needs two processors"
+    config = os.path.join(folder, "pin.conf")
+    with open(config, "w") as f:
+        f.write("[Engine]\nPinThreads=no\n")
+    for options, pinned in (([], True), (["--config", config], False), (["--config", config, "--pin-threads", "yes"], True),
+                            (["--pin-threads", "no"], False)):
+        with daemon("--threads", str(len(cpus)), *options) as d, d.connect() as c:
+            c.create().run(prompt="x", max_tokens=dbus.UInt32(2))
+            found = {"engine": [], "others": []}
+            for thread in os.listdir(f"/proc/{d.process.pid}/task"):
+                with open(f"/proc/{d.process.pid}/task/{thread}/comm") as f:
+                    part = "engine" if f.read().strip() in ("llmd-engine", "llmd-compute") else "others"
+                found[part].append(sorted(os.sched_getaffinity(int(thread))))
+            assert sorted(found["engine"]) == ([[n] for n in cpus] if pinned else [cpus] * len(cpus)), (options, found)
+            assert found["others"] and all(x == cpus for x in found["others"]), (options, found)
+
+
+@test
 def same_seed_same_bytes():
     with daemon() as d, d.connect() as c:
         options = {"prompt": "hello", "ignore-end": True, "max-tokens": dbus.UInt32(60), "temperature": 1.0}

@@ -345,8 +345,8 @@ int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
         }
     if (cpu_map_scratch(c) < 0) {
         backend_free(&c->base);
-        return error_set(err, ENOMEM, "CPU backend: no memory for the scratch space of %u threads",
-                         n_threads);
+        return error_set(err, ENOMEM, "CPU backend: no memory for the scratch space of %u thread%s",
+                         n_threads, n_threads == 1 ? "" : "s");
     }
     *ret = &c->base;
     return 0;
