@@ -22,8 +22,11 @@ ERROR = "org.llmd.Llm1.Error."
 BUS_NAME = "org.llmd.Llm1"
 PATIENCE = 120  # seconds until a test that waits for an event gives up; decides nothing else
 
-# Children are to be interrupted by SIGINT, also where whoever started the test in the background has it ignored.
+# Children are to be ended by these, also where whoever started the test has them ignored: in the background, by nohup.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 
 def make_endless_model(make_chat_model, path):
