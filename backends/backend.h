@@ -348,8 +348,10 @@ int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
 
 /*
  * A CPU backend's threads keep to one core each from now on, the caller's thread from its next
- * operation until the backend is freed; a thread that it creates meanwhile inherits that. Nothing
- * happens where threads are fewer than cores: others may have chosen the same few, and the system
- * knows which are idle.
+ * operation until the backend is freed by it; a thread that it creates meanwhile inherits that, and
+ * a backend that it makes meanwhile sees one core: one thread that is to have several backends makes
+ * all before their first operations, and frees them in the reverse order of these. Nothing happens
+ * where threads are fewer than cores: others may have chosen the same few, and the system knows
+ * which are idle.
  */
 void backend_cpu_pin(struct backend *b);
