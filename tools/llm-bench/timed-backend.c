@@ -33,11 +33,8 @@ struct timed_backend {
     struct role *roles; /* [n_roles], by data */
     size_t n_roles;
     uint8_t *left;             /* [widest ffn]: neurons that some row has */
-    const struct weight *up;   /* the last one that was multiplied, */
-    struct op_sum up_sum;      /* and what was counted for it */
     uint32_t n_left, n_blocks; /* of the gate that was cut last: neurons; blocks of 32 with any */
     double n_products;         /* the neurons of all its rows */
-    bool is_cut;               /* down is still to come */
 };
 
 const char *op_class_name(enum op_class c)
@@ -209,24 +206,10 @@ static void matmul(struct backend *b, const struct weight *w, const struct activ
 {
     struct timed_backend *t = timed(b);
     enum op_class c = class_of(t, w);
-    struct op_sum here = {0};
 
     TIMED(c, matmul(inner, w, x, y, ld_y));
-    if (w->layout == LAYOUT_COLS && t->is_cut) {
-        here.bytes = columns_bytes(t, w);
-        add_products(&here, w, x, t->n_products * w->n_out);
-        t->is_cut = false;
-    } else {
-        here.bytes = weight_bytes(w);
-        add_products(&here, w, x, (double)x->n * w->n_out * w->n_in);
-    }
-    t->sums[c].bytes += here.bytes;
-    t->sums[c].operations_int8 += here.operations_int8;
-    t->sums[c].operations_f32 += here.operations_f32;
-    if (c == OP_UP) {
-        t->up = w;
-        t->up_sum = here;
-    }
+    t->sums[c].bytes += weight_bytes(w);
+    add_products(&t->sums[c], w, x, (double)x->n * w->n_out * w->n_in);
 }
 
 static void get_rows(struct backend *b, const struct weight *w, const uint32_t *ids, uint32_t n,
@@ -272,20 +255,6 @@ static void attention(struct backend *b, const struct attention_args *a)
 
 static void gate(struct backend *b, const struct gate_args *a)
 {
-    struct timed_backend *t = timed(b);
-
-    if (a->z > 0) {
-        count_left(t, a->gate, a->ld_gate, a->n, a->k, (double)a->z);
-        t->is_cut = true;
-        if (t->up && t->up->n_out == a->k && t->up->layout == LAYOUT_ROWS) {
-            double all = (double)a->n * a->k;
-
-            t->sums[OP_UP].bytes +=
-                (double)weight_row_bytes(t->up->type, t->up->n_in) * t->n_left - t->up_sum.bytes;
-            t->sums[OP_UP].operations_int8 += t->up_sum.operations_int8 * (t->n_products / all - 1);
-            t->sums[OP_UP].operations_f32 += t->up_sum.operations_f32 * (t->n_products / all - 1);
-        }
-    }
     TIMED(OP_ACTIVATION, gate(inner, a));
 }
 
