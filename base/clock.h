@@ -2,7 +2,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #pragma once
 
-/* Clocks, in microseconds as sd-event counts them. */
+/* Clocks, in microseconds as sd-event counts them, and in seconds for rates. */
 
 #include <stdint.h>
 #include <time.h>
@@ -19,4 +19,13 @@ static inline uint64_t clock_usec(clockid_t clock)
 static inline uint64_t now_usec(void)
 {
     return clock_usec(CLOCK_MONOTONIC);
+}
+
+/* CLOCK_MONOTONIC in seconds, to the nanosecond: for rates and benchmarks. */
+static inline double now_seconds(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }

@@ -11,21 +11,13 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 
 #include "base/checked.h"
+#include "base/clock.h"
 #include "engine/sampler.h"
 
 #define VOCABULARY 262144
 #define N_ROWS 16
-
-static double seconds(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 /* Roughly normal, as logits are: with many near the largest one. */
 static float random_logit(uint64_t *seed)
@@ -74,14 +66,14 @@ int main(void)
         if (sampler_new(&s, VOCABULARY, &cases[c].options, &err) < 0)
             return 1;
         for (int run = 0; run < 8; run++) {
-            double start = seconds();
+            double start = now_seconds();
 
             for (size_t i = 0; i < N_ROWS; i++) {
                 if (sampler_draw(s, logits + i * VOCABULARY, false, &sample) < 0)
                     return 1;
                 ids = ids * 31 + sample.id;
             }
-            best = MIN(best, (seconds() - start) / N_ROWS);
+            best = MIN(best, (now_seconds() - start) / N_ROWS);
         }
         printf("%-34s %8.1f us a token   (drawn: %016llx)\n", cases[c].name, best * 1e6,
                (unsigned long long)ids);

@@ -13,11 +13,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "backends/backend.h"
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 
 #define HIDDEN 2048
 #define STREAMS 4
@@ -34,14 +34,6 @@
 #define SPACE ((size_t)MAX_ROWS * FFN * sizeof(float)) /* of each array */
 
 static double min_seconds = 0.2;
-
-static double seconds(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 struct arrays {
     float *x, *y, *w, *u; /* SPACE each */
@@ -295,19 +287,19 @@ static double best_of(struct backend *b, struct arrays *m,
     uint32_t turns = 1;
 
     for (double t = 0; t < 1e-4; turns *= 2) {
-        t = seconds();
+        t = now_seconds();
         for (uint32_t i = 0; i < turns; i++)
             run(b, m);
-        t = seconds() - t;
+        t = now_seconds() - t;
     }
-    end = seconds() + min_seconds;
+    end = now_seconds() + min_seconds;
     do {
-        double start = seconds();
+        double start = now_seconds();
 
         for (uint32_t i = 0; i < turns; i++)
             run(b, m);
-        best = MIN(best, (seconds() - start) / turns);
-    } while (seconds() < end);
+        best = MIN(best, (now_seconds() - start) / turns);
+    } while (now_seconds() < end);
     return best;
 }
 
@@ -355,21 +347,21 @@ static double attention(struct backend *b, struct arrays *m, uint32_t length, ui
                                .out = m->y,
                                .ld = HEADS * HEAD_DIM,
                                .rows = m->rows};
-    double best = 1e9, end = seconds() + min_seconds;
+    double best = 1e9, end = now_seconds() + min_seconds;
     void **pages = calloc(n_sequences * n_pages, sizeof(*pages));
 
     if (!pages)
         return 0;
     for (size_t i = 0; i < n_sequences * n_pages; i++)
         pages[i] = data + i * page;
-    for (uint32_t i = 0; i < 3 || seconds() < end; i++) {
+    for (uint32_t i = 0; i < 3 || now_seconds() < end; i++) {
         double start;
 
         for (uint32_t r = 0; r < n; r++)
             m->rows[r] = (struct kv_row){pages + i % n_sequences * n_pages, length - n + r};
-        start = seconds();
+        start = now_seconds();
         b->ops->attention(b, &a);
-        best = MIN(best, seconds() - start);
+        best = MIN(best, now_seconds() - start);
     }
     free(pages);
     return best;

@@ -15,11 +15,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "base/standard-fds.h"
 #include "engine/model-file.h"
 #include "engine/tokenizer.h"
@@ -121,14 +121,6 @@ struct progress {
     double started, last;
 };
 
-static double now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
 static void clear_progress(const struct progress *p)
 {
     if (p->shown && p->last > 0)
@@ -139,7 +131,7 @@ static bool on_progress(void *userdata, uint64_t done)
 {
     enum { WIDTH = 30 };
     struct progress *p = userdata;
-    double t = now(), elapsed = t - p->started;
+    double t = now_seconds(), elapsed = t - p->started;
     char bar[WIDTH + 1], left[32] = "";
 
     if (stop_signal)
@@ -297,7 +289,7 @@ static int import(const struct arguments *a, struct error *err)
     struct progress progress = {0};
     struct tokenizer_table *table;
     uint64_t file_bytes;
-    double begin = now();
+    double begin = now_seconds();
     int r;
 
     r = source_open(&source, a->source, err);
@@ -351,7 +343,7 @@ static int import(const struct arguments *a, struct error *err)
     progress = (struct progress){
         .shown = !a->quiet && isatty(STDERR_FILENO),
         .total = plan->bytes,
-        .started = now(),
+        .started = now_seconds(),
     };
     r = convert_write(source, plan, writer, on_progress, &progress, err);
     clear_progress(&progress);
@@ -364,7 +356,7 @@ done:
     if (r < 0)
         return r;
     if (!a->quiet)
-        print_summary(plan, a->output, file_bytes, now() - begin);
+        print_summary(plan, a->output, file_bytes, now_seconds() - begin);
     return 0;
 }
 

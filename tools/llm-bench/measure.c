@@ -17,11 +17,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "engine/sampler.h"
 #include "engine/tokenizer.h"
 #include "tools/common/engine-args.h"
@@ -74,14 +74,6 @@ static void progress(const char *format, ...)
     vfprintf(stderr, format, ap);
     va_end(ap);
     fflush(stderr);
-}
-
-static double now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 /* ---- steps ---- */
@@ -169,12 +161,12 @@ static int decode(struct bench *b, struct session **sessions, uint32_t n_session
                 .session = sessions[i], .tokens = &ids[i], .n_tokens = 1, .wanted = LOGITS_LAST};
         }
         r = step(b, items, n_sessions, err);
-        start = now();
+        start = now_seconds();
         for (uint32_t i = 0; sampling && r == 0 && i < n_sessions; i++)
             if (sampler_draw(b->sampler, items[i].ret_logits, false, &sample) < 0)
                 r = error_set(err, EDOM, "the model's logits are not finite");
         if (sampling)
-            *sampling += now() - start;
+            *sampling += now_seconds() - start;
     }
     return r;
 }
@@ -272,12 +264,12 @@ static int run_case(struct bench *b, struct result what, struct session **sessio
             return error_set(err, -r, "cannot make a session: %s", strerror(-r));
         if (i == 0)
             engine_set_backend(b->engine, timed_backend_base(b->timed));
-        start = now();
+        start = now_seconds();
         if (what.is_decode)
             r = decode(b, sessions, what.n_sessions, what.n_steps, i == 0 ? &sampling : NULL, err);
         else
             r = fill(b, &s, 1, what.n_tokens, LOGITS_LAST, err);
-        took = now() - start - sampling;
+        took = now_seconds() - start - sampling;
         engine_set_backend(b->engine, b->own);
         if (r == 0 && i == 0)
             look_into(b, &what, took, sampling);

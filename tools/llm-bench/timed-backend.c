@@ -15,10 +15,10 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 
 struct role {
     const void *data;
@@ -93,22 +93,14 @@ static struct timed_backend *timed(struct backend *b)
     return (struct timed_backend *)b;
 }
 
-static double now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* Runs the operation of the same name and adds its time to a class. */
-#define TIMED(c, call)                              \
-    do {                                            \
-        struct backend *inner = timed(b)->inner;    \
-        double start = now();                       \
-                                                    \
-        inner->ops->call;                           \
-        timed(b)->sums[c].seconds += now() - start; \
+#define TIMED(c, call)                                      \
+    do {                                                    \
+        struct backend *inner = timed(b)->inner;            \
+        double start = now_seconds();                       \
+                                                            \
+        inner->ops->call;                                   \
+        timed(b)->sums[c].seconds += now_seconds() - start; \
     } while (0)
 
 static int by_data(const void *pa, const void *pb)
@@ -150,7 +142,7 @@ static void add_products(struct op_sum *s, const struct weight *w, const struct 
 static void count_left(struct timed_backend *t, const float *gate, size_t ld, uint32_t n,
                        uint32_t k, double z)
 {
-    double start = now();
+    double start = now_seconds();
 
     memset(t->left, 0, k);
     t->n_left = t->n_blocks = 0;
@@ -179,7 +171,7 @@ static void count_left(struct timed_backend *t, const float *gate, size_t ld, ui
         t->n_left += here;
         t->n_blocks += here > 0;
     }
-    t->counting += now() - start;
+    t->counting += now_seconds() - start;
 }
 
 /* Of the columns that are left, and of the scales that blocks of them share. */

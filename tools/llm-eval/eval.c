@@ -7,7 +7,6 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/cleanup.h"
 #include "tools/llm-eval/llm-eval.h"
@@ -85,12 +84,4 @@ double log_sum_exp(const float *x, size_t n)
     for (size_t i = 0; i < n; i++)
         sum += exp((double)x[i] - max);
     return max + log(sum);
-}
-
-double now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }

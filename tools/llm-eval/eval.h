@@ -31,6 +31,3 @@ int eval_skip(struct session *s, const uint32_t *ids, size_t n, struct error *er
 
 /* log(sum(exp(x))), in double; NaN if any x is. */
 double log_sum_exp(const float *x, size_t n);
-
-/* Seconds since some moment. */
-double now(void);

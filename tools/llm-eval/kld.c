@@ -12,6 +12,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "tools/common/engine-args.h"
 #include "tools/llm-eval/eval-args.h"
 #include "tools/llm-eval/eval.h"
@@ -42,7 +43,7 @@ struct divergences {
 
 static double rate(const struct divergences *d)
 {
-    return (double)d->n / (now() - d->start);
+    return (double)d->n / (now_seconds() - d->start);
 }
 
 static size_t find_largest(const float *x, size_t n)
@@ -198,7 +199,7 @@ int kld_run(int argc, char **argv)
     if (r == 0)
         r = input_read(&in, reference_model, &args, &err);
     if (r == 0) {
-        d = (struct divergences){.reference = reference, .engine = e, .start = now()};
+        d = (struct divergences){.reference = reference, .engine = e, .start = now_seconds()};
         r = windows_each(&in, &args, evaluate, &d, &err);
     }
     if (r == 0) {

@@ -12,6 +12,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "tools/common/engine-args.h"
 #include "tools/llm-eval/eval-args.h"
 #include "tools/llm-eval/eval.h"
@@ -43,7 +44,7 @@ struct sums {
 
 static double rate(const struct sums *s)
 {
-    return (double)s->n_evaluated / (now() - s->start);
+    return (double)s->n_evaluated / (now_seconds() - s->start);
 }
 
 static int evaluate(void *userdata, const struct window *w, struct error *err)
@@ -127,7 +128,7 @@ int perplexity_run(int argc, char **argv)
         r = input_read(&in, m, &args, &err);
     if (r == 0) {
         sums.engine = e;
-        sums.start = now();
+        sums.start = now_seconds();
         r = windows_each(&in, &args, evaluate, &sums, &err);
     }
     if (r < 0)

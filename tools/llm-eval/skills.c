@@ -13,6 +13,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "engine/generation.h"
 #include "engine/json-text.h"
 #include "tools/common/engine-args.h"
@@ -389,12 +390,12 @@ static int run(const char *name, const char *path, struct engine_options *engine
         return run_error(name, "out of memory");
     all.n = cases.n;
 
-    start_time = now();
+    start_time = now_seconds();
     r = answer_all(&all, &cases, e, &err);
     if (r < 0)
         return run_error(name, "%s: %s", file, err.text);
     fprintf(stderr, "%s: %zu answers in %.1f s\n", engine_description(e), cases.n,
-            now() - start_time);
+            now_seconds() - start_time);
     if (o->failures)
         for (size_t i = 0; i < cases.n; i++)
             if (!all.data[i].right)
