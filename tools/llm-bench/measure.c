@@ -11,7 +11,6 @@
 #include "tools/llm-bench/measure.h"
 
 #include <errno.h>
-#include <math.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -24,6 +23,7 @@
 #include "base/clock.h"
 #include "engine/sampler.h"
 #include "engine/tokenizer.h"
+#include "tools/common/distribution.h"
 #include "tools/common/engine-args.h"
 #include "tools/llm-bench/words.h"
 
@@ -425,17 +425,6 @@ struct op_sum result_total(const struct result *r)
 
 /* ---- accuracy ---- */
 
-static double log_sum_exp(const float *x, size_t n)
-{
-    double max = (double)x[0], sum = 0;
-
-    for (size_t i = 1; i < n; i++)
-        max = fmax(max, (double)x[i]);
-    for (size_t i = 0; i < n; i++)
-        sum += exp((double)x[i] - max);
-    return max + log(sum);
-}
-
 /* Logits after each of the tokens but the first few, which say little. */
 static int evaluate(struct bench *b, const struct engine_options *options, const uint32_t *ids,
                     uint32_t n, float *ret, struct error *err)
@@ -465,13 +454,10 @@ static int evaluate(struct bench *b, const struct engine_options *options, const
 
 static void compare_rows(struct accuracy *a, const float *p, const float *q, size_t n)
 {
-    double log_p = log_sum_exp(p, n), log_q = log_sum_exp(q, n), kld = 0;
+    double kld = kl_divergence(p, q, n);
     size_t best_p = 0, best_q = 0;
 
     for (size_t i = 0; i < n; i++) {
-        double lp = (double)p[i] - log_p, lq = (double)q[i] - log_q;
-
-        kld += exp(lp) * (lp - lq);
         best_p = p[i] > p[best_p] ? i : best_p;
         best_q = q[i] > q[best_q] ? i : best_q;
     }

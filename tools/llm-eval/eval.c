@@ -4,7 +4,6 @@
 #include "tools/llm-eval/eval.h"
 
 #include <errno.h>
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -73,15 +72,4 @@ int eval_skip(struct session *s, const uint32_t *ids, size_t n, struct error *er
     int r = session_eval(s, ids, n, NULL);
 
     return r < 0 ? explain(r, s, err) : 0;
-}
-
-double log_sum_exp(const float *x, size_t n)
-{
-    double max = (double)x[0], sum = 0;
-
-    for (size_t i = 1; i < n; i++)
-        max = fmax(max, (double)x[i]);
-    for (size_t i = 0; i < n; i++)
-        sum += exp((double)x[i] - max);
-    return max + log(sum);
 }

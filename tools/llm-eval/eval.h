@@ -28,6 +28,3 @@ int eval_step(struct session *s, const uint32_t *ids, size_t n, const float **re
 
 /* Evaluates the next n tokens, any number, for their effect on what follows. 0, -errno */
 int eval_skip(struct session *s, const uint32_t *ids, size_t n, struct error *err);
-
-/* log(sum(exp(x))), in double; NaN if any x is. */
-double log_sum_exp(const float *x, size_t n);

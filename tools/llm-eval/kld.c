@@ -13,6 +13,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "base/clock.h"
+#include "tools/common/distribution.h"
 #include "tools/common/engine-args.h"
 #include "tools/llm-eval/eval-args.h"
 #include "tools/llm-eval/eval.h"
@@ -58,8 +59,10 @@ static size_t find_largest(const float *x, size_t n)
 
 static int compare_rows(struct divergences *d, const float *p, const float *q, size_t n)
 {
-    double log_p = log_sum_exp(p, n), log_q = log_sum_exp(q, n), kld = 0;
+    double kld = kl_divergence(p, q, n);
 
+    if (!isfinite(kld))
+        return -EDOM;
     if (d->n == d->allocated) {
         size_t allocated = MAX(2 * d->allocated, (size_t)1024);
         double *grown = reallocarray(d->kld, allocated, sizeof(*grown));
@@ -69,13 +72,6 @@ static int compare_rows(struct divergences *d, const float *p, const float *q, s
         d->kld = grown;
         d->allocated = allocated;
     }
-    for (size_t i = 0; i < n; i++) {
-        double lp = (double)p[i] - log_p, lq = (double)q[i] - log_q;
-
-        kld += exp(lp) * (lp - lq);
-    }
-    if (!isfinite(kld))
-        return -EDOM;
     d->kld[d->n++] = kld;
     d->n_agree += find_largest(p, n) == find_largest(q, n);
     return 0;

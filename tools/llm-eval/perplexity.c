@@ -13,6 +13,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "base/clock.h"
+#include "tools/common/distribution.h"
 #include "tools/common/engine-args.h"
 #include "tools/llm-eval/eval-args.h"
 #include "tools/llm-eval/eval.h"
