@@ -23,7 +23,7 @@ static int do_fork(struct engine_thread *t, struct job *j, struct error *err)
     if (r < 0)
         return error_set(err, -r, "out of memory");
     if (tl->session) {
-        r = session_fork(&f->session, tl->session);
+        r = session_fork(&f->session, tl->session, NULL);
         if (r < 0) {
             free(f);
             return error_set(err, -r, "out of memory");

@@ -211,7 +211,7 @@ static void finish_well(struct engine_thread *t, struct job *j, const char *reas
 
 int work_make_session(struct engine_thread *t, struct timeline *tl)
 {
-    return tl->session ? 0 : session_new(&tl->session, t->engine, tl->options.n_ctx);
+    return tl->session ? 0 : session_new(&tl->session, t->engine, tl->options.n_ctx, NULL);
 }
 
 static int begin(struct engine_thread *t, struct job *j, struct error *err)

@@ -88,8 +88,8 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     if ((uint64_t)e->max_rows * c->n_heads > UINT32_MAX) /* backends count pairs of the two */
         return error_set(err, EINVAL, "%s: n_heads %u is too many for steps of %u rows",
                          model_file_path(model_get_file(m)), c->n_heads, e->max_rows);
-    limits = (struct backend_limits){
-        e->max_rows, MAX(e->widest, c->n_layers * c->ple_width), c->n_heads};
+    limits = (struct backend_limits){e->max_rows, MAX(e->widest, c->n_layers * c->ple_width),
+                                     c->n_heads};
     r = backend_cpu_new(&e->backend, options->cpu_level, options->n_threads, &limits, err);
     if (r < 0)
         return r;
@@ -156,6 +156,29 @@ void engine_memory(const struct engine *e, struct engine_memory *ret)
         .kv_bytes_max = kv_pool_bytes_max(e->pool),
         .scratch_bytes = e->scratch_bytes + e->backend->vtable->scratch_bytes(e->backend),
     };
+}
+
+int engine_kv_fd(const struct engine *e)
+{
+    (void)e;
+    return -EBADF;
+}
+
+bool engine_kv_adopted(const struct engine *e)
+{
+    (void)e;
+    return false;
+}
+
+void engine_adopted(struct engine *e)
+{
+    (void)e;
+}
+
+uint64_t engine_give_back(struct engine *e)
+{
+    (void)e;
+    return 0;
 }
 
 void engine_sparse(const struct engine *e, struct engine_sparse *ret)

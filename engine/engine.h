@@ -19,6 +19,7 @@
 struct backend;
 struct engine;
 struct model;
+struct model_config;
 struct session;
 
 enum activation_type {
@@ -26,6 +27,8 @@ enum activation_type {
                          blocks of 32, but for the matrices of Q and K */
     ACTIVATIONS_F32,  /* the definition */
 };
+
+#define ENGINE_IDENTITY 32
 
 enum kv_type {
     KV_AUTO, /* as exact as the activations: f32 with f32, f16 with int8 */
@@ -42,6 +45,11 @@ struct engine_options {
     uint32_t max_rows;      /* tokens in one step; 0: 256 */
     uint32_t max_logits;    /* wanted rows in one step; 0: 16 */
     uint64_t kv_bytes;      /* budget of the page pool; 0: a quarter of physical memory */
+    bool has_kv_fd;
+    int kv_fd; /* the pool of a process before this one; taken back where it fits, else a new one is
+                  made. Stays the caller's. */
+    const uint8_t *kv_identity; /* [ENGINE_IDENTITY]: of the model, so that K and V never meet
+                                   another's weights; NULL: zeros */
 };
 
 /* m must outlive the engine. 0, -EINVAL (err names the option), -ENOMEM */
@@ -59,6 +67,25 @@ struct engine_memory {
     uint64_t scratch_bytes;               /* activations and the backend's own */
 };
 void engine_memory(const struct engine *e, struct engine_memory *ret);
+
+/*
+ * The pool is one memfd, sealed in its size. Whoever holds it may start another engine with it
+ * (engine_options.kv_fd), once this process is gone: K and V are then there still.
+ */
+int engine_kv_fd(const struct engine *e); /* the engine's */
+
+/* options.kv_fd was taken: same identity, page geometry, number of pages and arithmetic. */
+bool engine_kv_adopted(const struct engine *e);
+
+/*
+ * After session_adopt() for all there are: pages that no session holds are free, their memory goes
+ * back to the system. Until then an adopted pool gives out no page: engine_step() and
+ * session_unspill() are -EINVAL. Nothing where no pool was adopted.
+ */
+void engine_adopted(struct engine *e);
+
+/* The memory of free pages goes back to the system. Returns bytes. */
+uint64_t engine_give_back(struct engine *e);
 
 /*
  * What the steps so far did in layers with activation sparsity: neurons whose weights (their row of
@@ -85,15 +112,37 @@ uint64_t engine_kv_bytes(const struct engine *e, uint32_t n_tokens);
 const char *engine_description(const struct engine *e);
 
 /*
+ * What must outlive a process of a session (tokens, page tables) is in `memory`: zeroed, aligned to
+ * pages, [session_memory_bytes()], the caller's until the session is freed; MAP_SHARED, if another
+ * process shall take it over. NULL: memory of its own. It costs what is used of it.
+ */
+size_t session_memory_bytes(const struct engine *e, uint32_t n_ctx); /* n_ctx as session_new() */
+size_t session_memory_bytes_of(const struct model_config *c, uint32_t n_ctx);
+
+/*
  * n_ctx: most tokens the session may hold; 0: the model's. Pages are taken as tokens arrive.
  * 0, -EINVAL: n_ctx above the model's, -ENOMEM
  */
-int session_new(struct session **ret, struct engine *e, uint32_t n_ctx);
-struct session *session_free(struct session *s);
+int session_new(struct session **ret, struct engine *e, uint32_t n_ctx, void *memory);
+struct session *session_free(struct session *s); /* its memory keeps the tokens, but no K and V */
 void session_freep(struct session **s);
 
+/* As session_free(), but memory and pages stay as they are, for another process: the pages are not
+ * given to anybody until engine_free(). */
+struct session *session_leave(struct session *s);
+
 /* A second session with the same tokens; pages are shared until one of the two writes. */
-int session_fork(struct session **ret, struct session *s);
+int session_fork(struct session **ret, struct session *s, void *memory);
+
+/*
+ * A session from memory that a process left behind, killed at any instruction. It has the tokens
+ * that were known then, or, of a session_rewind() or session_set_tokens() cut short, those before.
+ * Its K and V are there where the pool was adopted and they had been complete; else they are
+ * missing, so the next steps compute the same bits again. n_ctx as it was made with.
+ * 0; -EBADMSG: not such memory, or damaged: err says where; nothing is changed then; -ENOMEM
+ */
+int session_adopt(struct session **ret, struct engine *e, uint32_t n_ctx, void *memory,
+                  struct error *err);
 
 /*
  * Forgets all tokens from position n on (n <= session_n_tokens()). Where the sliding layers no
@@ -123,6 +172,21 @@ uint64_t session_kv_bytes(const struct session *s);  /* of its pages, shared one
  * then nothing has changed
  */
 int session_set_tokens(struct session *s, const uint32_t *tokens, uint32_t n);
+
+/*
+ * K and V to a file, and back from it, bit by bit; tokens stay. The file begins at offset 0, and is
+ * of this engine's identity and arithmetic and of these tokens. Both do n_bytes at most at a time,
+ * but at least one page: 1: call again, with the same fd; 0: done. What happens to the session
+ * between two calls does no harm: what was done so far was then in vain, and it begins anew.
+ *
+ * session_spill(): pages go when all of it is written. -errno of the writes (-ENOSPC): the session
+ * is as before; no file is synced.
+ * session_unspill(): for a session without K and V (-EINVAL). Nothing of the file counts before its
+ * end has been checked. -ENOBUFS: the pool is full; -EBADMSG: not such a file, damaged, or of other
+ * tokens: it is useless, and what it held is computed again as needed; -ENOMEM, -errno of the reads
+ */
+int session_spill(struct session *s, int fd, uint64_t n_bytes);
+int session_unspill(struct session *s, int fd, uint64_t n_bytes);
 
 uint32_t session_n_tokens(const struct session *s);
 uint32_t session_n_ctx(const struct session *s);

@@ -158,6 +158,28 @@ no_memory:
     return error_set(err, ENOMEM, "out of memory");
 }
 
+void generation_get_state(const struct generation *g, struct generation_state *ret)
+{
+    struct sampler_state state;
+
+    sampler_get_state(g->sampler, &state);
+    *ret = (struct generation_state){0};
+    memcpy(ret->words, state.random, sizeof(state.random));
+}
+
+int generation_resume(struct generation **ret, struct session *s, uint32_t start,
+                      const uint32_t *prompt, size_t n_prompt, const uint32_t *sampled,
+                      size_t n_sampled, const struct generation_options *options,
+                      const struct generation_state *state, struct error *err)
+{
+    (void)sampled;
+    (void)state;
+    if (n_sampled > 0)
+        return error_set(err, EOPNOTSUPP, "generations cannot be resumed yet");
+    session_rewind(s, start);
+    return generation_new(ret, s, prompt, n_prompt, options, err);
+}
+
 /* Over: nothing is pending and the session need not remember where it began. */
 static void end(struct generation *g, enum finish_reason reason)
 {

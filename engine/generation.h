@@ -65,6 +65,27 @@ struct generation_delta {
  */
 int generation_new(struct generation **ret, struct session *s, const uint32_t *prompt,
                    size_t n_prompt, const struct generation_options *options, struct error *err);
+
+/* What prompt, options and sampled tokens do not tell of a generation between two tokens. */
+struct generation_state {
+    uint64_t words[8];
+};
+void generation_get_state(const struct generation *g, struct generation_state *ret);
+
+/*
+ * A generation that another process began, from where it was: `start` tokens were in the session
+ * before the prompt; sampled[n_sampled] have been accepted, their deltas given out, and `state` was
+ * taken after the last of them (or before the first). The session holds some of these tokens, all
+ * from `start` on; one that got further goes back to before the last one sampled. What comes is
+ * what the other process would have given. If the tokens sampled ended the request, then
+ * generation_finish() tells.
+ * As generation_new(); -EINVAL as well: the session's tokens or the state are not of this request
+ */
+int generation_resume(struct generation **ret, struct session *s, uint32_t start,
+                      const uint32_t *prompt, size_t n_prompt, const uint32_t *sampled,
+                      size_t n_sampled, const struct generation_options *options,
+                      const struct generation_state *state, struct error *err);
+
 struct generation *generation_free(struct generation *g);
 void generation_freep(struct generation **g);
 

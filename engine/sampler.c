@@ -541,6 +541,21 @@ int sampler_draw(struct sampler *s, const float *logits, bool want_logprob, stru
     return sampler_observe(s, &id, 1);
 }
 
+void sampler_get_state(const struct sampler *s, struct sampler_state *ret)
+{
+    memcpy(ret->random, s->random, sizeof(ret->random));
+}
+
+int sampler_set_state(struct sampler *s, const struct sampler_state *state)
+{
+    const uint64_t *r = state->random;
+
+    if ((r[0] | r[1] | r[2] | r[3]) == 0) /* from there the generator never leaves */
+        return -EINVAL;
+    memcpy(s->random, r, sizeof(s->random));
+    return 0;
+}
+
 static int check_range(struct error *err, const char *name, float value, float low, float high,
                        bool zero_is_off)
 {

@@ -72,3 +72,10 @@ int sampler_observe(struct sampler *s, const uint32_t *ids, size_t n);
  * 0, -ENOMEM, -EDOM: no token has a finite logit
  */
 int sampler_draw(struct sampler *s, const float *logits, bool want_logprob, struct sample *ret);
+
+/* The generator: all that options and observed tokens do not tell. 0; -EINVAL: no such state */
+struct sampler_state {
+    uint64_t random[4];
+};
+void sampler_get_state(const struct sampler *s, struct sampler_state *ret);
+int sampler_set_state(struct sampler *s, const struct sampler_state *state);

@@ -11,11 +11,12 @@
 #include "base/cleanup.h"
 #include "engine/engine-internal.h"
 
-int session_new(struct session **ret, struct engine *e, uint32_t n_ctx)
+int session_new(struct session **ret, struct engine *e, uint32_t n_ctx, void *memory)
 {
     CLEANUP(session_freep) struct session *s = NULL;
     int r;
 
+    (void)memory;
     if (n_ctx > e->config->context_max)
         return -EINVAL;
     s = calloc(1, sizeof(*s));
@@ -64,12 +65,12 @@ int session_grow(struct session *s, uint32_t n)
     return 0;
 }
 
-int session_fork(struct session **ret, struct session *s)
+int session_fork(struct session **ret, struct session *s, void *memory)
 {
     CLEANUP(session_freep) struct session *f = NULL;
     int r;
 
-    r = session_new(&f, s->engine, s->n_ctx);
+    r = session_new(&f, s->engine, s->n_ctx, memory);
     if (r < 0)
         return r;
     r = session_grow(f, s->n_tokens);
@@ -156,4 +157,45 @@ const uint32_t *session_tokens(const struct session *s)
 struct engine *session_engine(const struct session *s)
 {
     return s->engine;
+}
+
+size_t session_memory_bytes_of(const struct model_config *c, uint32_t n_ctx)
+{
+    return ALIGN_UP((size_t)(n_ctx ? n_ctx : c->context_max) * 16 + 65536, (size_t)4096);
+}
+
+size_t session_memory_bytes(const struct engine *e, uint32_t n_ctx)
+{
+    return session_memory_bytes_of(e->config, n_ctx);
+}
+
+int session_adopt(struct session **ret, struct engine *e, uint32_t n_ctx, void *memory,
+                  struct error *err)
+{
+    (void)ret;
+    (void)e;
+    (void)n_ctx;
+    (void)memory;
+    return error_set(err, EBADMSG, "sessions cannot be adopted yet");
+}
+
+struct session *session_leave(struct session *s)
+{
+    return session_free(s);
+}
+
+int session_spill(struct session *s, int fd, uint64_t n_bytes)
+{
+    (void)s;
+    (void)fd;
+    (void)n_bytes;
+    return -EOPNOTSUPP;
+}
+
+int session_unspill(struct session *s, int fd, uint64_t n_bytes)
+{
+    (void)s;
+    (void)fd;
+    (void)n_bytes;
+    return -EOPNOTSUPP;
 }

@@ -139,7 +139,7 @@ static float *run(const struct model *m, const char *level, bool int8, const uin
     float *copy = calloc(vocab, sizeof(*copy));
     const float *l = NULL;
 
-    assert(copy && session_new(&s, e, 0) == 0);
+    assert(copy && session_new(&s, e, 0, NULL) == 0);
     assert(session_eval(s, tokens, n, &l) == 0);
     memcpy(copy, l, vocab * sizeof(*copy));
     session_free(TAKE_PTR(s)); /* before its engine */

@@ -59,7 +59,7 @@ static struct session *session_on(struct engine *e)
 {
     struct session *s;
 
-    assert(session_new(&s, e, 0) == 0);
+    assert(session_new(&s, e, 0, NULL) == 0);
     return s;
 }
 
@@ -213,7 +213,8 @@ static void check_fork(struct engine *e)
 
         free(run(a, tokens, at[i], LONGEST));
         engine_memory(e, &before);
-        assert(session_fork(&b, a) == 0 && session_n_tokens(b) == at[i] && b->n_cached == at[i]);
+        assert(session_fork(&b, a, NULL) == 0 && session_n_tokens(b) == at[i] &&
+               b->n_cached == at[i]);
         engine_memory(e, &after);
         assert(before.kv_bytes_used == after.kv_bytes_used);
         memcpy(other, tokens, at[i] * sizeof(*other));
@@ -306,7 +307,7 @@ static void check_drop(struct engine *e)
             assert(session_kv_bytes(s) == used && used > 0);
             assert(used <= engine_kv_bytes(e, at[i]));
 
-            assert(session_fork(&fork, s) == 0 && session_kv_bytes(fork) == used);
+            assert(session_fork(&fork, s, NULL) == 0 && session_kv_bytes(fork) == used);
             session_drop_kv(s);
             assert(session_kv_bytes(s) == 0 && session_kv_bytes(fork) == used);
             assert(kv_used(e) == used); /* the fork's */
@@ -320,7 +321,7 @@ static void check_drop(struct engine *e)
 
             for (; chunks[c] > 0 && session_n_missing(s) > 0; n++) {
                 if (n == 1)
-                    assert(session_fork(&late, s) == 0); /* half of it is back */
+                    assert(session_fork(&late, s, NULL) == 0); /* half of it is back */
                 recompute(s, chunks[c], n < 20 ? fork : NULL, tokens + at[i] + n);
             }
             whole = run(s, tokens + at[i], 40, 13);
@@ -455,8 +456,8 @@ static void check_errors(const struct model *m, const struct engine_options *opt
     wrong[1] = vocab;
     good = session_on(e);
     bad = session_on(e);
-    assert(session_new(&tight, e, 10) == 0);
-    assert(session_new(&(struct session *){NULL}, e, 8193) == -EINVAL);
+    assert(session_new(&tight, e, 10, NULL) == 0);
+    assert(session_new(&(struct session *){NULL}, e, 8193, NULL) == -EINVAL);
     items[0] =
         (struct step_item){.session = bad, .tokens = wrong, .n_tokens = 2, .wanted = LOGITS_LAST};
     items[1] = (struct step_item){

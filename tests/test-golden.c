@@ -65,7 +65,7 @@ static void run(const struct model *m, const char *level)
         printf("%s: %s\n", level, err.text);
         return;
     }
-    assert(session_new(&s, e, 0) == 0);
+    assert(session_new(&s, e, 0, NULL) == 0);
     item.session = s;
     assert(engine_step(e, &item, 1) == 0 && item.ret_error == 0);
     l = item.ret_logits;

@@ -67,7 +67,7 @@ static void eval(const struct model *m, const uint32_t *tokens, size_t n)
     CLEANUP(engine_freep) struct engine *e = NULL;
     CLEANUP(session_freep) struct session *s = NULL;
 
-    assert(engine_new(&e, m, &o, NULL) == 0 && session_new(&s, e, 0) == 0);
+    assert(engine_new(&e, m, &o, NULL) == 0 && session_new(&s, e, 0, NULL) == 0);
     n_calls = 0;
     wanted_advice = MADV_WILLNEED;
     assert(session_eval(s, tokens, n, NULL) == 0);

@@ -259,7 +259,7 @@ static int run_case(struct bench *b, struct result what, struct session **sessio
                      plural_s(b->n_threads), what.n_tokens, plural_s(what.n_tokens), i,
                      b->o->n_repetitions);
         if (!what.is_decode)
-            r = session_new(&s, b->engine, what.n_tokens);
+            r = session_new(&s, b->engine, what.n_tokens, NULL);
         if (r < 0)
             return error_set(err, -r, "cannot make a session: %s", strerror(-r));
         if (i == 0)
@@ -326,7 +326,7 @@ static int run_decoding(struct bench *b, struct error *err)
             progress("%u thread%s: filling sessions", b->n_threads, plural_s(b->n_threads));
             for (; r == 0 && n_made < n; n_made++) {
                 r = session_new(&sessions[n_made], b->engine,
-                                n_made < counts->values[0] ? n_ctx : depth + b->o->n_decode);
+                                n_made < counts->values[0] ? n_ctx : depth + b->o->n_decode, NULL);
                 if (r < 0) {
                     error_set(err, -r, "cannot make a session: %s", strerror(-r));
                     break;
@@ -437,7 +437,7 @@ static int evaluate(struct bench *b, const struct engine_options *options, const
     if (r < 0)
         return r;
     b->engine = e;
-    r = session_new(&s, e, n);
+    r = session_new(&s, e, n, NULL);
     if (r < 0)
         return error_set(err, -r, "cannot make a session: %s", strerror(-r));
     for (uint32_t at = 0, here; r == 0 && at < n; at += here) {

@@ -29,7 +29,7 @@ int read_file(const char *path, char **ret, size_t *ret_n, struct error *err)
 
 int eval_session(struct session **ret, struct engine *e, uint32_t n_ctx, struct error *err)
 {
-    int r = session_new(ret, e, n_ctx);
+    int r = session_new(ret, e, n_ctx, NULL);
 
     if (r == -EINVAL)
         return error_set(err, EINVAL, "a context of %u tokens is more than the model was made for",

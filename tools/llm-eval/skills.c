@@ -94,7 +94,7 @@ static int start(struct attempt *a, struct engine *e, const struct skill_case *c
     if (r == 0 && ids.n == 0)
         r = error_set(err, EINVAL, "the prompt is empty");
     if (r == 0)
-        r = session_new(&a->session, e, 0);
+        r = session_new(&a->session, e, 0, NULL);
     if (r == 0)
         r = generation_new(&a->generation, a->session, ids.data, ids.n, &options, err);
     free(ids.data);
