@@ -16,6 +16,7 @@
 
 #include "base/error.h"
 #include "daemon/engine-thread.h"
+#include "daemon/session-record.h"
 #include "engine/scheduler.h"
 
 struct client_session;
@@ -80,8 +81,17 @@ struct client_session *client_session_next(const struct client_session *s);
 /* Whom sessions end with: a client. Zero-initialised. */
 struct session_owner {
     struct client_session *first; /* client_session::owned_next */
+    struct owner_name name;       /* how the next process can find it again */
+    int fd; /* OWNER_CONNECTION: its socket, borrowed; kept in the fd store while it owns any */
+    bool is_kept; /* it is there */
 };
 void session_owner_close_all(struct session_owner *owner);
+
+/* Gives it to another one, or to nobody (NULL): then only client_session_free() ends it. */
+void client_session_set_owner(struct client_session *s, struct session_owner *owner);
+
+/* Who it ended with in the process before this one, until it is given to somebody; NULL: nobody. */
+const struct owner_name *client_session_former_owner(const struct client_session *s);
 
 struct client_session_options {
     uint32_t context; /* tokens, 0: the default */

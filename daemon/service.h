@@ -14,6 +14,7 @@
 #include <systemd/sd-event.h>
 
 #include "base/error.h"
+#include "daemon/recovery.h"
 
 struct arguments;
 struct authority;
@@ -21,6 +22,7 @@ struct bus_host;
 struct clients;
 struct config;
 struct engine_thread;
+struct fd_store;
 struct model;
 struct model_store;
 struct server;
@@ -52,6 +54,10 @@ struct service {
     char *model_name;             /* of the loaded one; "" without */
     struct engine_thread *engine; /* NULL: no model (CreateSession: ModelNotReady) */
     char *failure;                /* why there is no model, for ModelNotReady; NULL: there is one */
+
+    struct fd_store *store;             /* what the service manager holds for the next process */
+    char instance[INSTANCE_DIGITS + 1]; /* recovery.h */
+    struct recovery_result recovered;   /* set before clients are let in */
 
     struct model_store *models;
     struct session_set *sessions;
