@@ -2,12 +2,15 @@
  * SPDX-License-Identifier: Apache-2.0 */
 
 /*
- * The tokenizer of a model file: four blobs that are used where they are mapped, and their few
- * settings in the metadata (docs/model-file.md). Here only their sizes are brought together;
- * tokenizer_new() checks every entry.
+ * The tokenizer of a model file: four blobs, and their few settings in the metadata
+ * (docs/model-file.md). Here only their sizes are brought together; tokenizer_new() checks every
+ * entry, of a copy: the entries are indexes into each other, so nobody may change them after that,
+ * not even by writing to the file. It is some megabytes; weights, which are not copied, are numbers
+ * and nothing else.
  */
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/checked.h"
@@ -89,8 +92,35 @@ static int get_blob(const struct model_file *f, const char *name, size_t alignme
     return 0;
 }
 
+/* The arrays into one piece of memory, those of words first. */
+static int copy_arrays(struct tokenizer_table *table, void **ret, size_t n_text, struct error *err)
+{
+    size_t n = table->n_pieces, n_words = (2 * n + 1) * sizeof(uint32_t), bytes;
+    uint32_t *offsets;
+    char *types;
+
+    if (ckd_add(&bytes, n_words + n, n_text))
+        return error_set(err, ENOMEM, "out of memory");
+    offsets = malloc(bytes);
+    if (!offsets)
+        return error_set(err, ENOMEM, "out of memory");
+    types = (char *)offsets + n_words;
+    memcpy(offsets, table->offsets, (n + 1) * sizeof(*offsets));
+    memcpy(offsets + n + 1, table->scores, n * sizeof(float));
+    memcpy(types, table->types, n);
+    if (n_text > 0)
+        memcpy(types + n, table->text, n_text);
+    table->offsets = offsets;
+    table->scores = (const float *)(offsets + n + 1);
+    table->types = (const uint8_t *)types;
+    table->text = types + n;
+    *ret = offsets;
+    return 0;
+}
+
 int tokenizer_from_model_file(struct tokenizer **ret, const struct model_file *f, struct error *err)
 {
+    CLEANUP(freep) void *owned = NULL;
     const char *path = model_file_path(f), *settings = model_file_metadata(f, METADATA);
     size_t n_text, n_offsets, n_scores, n_types, want;
     const void *text, *offsets, *scores, *types;
@@ -123,6 +153,9 @@ int tokenizer_from_model_file(struct tokenizer **ret, const struct model_file *f
     if (ckd_add(&want, want, sizeof(uint32_t)) || n_offsets != want)
         return error_set(err, EINVAL, "%s: 'tokenizer.offsets' has %zu bytes, %zu pieces need %zu",
                          path, n_offsets, n_types, want);
+    r = copy_arrays(&table, &owned, n_text, err);
+    if (r < 0)
+        return r;
     /* With this and every offset at most its successor, which is checked, all lie inside. */
     if (table.offsets[n_types] != n_text)
         return error_set(err, EINVAL, "%s: 'tokenizer.pieces' has %zu bytes, its offsets end at %u",
@@ -130,5 +163,6 @@ int tokenizer_from_model_file(struct tokenizer **ret, const struct model_file *f
     r = tokenizer_new(ret, &table, err);
     if (r < 0)
         return error_prefix(err, -r, "%s", path);
+    (*ret)->owned = TAKE_PTR(owned);
     return 0;
 }

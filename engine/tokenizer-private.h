@@ -32,7 +32,8 @@ struct trie_node {
 #define NEIGHBOURS_BITS (1u << 21)
 
 struct tokenizer {
-    struct tokenizer_table table; /* arrays borrowed */
+    struct tokenizer_table table; /* arrays borrowed, or `owned` */
+    void *owned;                  /* memory of the table's arrays; NULL: borrowed */
 
     struct piece_slot *index; /* [index_mask + 1], all pieces by their text */
     uint32_t index_mask;

@@ -164,9 +164,6 @@ static int check_piece(struct tokenizer *t, uint32_t i, uint32_t *n_bytes, struc
     const char *text;
     int byte;
 
-    if (table->offsets[i + 1] < table->offsets[i])
-        return error_set(err, EINVAL, "tokenizer: piece %u: its offset %u is after its end %u", i,
-                         table->offsets[i], table->offsets[i + 1]);
     text = piece_text(t, i, &size);
     if (type < PIECE_NORMAL || type > PIECE_BYTE)
         return error_set(err, EINVAL, "tokenizer: piece %u: unknown type %u", i, type);
@@ -221,6 +218,11 @@ static int check_table(struct tokenizer *t, struct error *err)
         (r = check_id(table->n_pieces, table->start_of_turn, "start_of_turn", err)) < 0 ||
         (r = check_id(table->n_pieces, table->end_of_turn, "end_of_turn", err)) < 0)
         return r;
+    /* All of them first: what a piece's end passes may be the end of the whole text. */
+    for (uint32_t i = 0; i < table->n_pieces; i++)
+        if (table->offsets[i + 1] < table->offsets[i])
+            return error_set(err, EINVAL, "tokenizer: piece %u: its offset %u is after its end %u",
+                             i, table->offsets[i], table->offsets[i + 1]);
     for (uint32_t i = 0; i < table->n_pieces; i++) {
         r = check_piece(t, i, &n_bytes, err);
         if (r < 0)
@@ -392,6 +394,7 @@ struct tokenizer *tokenizer_free(struct tokenizer *t)
 {
     if (!t)
         return NULL;
+    free(t->owned);
     free(t->index);
     free(t->nodes);
     free(t->edges);

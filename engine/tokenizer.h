@@ -48,13 +48,14 @@ struct tokenizer_table {
 };
 
 /*
- * Copies nothing: the table's arrays stay borrowed and must outlive the tokenizer (a model file's
- * mapping does). Every entry is checked, whatever the source.
- * 0, -EINVAL: err names the piece and what is wrong with it, -ENOMEM
+ * Copies nothing: the table's arrays stay borrowed and must outlive the tokenizer. Every entry is
+ * checked, whatever the source. 0, -EINVAL: err names the piece and what is wrong with it, -ENOMEM
  */
 int tokenizer_new(struct tokenizer **ret, const struct tokenizer_table *table, struct error *err);
 
-/* From the blobs and metadata of a model file; -ENODATA when it has no tokenizer. */
+/*
+ * From the blobs and metadata of a model file, which it copies; -ENODATA when it has no tokenizer.
+ */
 int tokenizer_from_model_file(struct tokenizer **ret, const struct model_file *f,
                               struct error *err);
 struct tokenizer *tokenizer_free(struct tokenizer *t);
