@@ -80,7 +80,7 @@ struct engine_thread {
     struct engine *engine;
     struct scheduler *scheduler;
     char description[256];
-    bool lost;          /* the device */
+    int lost; /* 0; -ENODEV: the device; -ESTALE: the model's file has changed; for good */
     struct job *active; /* requests, by job_work::next */
     uint64_t n_uses;
     uint64_t positions_usec; /* when places in the queue were last looked at */
@@ -106,6 +106,9 @@ void job_emit(struct engine_thread *t, struct job *j, const struct record *recor
  * by others than the engine thread.
  */
 void job_let_go(struct engine_thread *t, struct job *j);
+
+/* What there is to say to requests when nothing can be computed any more: a code of ::lost. */
+int lost_error(struct error *err, int code);
 
 /* Ends of any job, which let it go. What it has done to its session is undone or stays by then. */
 void job_finish_error(struct engine_thread *t, struct job *j, int code, const struct error *err);

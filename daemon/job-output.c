@@ -10,6 +10,8 @@
 
 #include "base/checked.h"
 #include "daemon/engine-thread-internal.h"
+#include "engine/model-file.h"
+#include "engine/model.h"
 #include "ipc/bus-error.h"
 #include "ipc/record.h"
 
@@ -131,6 +133,21 @@ void job_finish_error(struct engine_thread *t, struct job *j, int code, const st
     job_let_go(t, j);
 }
 
+int lost_error(struct error *err, int code)
+{
+    switch (code) {
+    case -ENODEV:
+        return error_set(err, ENODEV, "what computes has failed; restart the daemon");
+    case -ESTALE:
+        return error_set(
+            err, ESTALE,
+            "the model's file changed while it was in use, or cannot be read any more; "
+            "nothing that was computed from it since is given out");
+    default:
+        return error_set(err, -code, "the step failed");
+    }
+}
+
 static void finish_stopped_simple(struct engine_thread *t, struct job *j, enum job_stop why)
 {
     struct error err;
@@ -148,7 +165,14 @@ static void finish_stopped_simple(struct engine_thread *t, struct job *j, enum j
 void job_finish_stopped(struct engine_thread *t, struct job *j)
 {
     enum job_stop why = (enum job_stop)atomic_load(&j->stop);
+    struct error err;
 
+    /* That is why the daemon ends, and the engine thread may not have come across it yet. */
+    if (why == JOB_SHUTDOWN && !model_file_is_intact(model_get_file(t->model))) {
+        lost_error(&err, -ESTALE);
+        job_finish_error(t, j, -ESTALE, &err);
+        return;
+    }
     if (!job_kind_streams(j->request.kind)) {
         finish_stopped_simple(t, j, why);
         return;

@@ -221,8 +221,8 @@ static int begin(struct engine_thread *t, struct job *j, struct error *err)
     uint32_t used;
     int r;
 
-    if (t->lost)
-        return error_set(err, ENODEV, "what computes has failed; restart the daemon");
+    if (t->lost < 0)
+        return lost_error(err, t->lost);
     r = work_make_session(t, tl);
     if (r < 0)
         return error_set(err, -r, "out of memory");
@@ -524,8 +524,7 @@ static void fail_all(struct engine_thread *t, int code)
 {
     struct error err;
 
-    error_set(&err, -code,
-              code == -ENODEV ? "what computes has failed; restart the daemon" : "the step failed");
+    lost_error(&err, code);
     while (t->active)
         finish_error(t, t->active, code, &err);
 }
@@ -587,7 +586,8 @@ bool work_step(struct engine_thread *t)
     start = now_usec();
     r = engine_step(t->engine, t->items, n);
     if (r < 0) {
-        t->lost = t->lost || r == -ENODEV;
+        if (r == -ENODEV || r == -ESTALE)
+            t->lost = r;
         fail_all(t, r);
         return true;
     }

@@ -51,6 +51,7 @@ bool log_limit_pass(struct log_limit *l, uint32_t *ret_untold);
 #define LOG_ID_READY "ebd92389b4a6494e8d71b614d9cd9918"
 #define LOG_ID_STOPPING "1c390cd49aad4c4eb22b4c9167cbcc5e"
 #define LOG_ID_MODEL_FAILED "b5abe3a92c1c4a2c86ad07959461f7a2"
+#define LOG_ID_MODEL_CHANGED "8d2f04be2d5347e4b3d1ac5f2cf9b7a4"
 #define LOG_ID_REQUEST_FINISHED "0e840b98b1e54562972e4eecb8c49a7a"
 #define LOG_ID_CONNECTION_REFUSED "25f6d85b93af499997fba9d360461bfb"
 #define LOG_ID_CONFIG_RELOADED "b9274fd275094381931190d18df411e7"

@@ -122,5 +122,5 @@ int main(int argc, char **argv)
     if (r < 0)
         log_error("%s", err.text[0] ? err.text : strerror(-r));
     allow_leak_check();
-    return r < 0 ? EXIT_FAILURE : EXIT_SUCCESS;
+    return r != 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/thread-signals.h"
 #include "engine/model.h"
 
 struct model_loader {
@@ -77,7 +78,7 @@ int model_loader_new(struct model_loader **ret, sd_event *event, const char *pat
     r = sd_event_add_io(event, &l->source, l->fd, EPOLLIN, on_done, l);
     if (r < 0)
         return r;
-    sigfillset(&all);
+    thread_signals_for_others(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     r = pthread_create(&l->thread, NULL, loader_run, l);
     pthread_sigmask(SIG_SETMASK, &old, NULL);

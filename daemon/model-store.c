@@ -31,6 +31,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/thread-signals.h"
 #include "engine/model-config.h"
 #include "engine/model-file.h"
 
@@ -644,7 +645,7 @@ int model_store_install(struct model_store *s, int fd, const char *name, bool re
     }
     if (!e->has_file)
         e->model.bytes = i->bytes;
-    sigfillset(&all);
+    thread_signals_for_others(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     r = pthread_create(&i->thread, NULL, install_run, i);
     pthread_sigmask(SIG_SETMASK, &old, NULL);

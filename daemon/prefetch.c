@@ -14,6 +14,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/thread-signals.h"
 #include "engine/model-file.h"
 #include "engine/model.h"
 
@@ -111,7 +112,7 @@ int prefetch_new(struct prefetch **ret, const struct model *m, int wake_fd)
         if (p->skip_to <= p->skip_from)
             p->skip_from = p->skip_to = p->size;
     }
-    sigfillset(&all);
+    thread_signals_for_others(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     r = pthread_create(&p->thread, NULL, prefetch_run, p);
     pthread_sigmask(SIG_SETMASK, &old, NULL);

@@ -42,6 +42,7 @@
 #include "daemon/prefetch.h"
 #include "daemon/server.h"
 #include "daemon/users.h"
+#include "engine/model-fault.h"
 #include "engine/model-file.h"
 #include "engine/model.h"
 
@@ -66,10 +67,12 @@ struct service_private {
     sd_event_source *prefetch_source, *idle_timer, *grace_timer, *exchange_timer;
     sd_event_source *status_source; /* post: NULL where nobody wants to know */
     sd_event_source *end_source;    /* deferred: the loop ends */
+    sd_event_source *fault_source;  /* a model's file has changed */
     struct numbers told;            /* in the last status line */
     bool open;                      /* clients are let in */
     bool ready;                     /* READY=1 was said */
     bool failed;                    /* a private daemon that cannot serve */
+    bool model_changed;             /* why it stops */
     struct error failure;
 };
 
@@ -718,6 +721,15 @@ static int on_grace_over(sd_event_source *source, uint64_t usec, void *userdata)
     return 0;
 }
 
+/* Streams that nobody reads are cut in the end. */
+static void stop_with_grace(struct service *s)
+{
+    stop(s);
+    sd_event_source_set_time_relative(s->private->grace_timer, GRACE_USEC);
+    sd_event_source_set_enabled(s->private->grace_timer, SD_EVENT_ONESHOT);
+    service_something_went(s);
+}
+
 static int on_stop_signal(sd_event_source *source, const struct signalfd_siginfo *info,
                           void *userdata)
 {
@@ -730,10 +742,46 @@ static int on_stop_signal(sd_event_source *source, const struct signalfd_siginfo
     }
     log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_STOPPING}, "stopping (signal %u)",
              info->ssi_signo);
-    stop(s);
-    sd_event_source_set_time_relative(s->private->grace_timer, GRACE_USEC);
-    sd_event_source_set_enabled(s->private->grace_timer, SD_EVENT_ONESHOT);
-    service_something_went(s);
+    stop_with_grace(s);
+    return 0;
+}
+
+static bool has_changed(const struct model *m)
+{
+    return m && !model_file_is_intact(model_get_file(m));
+}
+
+/*
+ * The file of a model was shortened or written over. Of the one that is served not a word can be
+ * said any more, so the daemon ends: whoever starts it again gets what is there then.
+ */
+static int on_model_fault(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+    struct service *s = userdata;
+    struct service_private *p = s->private;
+    struct error err;
+    uint64_t n;
+
+    (void)source;
+    (void)revents;
+    (void)!read(fd, &n, sizeof(n));
+    if (service_is_stopping(s))
+        return 0;
+    if (has_changed(p->next)) {
+        error_set(&err, ESTALE, "%s: the file changed before it was used",
+                  model_file_path(model_get_file(p->next)));
+        p->next = model_free(p->next);
+        load_failed(s, -ESTALE, &err);
+    }
+    if (!has_changed(s->model) || p->failed)
+        return 0;
+    log_with(LOG_ERR,
+             &(struct log_fields){.message_id = LOG_ID_MODEL_CHANGED, .model = s->model_name},
+             "%s: the model's file changed while it was in use, or cannot be read any more; "
+             "stopping. Models are to be replaced by llmctl model install, or by renaming",
+             model_file_path(model_get_file(s->model)));
+    p->model_changed = true;
+    stop_with_grace(s);
     return 0;
 }
 
@@ -836,6 +884,24 @@ static int new_timer(struct service *s, sd_event_source **ret, sd_event_time_han
     return r < 0 ? r : sd_event_source_set_enabled(*ret, SD_EVENT_OFF);
 }
 
+/* The handler stays when the service goes, and so does the descriptor. */
+static int watch_models(struct service *s)
+{
+    static int fd = -EBADF;
+    int r;
+
+    if (fd < 0) {
+        fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        r = fd < 0 ? -errno : model_fault_handle(fd);
+        if (r < 0) {
+            closep(&fd);
+            fd = -EBADF;
+            return r;
+        }
+    }
+    return sd_event_add_io(s->event, &s->private->fault_source, fd, EPOLLIN, on_model_fault, s);
+}
+
 static int new_parts(struct service *s, struct error *err)
 {
     struct service_private *p = s->private;
@@ -868,6 +934,7 @@ static int new_parts(struct service *s, struct error *err)
         return error_set(err, errno, "eventfd: %s", strerror(errno));
     if ((r = sd_event_add_io(s->event, &p->prefetch_source, p->prefetch_fd, EPOLLIN, on_prefetch,
                              s)) < 0 ||
+        (r = watch_models(s)) < 0 ||
         (r = notify_new(&p->notify, s->event, engine_is_alive, s)) < 0 ||
         (r = session_set_new(&s->sessions, s->event, on_something_went, s)) < 0 ||
         (r = users_new(&s->users, &s->config->limits)) < 0 ||
@@ -931,7 +998,9 @@ int service_run(struct service *s, struct error *err)
         *err = p->failure;
         return r < 0 ? r : -EIO;
     }
-    return r < 0 ? error_set(err, -r, "the event loop failed: %s", strerror(-r)) : 0;
+    if (r < 0)
+        return error_set(err, -r, "the event loop failed: %s", strerror(-r));
+    return p->model_changed;
 }
 
 struct service *service_free(struct service *s)
@@ -964,6 +1033,7 @@ struct service *service_free(struct service *s)
         notify_free(p->notify);
         sd_event_source_disable_unref(p->status_source);
         sd_event_source_disable_unref(p->end_source);
+        sd_event_source_disable_unref(p->fault_source);
         sd_event_source_disable_unref(p->prefetch_source);
         sd_event_source_disable_unref(p->idle_timer);
         sd_event_source_disable_unref(p->grace_timer);

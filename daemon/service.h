@@ -76,7 +76,7 @@ int service_new(struct service **ret, const struct arguments *arguments, struct 
 struct service *service_free(struct service *s);
 void service_freep(struct service **s);
 
-/* Until it ends: 0, -errno */
+/* Until it ends: 0; 1: for a failure that was logged; -errno */
 int service_run(struct service *s, struct error *err);
 
 /*

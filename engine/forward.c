@@ -18,6 +18,7 @@
 
 #include "base/checked.h"
 #include "engine/engine-internal.h"
+#include "engine/model-file.h"
 #include "engine/read-ahead.h"
 
 /* Gives out pieces of the scratch allocation; with base NULL it only counts. */
@@ -610,6 +611,8 @@ int forward(struct engine *e, uint32_t n)
         head(e, n);
     }
     r = backend_finish(e->backend);
+    if (r == 0 && !model_file_is_intact(model_get_file(e->model)))
+        r = -ESTALE;
     if (r == 0)
         count_neurons(e, l);
     return r;

@@ -15,6 +15,7 @@
 #include <fcntl.h>
 #include <openssl/evp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +25,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "engine/json-text.h"
+#include "engine/model-fault.h"
 
 #define HASH_BYTES 32
 #define HASH_DIGITS 64
@@ -43,11 +45,18 @@ struct entry {
     char sha256[HASH_DIGITS + 1];
 };
 
+/* What is found out about the file after it was opened. */
+struct watch {
+    struct model_fault *fault;
+    _Atomic(int64_t) changed_nsec; /* when the file was last written, as far as it is known */
+};
+
 struct model_file {
     char *path;
     int fd;
     void *map;
     size_t size;
+    struct watch *watch;
     uint64_t data_start;
     json_object *metadata;
     struct entry *entries; /* [n_entries] in file order */
@@ -393,6 +402,24 @@ static int make_indexes(struct model_file *f, struct error *err)
     return 0;
 }
 
+static int64_t written_nsec(const struct stat *st)
+{
+    return (int64_t)st->st_mtim.tv_sec * 1000000000 + st->st_mtim.tv_nsec;
+}
+
+/* From now on faults in the mapping are known to be this file's. */
+static int begin_watch(struct model_file *f, const struct stat *st, struct error *err)
+{
+    int r;
+
+    f->watch = calloc(1, sizeof(*f->watch));
+    if (!f->watch)
+        return no_memory(err);
+    atomic_store(&f->watch->changed_nsec, written_nsec(st));
+    r = model_fault_watch(&f->watch->fault, f->map, f->size);
+    return r < 0 ? error_set(err, -r, "%s: too many models are open", f->path) : 0;
+}
+
 int model_file_open_fd(struct model_file **ret, int fd, const char *path, struct error *err)
 {
     CLEANUP(model_file_freep) struct model_file *f = NULL;
@@ -437,6 +464,9 @@ int model_file_open_fd(struct model_file **ret, int fd, const char *path, struct
         return error_set(err, errno, "%s: cannot map %zu bytes: %s", path, f->size,
                          strerror(errno));
     }
+    r = begin_watch(f, &st, err);
+    if (r < 0)
+        return r;
     r = make_indexes(f, err);
     if (r < 0)
         return r;
@@ -458,6 +488,9 @@ struct model_file *model_file_free(struct model_file *f)
 {
     if (!f)
         return NULL;
+    if (f->watch)
+        model_fault_unwatch(f->watch->fault);
+    free(f->watch);
     if (f->map)
         munmap(f->map, f->size);
     closep(&f->fd);
@@ -536,6 +569,42 @@ const void *model_file_map(const struct model_file *f, size_t *ret_size)
 {
     *ret_size = f->size;
     return f->map;
+}
+
+/* Whether the file still begins as it did: its hash stands for the hashes of all tensors. */
+static bool has_same_header(const struct model_file *f)
+{
+    const char *known = model_file_metadata(f, "llmd.header_sha256");
+    char now[PREFIX_BYTES + HASH_DIGITS];
+
+    return known && read_at(f, now, sizeof(now), 8) == 0 &&
+           memcmp(now, prefix, PREFIX_BYTES) == 0 &&
+           memcmp(now + PREFIX_BYTES, known, HASH_DIGITS) == 0;
+}
+
+bool model_file_is_intact(const struct model_file *f)
+{
+    struct watch *w = f->watch;
+    int64_t written;
+    struct stat st;
+
+    if (model_fault_happened(w->fault))
+        return false;
+    if (fstat(f->fd, &st) < 0)
+        return true; /* what it cannot tell now a fault will */
+    written = written_nsec(&st);
+    if ((uint64_t)st.st_size == f->size && written == atomic_load(&w->changed_nsec))
+        return true;
+    /*
+     * Shortened within its last page it raises no fault, nor when it was written anew meanwhile.
+     * Touched, or overwritten with the same, it is as good as before.
+     */
+    if ((uint64_t)st.st_size == f->size && has_same_header(f)) {
+        atomic_store(&w->changed_nsec, written);
+        return true;
+    }
+    model_fault_report(w->fault);
+    return false;
 }
 
 static int damaged(const struct model_file *f, const struct entry *e, const char *what,

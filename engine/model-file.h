@@ -11,6 +11,7 @@
  * bound). Immutable after open; any thread.
  */
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -61,6 +62,14 @@ const void *model_file_blob(const struct model_file *f, const char *name, size_t
 
 /* The whole mapping, for prefetch and statistics: file bytes [0, size). */
 const void *model_file_map(const struct model_file *f, size_t *ret_size);
+
+/*
+ * Whether what the mapping gave so far is the file that was opened. Not when that was shortened,
+ * could not be read or has become another one: nothing computed from it since the last time that
+ * this was true is to be used. Stays false. A file that was removed, or that another one was put in
+ * the place of, is still there for us. One system call; any thread.
+ */
+bool model_file_is_intact(const struct model_file *f);
 
 /* Reads every payload once and compares its SHA-256. 0, -EBADMSG naming the tensor, -errno */
 int model_file_verify(const struct model_file *f, struct error *err);

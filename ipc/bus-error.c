@@ -25,6 +25,7 @@ const sd_bus_error_map bus_errors[] = {
     SD_BUS_ERROR_MAP(ERR("KvExhausted"), ENOBUFS),
     SD_BUS_ERROR_MAP(ERR("OutOfMemory"), ENOMEM),
     SD_BUS_ERROR_MAP(ERR("DeviceLost"), ENODEV),
+    SD_BUS_ERROR_MAP(ERR("ModelChanged"), ESTALE),
     SD_BUS_ERROR_MAP(ERR("NumericalError"), EDOM),
     SD_BUS_ERROR_MAP(ERR("ShuttingDown"), ESHUTDOWN),
     SD_BUS_ERROR_MAP(ERR("NoSuchSession"), ESRCH),

@@ -31,6 +31,7 @@
 #include "backends/cpu/cores.h"
 #include "base/checked.h"
 #include "base/clock.h"
+#include "base/thread-signals.h"
 
 #define SPIN_USEC 100
 #define SPIN_PAUSES 32 /* between looks at the clock */
@@ -257,7 +258,7 @@ int team_new(struct team **ret, uint32_t n_threads)
         return -ENOMEM;
     *t = (struct team){.n_threads = 1};
 
-    sigfillset(&all);
+    thread_signals_for_others(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for others */
     for (uint32_t i = 1; i < n_threads; i++) {
         struct worker *w = &t->workers[i - 1];
