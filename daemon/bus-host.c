@@ -37,6 +37,7 @@ struct bus_host {
     uint64_t pause_usec;
     bool has_name;
     bool said; /* that there is none, since there was one */
+    bool told_restarted;
 };
 
 static const char *bus_title(const struct bus_host *h)
@@ -114,6 +115,9 @@ static int on_name(sd_bus_message *m, void *userdata, sd_bus_error *error)
         h->said = false;
         h->pause_usec = PAUSE_LEAST_USEC;
         log_info("serving on the %s as " LLM_BUS_NAME, bus_title(h));
+        if (h->service->recovered.took_back && !h->told_restarted)
+            bus_tell_restarted(h->bus);
+        h->told_restarted = true;
         return 0;
     }
     sd_event_source_set_enabled(h->drop_source, SD_EVENT_ONESHOT);

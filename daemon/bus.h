@@ -35,6 +35,9 @@ enum bus_property {
 };
 void bus_manager_changed(struct service *s, unsigned properties);
 
+/* The Restarted signal, on a broker's connection that has the name. */
+void bus_tell_restarted(sd_bus *bus);
+
 /* A model came (InterfacesAdded), went, or its State, Failure or Default changed. */
 void bus_model_added(struct service *s, const char *name);
 void bus_model_removed(struct service *s, const char *name);

@@ -90,6 +90,7 @@ static const struct method {
     {"org.freedesktop.DBus.Introspectable", "Introspect", "", true},
     {"org.freedesktop.DBus.ObjectManager", "GetManagedObjects", "", false},
     {"org.freedesktop.DBus.Peer", "Ping", "", true},
+    {LLM_SESSION_INTERFACE, "Adopt", "a{sv}", true},
 };
 
 static const struct option {

@@ -467,6 +467,14 @@ static int get_version(sd_bus *bus, const char *path, const char *interface, con
     return sd_bus_message_append(reply, "s", LLMD_VERSION);
 }
 
+static int get_instance(sd_bus *bus, const char *path, const char *interface, const char *property,
+                        sd_bus_message *reply, void *userdata, sd_bus_error *error)
+{
+    struct served *v = userdata;
+
+    return sd_bus_message_append(reply, "s", v->service->instance);
+}
+
 static const char *state_name(const struct service *s)
 {
     if (session_set_is_stopping(s->sessions))
@@ -592,7 +600,9 @@ const sd_bus_vtable manager_vtable[] = {
     SD_BUS_METHOD_WITH_ARGS("Subscribe", SD_BUS_ARGS("a{sv}", options), SD_BUS_NO_RESULT, subscribe,
                             SD_BUS_VTABLE_UNPRIVILEGED),
     SD_BUS_METHOD("Unsubscribe", NULL, NULL, unsubscribe, SD_BUS_VTABLE_UNPRIVILEGED),
+    SD_BUS_SIGNAL("Restarted", NULL, 0),
     SD_BUS_PROPERTY("Version", "s", get_version, 0, SD_BUS_VTABLE_PROPERTY_CONST),
+    SD_BUS_PROPERTY("Instance", "s", get_instance, 0, SD_BUS_VTABLE_PROPERTY_CONST),
     SD_BUS_PROPERTY("State", "s", get_state, 0, CHANGES),
     SD_BUS_PROPERTY("LoadProgress", "d", get_load_progress, 0, 0),
     SD_BUS_PROPERTY("Models", "as", get_models, 0, CHANGES),

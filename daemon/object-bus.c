@@ -221,6 +221,11 @@ void bus_manager_changed(struct service *s, unsigned properties)
             bus_model_changed(s, model_store_get(s->models, i)->name);
 }
 
+void bus_tell_restarted(sd_bus *bus)
+{
+    sd_bus_emit_signal(bus, LLM_ROOT_PATH, LLM_MANAGER_INTERFACE, "Restarted", NULL);
+}
+
 static void emit_model_added(sd_bus *bus, const void *what)
 {
     sd_bus_emit_interfaces_added(bus, what, LLM_MODEL_INTERFACE, NULL);

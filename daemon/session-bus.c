@@ -78,6 +78,30 @@ static int close_session(sd_bus_message *m, void *userdata, sd_bus_error *error)
     return sd_bus_reply_method_return(m, NULL);
 }
 
+/* Whose owner is a client that is here would lose it against its will, were it another's now. */
+static int may_adopt(const struct found_session *f, struct error *err)
+{
+    if (client_session_lingers(f->session))
+        return error_set(err, EOPNOTSUPP, "the session lingers: it does not end with anybody");
+    if (client_session_owner(f->session) == &f->client->sessions)
+        return 0;
+    return error_set(err, EBUSY, "the session ends with another client, which is here");
+}
+
+static int adopt(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+    struct found_session *f = userdata;
+    struct error err = {0};
+    int r;
+
+    r = options_read_none(m, &err);
+    if (r >= 0)
+        r = may_adopt(f, &err);
+    if (r < 0)
+        return bus_error_set(error, r, &err);
+    return sd_bus_reply_method_return(m, NULL);
+}
+
 /* ---- requests that are answered when they are done ---- */
 
 /* What is left of a call until then. The session is known by its number: it may be closed. */
@@ -506,6 +530,8 @@ const sd_bus_vtable session_vtable[] = {
     SD_BUS_METHOD_WITH_ARGS("Restore", SD_BUS_ARGS("h", file), SD_BUS_NO_RESULT, restore,
                             SD_BUS_VTABLE_UNPRIVILEGED),
     SD_BUS_METHOD("Close", NULL, NULL, close_session, SD_BUS_VTABLE_UNPRIVILEGED),
+    SD_BUS_METHOD_WITH_ARGS("Adopt", SD_BUS_ARGS("a{sv}", options), SD_BUS_NO_RESULT, adopt,
+                            SD_BUS_VTABLE_UNPRIVILEGED),
     SD_BUS_SIGNAL_WITH_ARGS("RequestFinished",
                             SD_BUS_ARGS("t", request, "s", reason, "a{sv}", details), 0),
     SD_BUS_PROPERTY("Owner", "u", get_owner, 0, CONST),

@@ -268,6 +268,7 @@ static const struct method {
     {LLM_SESSION_INTERFACE, "Rewind", rewind_argument, true, false},
     {LLM_SESSION_INTERFACE, "Save", memory_file, true, false},
     {LLM_SESSION_INTERFACE, "Cancel", NULL, true, false},
+    {LLM_SESSION_INTERFACE, "Adopt", no_options, true, false},
     {LLM_SESSION_INTERFACE, "Close", NULL, true, false},
     {LLM_MANAGER_INTERFACE, "Measure", measure_options, false, false},
     {LLM_MANAGER_INTERFACE, "ListSessions", no_options, false, false},

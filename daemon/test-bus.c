@@ -361,6 +361,7 @@ static void test_foreign(void)
     CLEANUP(freep)
     char *path = path_in(
         good(alice, with_option(manager_call(alice, "CreateSession"), "label", "s", "mine")));
+    CLEANUP(freep) char *path_of_lingering = NULL;
     const char *id = strrchr(path, '/') + 1;
     char label[80];
     sd_bus_message *m;
@@ -382,7 +383,19 @@ static void test_foreign(void)
     assert(sd_bus_message_append(m, "s", "model") >= 0);
     bad(bob, plain(m), "NotAuthorized", "manage-models");
     assert(listed(root, true, label, sizeof(label)) == 1 && strcmp(label, "") == 0);
+
+    /* Only what nobody has can be adopted; by its owner, to no effect. */
+    done(alice, plain(session_call(alice, path, "Adopt")));
+    bad(also, plain(session_call(also, path, "Adopt")), "Busy", "another client");
+    bad(bob, plain(session_call(bob, path, "Adopt")), "NoSuchSession", "");
+    bad(root, plain(session_call(root, path, "Adopt")), "NoSuchSession", "");
+    bad(alice, with_option(session_call(alice, path, "Adopt"), "force", "b", 1), "InvalidOption",
+        "force");
     done(also, session_call(also, path, "Close"));
+    path_of_lingering =
+        path_in(good(alice, with_option(manager_call(alice, "CreateSession"), "linger", "b", 1)));
+    bad(alice, plain(session_call(alice, path_of_lingering, "Adopt")), "NotSupported", "lingers");
+    done(alice, session_call(alice, path_of_lingering, "Close"));
     assert(listed(alice, false, label, sizeof(label)) == 0);
     free(TAKE_PTR(path));
     path = create(alice);

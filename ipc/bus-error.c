@@ -29,6 +29,7 @@ const sd_bus_error_map bus_errors[] = {
     SD_BUS_ERROR_MAP(ERR("NumericalError"), EDOM),
     SD_BUS_ERROR_MAP(ERR("ShuttingDown"), ESHUTDOWN),
     SD_BUS_ERROR_MAP(ERR("NoSuchSession"), ESRCH),
+    SD_BUS_ERROR_MAP(ERR("SessionLost"), ESTALE),
     SD_BUS_ERROR_MAP(ERR("NotAuthorized"), EACCES),
     SD_BUS_ERROR_MAP(ERR("ModelNotReady"), EAGAIN),
     SD_BUS_ERROR_MAP(ERR("ModelExists"), EEXIST),
