@@ -29,6 +29,7 @@ static void help(void)
          "      --private             serve one user's programs, without a bus; leave when idle\n"
          "      --config FILE         read only this configuration\n"
          "      --check-config [FILE] say what is wrong with the configuration; status 1 if so\n"
+         "      --after-stop          what the service manager runs when the service has stopped\n"
          "      --model FILE|NAME     the model (default: configured, or the only one there is)\n"
          "      --socket PATH         listen there instead of in the runtime directory\n"
          "      --no-bus              only listen on the socket\n"
@@ -71,6 +72,7 @@ enum {
     OPT_PRIVATE,
     OPT_CONFIG,
     OPT_CHECK_CONFIG,
+    OPT_AFTER_STOP,
     OPT_MODEL,
     OPT_SOCKET,
     OPT_NO_BUS,
@@ -152,6 +154,7 @@ bool arguments_parse(struct arguments *ret, int argc, char **argv, int *ret_stat
         {"private", no_argument, NULL, OPT_PRIVATE},
         {"config", required_argument, NULL, OPT_CONFIG},
         {"check-config", no_argument, NULL, OPT_CHECK_CONFIG},
+        {"after-stop", no_argument, NULL, OPT_AFTER_STOP},
         {"model", required_argument, NULL, OPT_MODEL},
         {"socket", required_argument, NULL, OPT_SOCKET},
         {"no-bus", no_argument, NULL, OPT_NO_BUS},
@@ -189,6 +192,9 @@ bool arguments_parse(struct arguments *ret, int argc, char **argv, int *ret_stat
             break;
         case OPT_CHECK_CONFIG:
             a.check_config = true;
+            break;
+        case OPT_AFTER_STOP:
+            a.after_stop = true;
             break;
         case OPT_MODEL:
             a.model = optarg;
@@ -233,7 +239,7 @@ bool arguments_parse(struct arguments *ret, int argc, char **argv, int *ret_stat
         *ret_status = usage_error("unexpected argument ", argv[optind]);
     else if (scopes & (scopes - 1))
         *ret_status = usage_error("only one of --system, --user and --private can be", "");
-    else if (scopes == 0 && !a.check_config && !is_system_user())
+    else if (scopes == 0 && !a.check_config && !a.after_stop && !is_system_user())
         *ret_status = usage_error("say --user to serve your programs on the session bus, --private "
                                   "to serve them on a socket only, or --system for all users",
                                   "");

@@ -12,6 +12,7 @@
 
 struct arguments {
     enum service_scope scope;
+    bool after_stop;         /* daemon/after-stop.h, and exit */
     bool check_config;       /* read the configuration, say what is wrong with it, exit */
     const char *config_file; /* NULL: where the scope has it */
     const char *model;       /* a file, or the name of a model; NULL: configured */

@@ -17,6 +17,7 @@
 
 #include "base/cleanup.h"
 #include "base/standard-fds.h"
+#include "daemon/after-stop.h"
 #include "daemon/arguments.h"
 #include "daemon/config.h"
 #include "daemon/log.h"
@@ -108,6 +109,8 @@ int main(int argc, char **argv)
         }
         return status;
     }
+    if (arguments.after_stop)
+        return after_stop() < 0 ? EXIT_FAILURE : EXIT_SUCCESS;
     exclude_dumps();
     allow_descriptors();
     umask(077);

@@ -114,7 +114,7 @@ def starts_on_first_use(m):
     assert scope == "system", scope
     said = m.run("systemctl", "status", "--no-pager", "llmd").stdout
     assert 'Status: "Serving demo: ' in said and "serving on the system bus as " + NAME in said, said
-    assert m.run("stat", "--format=%U:%a", "/var/lib/llmd").stdout == "llmd:755\n"
+    assert m.run("stat", "--format=%U:%a", "/var/lib/llmd").stdout == "llmd:700\n"
 
 
 @test

@@ -94,6 +94,27 @@ def start_and_end_are_told(folder, model):
         assert "STATUS" not in d.log()
 
 
+@test
+def memory_is_freed_after_an_oom_kill(folder, model):
+    """What ExecStopPost= runs: the manager is to let go of the KV then, and at no other end."""
+    del model
+    notify = Notify(folder)
+
+    def stopped(**env):
+        return subprocess.run([llmd, "--after-stop"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, env=env)
+
+    for result in "success", "signal", "watchdog":
+        p = stopped(NOTIFY_SOCKET=notify.path, SERVICE_RESULT=result)
+        assert (p.returncode, p.stdout, p.stderr) == (0, "", ""), p
+    p = stopped(NOTIFY_SOCKET=notify.path, SERVICE_RESULT="oom-kill")
+    assert p.returncode == 0 and p.stdout == "" and p.stderr.startswith("<4>killed for lack of memory"), p
+    assert notify.next() == "FDSTOREREMOVE=1\nFDNAME=kv"
+    assert notify.next() == "BARRIER=1" and notify.heard.empty()
+    for nowhere in {}, {"NOTIFY_SOCKET": notify.path + ".not"}:
+        p = stopped(SERVICE_RESULT="oom-kill", **nowhere)
+        assert p.returncode == 1 and p.stderr.count("\n") == 1 and "cannot be told" in p.stderr, p
+
+
 def thread_named(pid, name):
     for tid in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile

@@ -5,6 +5,7 @@
 systemd-analyze complains on stderr and succeeds, so anything that it prints is a failure. The units are
 looked at in a root of their own, beside the system's."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,16 +27,54 @@ def units():
             program = next(line for line in text.splitlines() if line.startswith("ExecStart=")).split("=", 1)[1].split()[0]
             with open(os.path.join(folder, "llmd.service"), "w") as f:
                 f.write(text.replace(program, "/bin/true"))
-            shutil.copy(os.path.join(source, "systemd", scope, "llmd.socket"), folder)
+            names = [n for n in os.listdir(os.path.join(source, "systemd", scope)) if n.endswith((".socket", ".slice"))]
+            assert "llmd.socket" in names
+            for name in names:
+                shutil.copy(os.path.join(source, "systemd", scope, name), folder)
             check = subprocess.run(
-                ["systemd-analyze", "verify", "--" + scope, "--man=no", os.path.join(folder, "llmd.service"),
-                 os.path.join(folder, "llmd.socket")],
+                ["systemd-analyze", "verify", "--" + scope, "--man=no", *(os.path.join(folder, n) for n in ["llmd.service", *names])],
                 env=dict(os.environ, XDG_RUNTIME_DIR=folder, SYSTEMD_UNIT_PATH=folder + ":/usr/lib/systemd/" + scope),
                 capture_output=True, text=True)
             # Other units of the machine may be wrong; that is not ours to say.
             said = [line for line in (check.stdout + check.stderr).splitlines() if "llmd" in line or check.returncode]
             assert check.returncode == 0 and not said, (scope, check)
     return True
+
+
+def exposure(*drop_ins):
+    """As `systemd-analyze security` has it, of the system's unit in a root of its own: 0 none, 10 all there is."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = os.path.join(root, "usr/lib/systemd/system")
+        os.makedirs(folder + "/llmd.service.d")
+        shutil.copy(os.path.join(build, "systemd/system-llmd.service"), folder + "/llmd.service")
+        for name in "llmd.socket", "llmd.slice":
+            shutil.copy(os.path.join(source, "systemd/system", name), folder)
+        for name in drop_ins:
+            shutil.copy(os.path.join(source, "systemd", name), folder + "/llmd.service.d")
+        p = subprocess.run(["systemd-analyze", "security", "--offline=true", "--root=" + root, "--no-pager", "llmd.service"],
+                           capture_output=True, text=True)
+        found = re.search(r"^→ Overall exposure level for llmd.service: ([0-9.]+) ", p.stdout, re.M)
+        assert p.returncode == 0 and found, p
+        # What systemd does not understand it says, and then does without.
+        assert "llmd" not in p.stderr, p.stderr
+        return float(found[1]), p.stdout
+
+
+def exposures():
+    """The second figure is what the first was bought for: each setting that the drop-in changes is in it."""
+    alone, said = exposure()
+    assert alone <= 1.0, said
+    vulkan, said = exposure("llmd-vulkan.conf")
+    assert alone <= vulkan <= 1.2, said
+    assert re.search("^✗ MemoryDenyWriteExecute=", said, re.M), "the drop-in is not looked at"
+    print(f"exposure: {alone}, {vulkan} with llmd-vulkan.conf")
+
+
+def drop_in_relaxes_no_more():
+    """A name for each line; whoever adds one has to think of it here."""
+    with open(os.path.join(source, "systemd/llmd-vulkan.conf")) as f:
+        keys = [line.split("=", 1)[0] for line in f if "=" in line and not line.startswith("#")]
+    assert keys == ["MemoryDenyWriteExecute", "BindPaths", "DeviceAllow", "SupplementaryGroups"], keys
 
 
 def policies():
@@ -55,6 +94,8 @@ def policies():
 
 
 policies()
+drop_in_relaxes_no_more()
 if not units():
     print("systemd-analyze is not there: the units were not looked at")
     sys.exit(77)
+exposures()
