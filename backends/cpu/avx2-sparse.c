@@ -3,43 +3,9 @@
 
 /* sparse_ffn() with AVX2: see sparse.h for the order of sums. */
 
-#include "backends/cpu/avx2.h"
+#include "backends/cpu/avx2-lanes.h"
 #include "backends/cpu/matmul.h"
 #include "backends/cpu/sparse.h"
-
-#define LANES 8
-
-typedef __m256 vec;
-
-static inline vec v_zero(void)
-{
-    return _mm256_setzero_ps();
-}
-
-static inline vec v_set1(float f)
-{
-    return _mm256_set1_ps(f);
-}
-
-static inline vec v_load(const float *p)
-{
-    return _mm256_loadu_ps(p);
-}
-
-static inline void v_store(float *p, vec v)
-{
-    _mm256_storeu_ps(p, v);
-}
-
-static inline vec v_mul(vec a, vec b)
-{
-    return _mm256_mul_ps(a, b);
-}
-
-static inline vec v_fma(vec a, vec b, vec c)
-{
-    return _mm256_fmadd_ps(a, b, c);
-}
 
 static inline vec load_half(const uint16_t *d)
 {

@@ -2,10 +2,7 @@
  * SPDX-License-Identifier: Apache-2.0 */
 
 /*
- * The AVX2 level: everything that works value by value. Sums of a row (squares, means, the router)
- * run in double: that costs a few hundred nanoseconds of a token's tens of milliseconds and makes
- * every bound hold with room, since only the final products are rounded to float. A width that is
- * no multiple of eight ends in a masked vector of the same instructions.
+ * The AVX2 level: everything that works value by value.
  */
 
 #include <assert.h>
@@ -13,78 +10,15 @@
 #include <math.h>
 #include <string.h>
 
-#include "backends/cpu/avx2.h"
+#include "backends/cpu/avx2-lanes.h"
 #include "backends/cpu/matmul.h"
+#include "backends/cpu/row-kernels.h"
 #include "base/checked.h"
 
 /* What a value costs an operation, in multiplications as cpu_parallel() counts them: measured, some
  * 0.2 ns, since memory and sums in double count as well. */
 #define COST 6
 
-/* Values k.. of x that lie below n, zeros behind. */
-static inline __m256 load_some(const float *x, uint32_t k, uint32_t n)
-{
-    return n - k >= 8 ? _mm256_loadu_ps(x + k) : _mm256_maskload_ps(x + k, lanes_below(n - k));
-}
-
-static inline void store_some(float *x, uint32_t k, uint32_t n, __m256 v)
-{
-    if (n - k >= 8)
-        _mm256_storeu_ps(x + k, v);
-    else
-        _mm256_maskstore_ps(x + k, lanes_below(n - k), v);
-}
-
-static inline __m256d low_double(__m256 v)
-{
-    return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
-}
-
-static inline __m256d high_double(__m256 v)
-{
-    return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
-}
-
-static inline double sum_double(__m256d a, __m256d b)
-{
-    __m256d v = _mm256_add_pd(a, b);
-    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-
-    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
-}
-
-/* Four chains, since an addition waits four cycles for the one before. */
-static inline double mean_square(const float *x, uint32_t n)
-{
-    __m256d a = _mm256_setzero_pd(), b = a, c = a, d = a;
-    uint32_t k = 0;
-
-    for (; k + 16 <= n; k += 16) {
-        __m256d u0 = _mm256_cvtps_pd(_mm_loadu_ps(x + k));
-        __m256d u1 = _mm256_cvtps_pd(_mm_loadu_ps(x + k + 4));
-        __m256d u2 = _mm256_cvtps_pd(_mm_loadu_ps(x + k + 8));
-        __m256d u3 = _mm256_cvtps_pd(_mm_loadu_ps(x + k + 12));
-
-        a = _mm256_fmadd_pd(u0, u0, a);
-        b = _mm256_fmadd_pd(u1, u1, b);
-        c = _mm256_fmadd_pd(u2, u2, c);
-        d = _mm256_fmadd_pd(u3, u3, d);
-    }
-    for (; k < n; k += 8) {
-        __m256 v = load_some(x, k, n);
-
-        a = _mm256_fmadd_pd(low_double(v), low_double(v), a);
-        b = _mm256_fmadd_pd(high_double(v), high_double(v), b);
-    }
-    return sum_double(_mm256_add_pd(a, c), _mm256_add_pd(b, d)) / n;
-}
-
-static inline __m256 rms_scale(const float *x, uint32_t n, float eps)
-{
-    return _mm256_set1_ps((float)(1 / sqrt(mean_square(x, n) + (double)eps)));
-}
-
-/* One block; d and the integers as the reference computes them. */
 /* The sum of 32 integers in -127..127, which go to q. */
 static inline int32_t store_bytes(const __m256i *i, int8_t *q)
 {
@@ -100,7 +34,7 @@ static inline int32_t store_bytes(const __m256i *i, int8_t *q)
     return _mm_cvtsi128_si32(s);
 }
 
-/* low: NULL, or where q_low goes */
+/* One block; d and the integers as the reference computes them. low: NULL, or where q_low goes */
 static inline void quantize_block(const float *x, uint32_t n, int8_t *q, float *ret_d,
                                   int32_t *ret_sum, int8_t *low, int32_t *ret_sum_low)
 {
@@ -110,7 +44,7 @@ static inline void quantize_block(const float *x, uint32_t n, int8_t *q, float *
     float d;
 
     for (uint32_t j = 0; j < 4; j++) {
-        v[j] = 8 * j < n ? load_some(x, 8 * j, n) : _mm256_setzero_ps();
+        v[j] = 8 * j < n ? v_load_some(x, 8 * j, n) : _mm256_setzero_ps();
         max = _mm256_max_ps(_mm256_andnot_ps(sign, v[j]), max);
     }
     d = max_lanes(max) / 127;
@@ -172,30 +106,6 @@ static void avx2_quantize(struct backend *b, const struct activations *x)
                  MIN(n_blocks, QUANTIZE_PIECE) * WEIGHT_BLOCK * COST, quantize_pieces, x);
 }
 
-static void norm_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
-{
-    const struct norm_args *a = args;
-    __m256 scale = _mm256_set1_ps(a->scale);
-
-    (void)scratch;
-    for (uint32_t i = first; i < last; i++) {
-        const float *x = a->x + i * a->ld_x;
-        __m256 r = rms_scale(x, a->k, a->eps);
-
-        for (uint32_t k = 0; k < a->k; k += 8) {
-            __m256 v = _mm256_mul_ps(load_some(x, k, a->k), r);
-
-            if (a->w)
-                v = _mm256_mul_ps(v, load_some(a->w, k, a->k));
-            if (a->add)
-                v = _mm256_add_ps(v, load_some(a->add + i * a->ld_add, k, a->k));
-            if (a->add2)
-                v = _mm256_add_ps(v, load_some(a->add2 + i * a->ld_add2, k, a->k));
-            store_some(a->y + i * a->ld_y, k, a->k, _mm256_mul_ps(v, scale));
-        }
-    }
-}
-
 static void avx2_norm(struct backend *b, const struct norm_args *a)
 {
     cpu_parallel(cpu_backend(b), a->n, (size_t)a->k * COST, norm_rows, a);
@@ -208,25 +118,25 @@ static void head_norm_one(const struct head_norm_args *a, float *x, const float 
 
     if (!rope) {
         for (uint32_t k = 0; k < dim; k += 8) {
-            __m256 v = _mm256_mul_ps(load_some(x, k, dim), r);
+            __m256 v = _mm256_mul_ps(v_load_some(x, k, dim), r);
 
             if (a->w)
-                v = _mm256_mul_ps(v, load_some(a->w, k, dim));
-            store_some(x, k, dim, v);
+                v = _mm256_mul_ps(v, v_load_some(a->w, k, dim));
+            v_store_some(x, k, dim, v);
         }
         return;
     }
     for (uint32_t k = 0; k < half; k += 8) {
-        __m256 u = _mm256_mul_ps(load_some(x, k, half), r);
-        __m256 v = _mm256_mul_ps(load_some(x + half, k, half), r);
-        __m256 c = load_some(rope, k, half), s = load_some(rope + half, k, half);
+        __m256 u = _mm256_mul_ps(v_load_some(x, k, half), r);
+        __m256 v = _mm256_mul_ps(v_load_some(x + half, k, half), r);
+        __m256 c = v_load_some(rope, k, half), s = v_load_some(rope + half, k, half);
 
         if (a->w) {
-            u = _mm256_mul_ps(u, load_some(a->w, k, half));
-            v = _mm256_mul_ps(v, load_some(a->w + half, k, half));
+            u = _mm256_mul_ps(u, v_load_some(a->w, k, half));
+            v = _mm256_mul_ps(v, v_load_some(a->w + half, k, half));
         }
-        store_some(x, k, half, _mm256_fmsub_ps(u, c, _mm256_mul_ps(v, s)));
-        store_some(x + half, k, half, _mm256_fmadd_ps(v, c, _mm256_mul_ps(u, s)));
+        v_store_some(x, k, half, _mm256_fmsub_ps(u, c, _mm256_mul_ps(v, s)));
+        v_store_some(x + half, k, half, _mm256_fmadd_ps(v, c, _mm256_mul_ps(u, s)));
     }
 }
 
@@ -285,8 +195,8 @@ static void kv_store_rows(const void *args, uint32_t first, uint32_t last, void 
                 uint16_t *to = (uint16_t *)page + k_at + (size_t)j * KV_PAGE, column[8];
                 uint32_t n = MIN(dim - j, 8u);
 
-                store_half((uint16_t *)page + v_at + j, n, load_some(v, j, dim));
-                store_half(column, 8, load_some(k, j, dim));
+                store_half((uint16_t *)page + v_at + j, n, v_load_some(v, j, dim));
+                store_half(column, 8, v_load_some(k, j, dim));
                 for (uint32_t e = 0; e < n; e++)
                     to[(size_t)e * KV_PAGE] = column[e];
             }
@@ -304,8 +214,8 @@ static void avx2_kv_store(struct backend *b, const struct kv_store_args *a)
 static inline __m256 above(__m256 x, __m256d cut)
 {
     __m256d zero = _mm256_setzero_pd();
-    __m128 low = _mm256_cvtpd_ps(_mm256_max_pd(_mm256_sub_pd(low_double(x), cut), zero));
-    __m128 high = _mm256_cvtpd_ps(_mm256_max_pd(_mm256_sub_pd(high_double(x), cut), zero));
+    __m128 low = _mm256_cvtpd_ps(_mm256_max_pd(_mm256_sub_pd(d_low(x), cut), zero));
+    __m128 high = _mm256_cvtpd_ps(_mm256_max_pd(_mm256_sub_pd(d_high(x), cut), zero));
 
     return _mm256_set_m128(high, low);
 }
@@ -316,19 +226,18 @@ static double gate_cut(const float *x, uint32_t n, double z)
     double m;
 
     for (uint32_t k = 0; k < n; k += 8) {
-        __m256 v = load_some(x, k, n);
+        __m256 v = v_load_some(x, k, n);
 
-        a = _mm256_add_pd(a, low_double(v));
-        b = _mm256_add_pd(b, high_double(v));
+        a = _mm256_add_pd(a, d_low(v));
+        b = _mm256_add_pd(b, d_high(v));
     }
-    m = sum_double(a, b) / n;
+    m = d_sum(d_add(a, b)) / n;
     mean = _mm256_set1_pd(m);
     a = b = _mm256_setzero_pd();
     for (uint32_t k = 0; k < n; k += 8) {
         /* lanes behind the end take the mean's place and add nothing */
-        __m256 v = load_some(x, k, n);
-        __m256d low = _mm256_sub_pd(low_double(v), mean),
-                high = _mm256_sub_pd(high_double(v), mean);
+        __m256 v = v_load_some(x, k, n);
+        __m256d low = _mm256_sub_pd(d_low(v), mean), high = _mm256_sub_pd(d_high(v), mean);
 
         if (n - k < 8) {
             __m256i in = lanes_below(n - k);
@@ -341,7 +250,7 @@ static double gate_cut(const float *x, uint32_t n, double z)
         a = _mm256_fmadd_pd(low, low, a);
         b = _mm256_fmadd_pd(high, high, b);
     }
-    return m + z * sqrt(sum_double(a, b) / n);
+    return m + z * sqrt(d_sum(d_add(a, b)) / n);
 }
 
 /* Values begin..end - 1 of row i. */
@@ -353,11 +262,12 @@ static void gate_some(const struct gate_args *a, uint32_t i, uint32_t begin, uin
     if (a->z > 0)
         cut = _mm256_set1_pd(gate_cut(gate, a->k, (double)a->z));
     for (uint32_t k = begin; k < end; k += 8) {
-        __m256 g = load_some(gate, k, end);
+        __m256 g = v_load_some(gate, k, end);
 
         if (a->z > 0)
             g = above(g, cut);
-        store_some(a->y + i * a->ld_y, k, end, _mm256_mul_ps(gelu_lanes(g), load_some(up, k, end)));
+        v_store_some(a->y + i * a->ld_y, k, end,
+                     _mm256_mul_ps(gelu_lanes(g), v_load_some(up, k, end)));
     }
 }
 
@@ -394,74 +304,6 @@ static void avx2_gate(struct backend *b, const struct gate_args *a)
                      (size_t)MIN(a->k, (uint32_t)GATE_PIECE) * 8, gate_pieces, a);
 }
 
-/* The router, four streams at a time, of which the last may repeat. */
-static void route(const struct router_weights *w, uint32_t hidden, uint32_t n_streams,
-                  const float *x, double *ret)
-{
-    double r = 1 / sqrt(mean_square(x, hidden) + (double)w->eps);
-
-    for (uint32_t j = 0; j < n_streams; j += 4) {
-        uint32_t n = MIN(n_streams - j, 4u);
-        const float *router[4];
-        __m256d a[4], b[4];
-
-        for (uint32_t i = 0; i < 4; i++) {
-            router[i] = w->router + (size_t)(j + MIN(i, n - 1)) * hidden;
-            a[i] = b[i] = _mm256_setzero_pd();
-        }
-        for (uint32_t k = 0; k < hidden; k += 8) {
-            __m256 v = load_some(x, k, hidden), m = load_some(w->norm, k, hidden);
-            __m256d low = _mm256_mul_pd(low_double(v), low_double(m));
-            __m256d high = _mm256_mul_pd(high_double(v), high_double(m));
-
-            for (uint32_t i = 0; i < 4; i++) {
-                __m256 u = load_some(router[i], k, hidden);
-
-                a[i] = _mm256_fmadd_pd(low, low_double(u), a[i]);
-                b[i] = _mm256_fmadd_pd(high, high_double(u), b[i]);
-            }
-        }
-        for (uint32_t i = 0; i < n; i++)
-            ret[j + i] = tanh(sum_double(a[i], b[i]) * r / hidden);
-    }
-}
-
-static void predict_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
-{
-    const struct altup_predict_args *a = args;
-    uint32_t n = a->n_streams, hidden = a->hidden;
-    double m[BACKEND_MAX_STREAMS];
-    float c[BACKEND_MAX_STREAMS * BACKEND_MAX_STREAMS];
-
-    (void)scratch;
-    for (uint32_t row = first; row < last; row++) {
-        const float *h = a->h + (size_t)row * n * hidden;
-        float *pred = a->pred + (size_t)row * n * hidden;
-
-        route(&a->router, hidden, n, h, m);
-        for (uint32_t ji = 0; ji < n * n; ji++) {
-            double sum = 0;
-
-            for (uint32_t s = 0; s < n; s++)
-                sum += (double)a->coefs[ji * n + s] * m[s];
-            c[ji] = (float)sum;
-        }
-        for (uint32_t k = 0; k < hidden; k += 8) {
-            __m256 v[BACKEND_MAX_STREAMS];
-
-            for (uint32_t i = 0; i < n; i++)
-                v[i] = load_some(h + (size_t)i * hidden, k, hidden);
-            for (uint32_t j = 0; j < n; j++) {
-                __m256 sum = v[j];
-
-                for (uint32_t i = 0; i < n; i++)
-                    sum = _mm256_fmadd_ps(_mm256_set1_ps(c[j * n + i]), v[i], sum);
-                store_some(pred + (size_t)j * hidden, k, hidden, sum);
-            }
-        }
-    }
-}
-
 static void avx2_altup_predict(struct backend *b, const struct altup_predict_args *a)
 {
     assert(a->n_streams <= BACKEND_MAX_STREAMS);
@@ -469,72 +311,11 @@ static void avx2_altup_predict(struct backend *b, const struct altup_predict_arg
                  a);
 }
 
-static void correct_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
-{
-    const struct altup_correct_args *a = args;
-    uint32_t n = a->n_streams, hidden = a->hidden;
-    double m[BACKEND_MAX_STREAMS];
-    __m256 c[BACKEND_MAX_STREAMS];
-
-    (void)scratch;
-    for (uint32_t row = first; row < last; row++) {
-        const float *pred = a->pred + (size_t)row * n * hidden;
-        const float *out = a->b + (size_t)row * hidden;
-        float *h = a->h + (size_t)row * n * hidden;
-
-        route(&a->router, hidden, n, out, m);
-        for (uint32_t i = 0; i < n; i++) {
-            double sum = 1;
-
-            for (uint32_t s = 0; s < n; s++)
-                sum += (double)a->coefs[i * n + s] * m[s];
-            c[i] = _mm256_set1_ps((float)sum);
-        }
-        for (uint32_t k = 0; k < hidden; k += 8) {
-            __m256 p = load_some(pred, k, hidden);
-            __m256 d = _mm256_sub_ps(load_some(out, k, hidden), p);
-            __m256 v = _mm256_fmadd_ps(c[0], d, p);
-
-            store_some(a->scaled + (size_t)row * hidden, k, hidden,
-                       _mm256_mul_ps(v, load_some(a->scale, k, hidden)));
-            store_some(h, k, hidden, v);
-            for (uint32_t i = 1; i < n; i++)
-                store_some(
-                    h + (size_t)i * hidden, k, hidden,
-                    _mm256_fmadd_ps(c[i], d, load_some(pred + (size_t)i * hidden, k, hidden)));
-        }
-    }
-}
-
 static void avx2_altup_correct(struct backend *b, const struct altup_correct_args *a)
 {
     assert(a->n_streams <= BACKEND_MAX_STREAMS);
     cpu_parallel(cpu_backend(b), a->n, (size_t)a->hidden * (a->n_streams + 1) * COST, correct_rows,
                  a);
-}
-
-static void stream_norm_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
-{
-    const struct stream_norm_args *a = args;
-    uint32_t hidden = a->hidden;
-
-    (void)scratch;
-    for (uint32_t row = first; row < last; row++) {
-        const float *x = a->x + (size_t)row * hidden;
-        float *h = a->h + (size_t)row * a->n_streams * hidden;
-        __m256 r = rms_scale(x, hidden, a->eps);
-
-        for (uint32_t k = 0; k < hidden; k += 8) {
-            __m256 v = _mm256_mul_ps(_mm256_mul_ps(load_some(x, k, hidden), r),
-                                     load_some(a->w, k, hidden));
-
-            for (uint32_t i = 1; i < a->n_streams; i++) {
-                float *to = h + (size_t)i * hidden;
-
-                store_some(to, k, hidden, _mm256_add_ps(load_some(to, k, hidden), v));
-            }
-        }
-    }
 }
 
 static void avx2_stream_norm(struct backend *b, const struct stream_norm_args *a)
@@ -556,7 +337,7 @@ static void rescale_rows(const void *args, uint32_t first, uint32_t last, void *
                                           sqrt(fmax(mean_square(y, hidden), 1e-5))));
 
         for (uint32_t k = 0; k < hidden; k += 8)
-            store_some(h, k, hidden, _mm256_mul_ps(load_some(y, k, hidden), r));
+            v_store_some(h, k, hidden, _mm256_mul_ps(v_load_some(y, k, hidden), r));
     }
 }
 
@@ -579,17 +360,17 @@ static void merge_rows(const void *args, uint32_t first, uint32_t last, void *sc
         __m256 r;
 
         for (uint32_t k = 0; k < hidden; k += 8) {
-            __m256 sum = load_some(h, k, hidden);
+            __m256 sum = v_load_some(h, k, hidden);
 
             for (uint32_t i = 1; i < a->n_streams; i++)
-                sum = _mm256_add_ps(sum, load_some(h + (size_t)i * hidden, k, hidden));
-            store_some(x, k, hidden, _mm256_mul_ps(sum, part));
+                sum = _mm256_add_ps(sum, v_load_some(h + (size_t)i * hidden, k, hidden));
+            v_store_some(x, k, hidden, _mm256_mul_ps(sum, part));
         }
         r = rms_scale(x, hidden, a->eps);
         for (uint32_t k = 0; k < hidden; k += 8)
-            store_some(x, k, hidden,
-                       _mm256_mul_ps(_mm256_mul_ps(load_some(x, k, hidden), r),
-                                     load_some(a->w, k, hidden)));
+            v_store_some(x, k, hidden,
+                         _mm256_mul_ps(_mm256_mul_ps(v_load_some(x, k, hidden), r),
+                                       v_load_some(a->w, k, hidden)));
     }
 }
 
@@ -610,11 +391,11 @@ static void ple_rows(const void *args, uint32_t first, uint32_t last, void *scra
         __m256 r = _mm256_set1_ps((float)(scale / sqrt(square + (double)a->eps)));
 
         for (uint32_t k = 0; k < a->width; k += 8) {
-            __m256 v = _mm256_mul_ps(load_some(g, k, a->width), r);
+            __m256 v = _mm256_mul_ps(v_load_some(g, k, a->width), r);
 
-            v = _mm256_fmadd_ps(v, load_some(a->w, k, a->width), load_some(e, k, a->width));
-            store_some(a->ple + i * a->width, k, a->width,
-                       _mm256_mul_ps(v, _mm256_set1_ps((float)M_SQRT1_2)));
+            v = _mm256_fmadd_ps(v, v_load_some(a->w, k, a->width), v_load_some(e, k, a->width));
+            v_store_some(a->ple + i * a->width, k, a->width,
+                         _mm256_mul_ps(v, _mm256_set1_ps((float)M_SQRT1_2)));
         }
     }
 }
@@ -648,11 +429,11 @@ static void softcap_pieces(const void *args, uint32_t first, uint32_t last, void
         uint32_t n = (uint32_t)MIN(t->n - (size_t)piece * SOFTCAP_PIECE, (size_t)SOFTCAP_PIECE);
 
         for (uint32_t k = 0; k < n; k += 8) {
-            __m256 e = exp_lanes(_mm256_mul_ps(load_some(x, k, n), by));
+            __m256 e = exp_lanes(_mm256_mul_ps(v_load_some(x, k, n), by));
             __m256 v = _mm256_sub_ps(one, _mm256_div_ps(two, _mm256_add_ps(e, one)));
 
             v = _mm256_mul_ps(v, c);
-            store_some(x, k, n, _mm256_max_ps(_mm256_min_ps(v, most), least));
+            v_store_some(x, k, n, _mm256_max_ps(_mm256_min_ps(v, most), least));
         }
     }
 }

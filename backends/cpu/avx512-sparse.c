@@ -3,43 +3,9 @@
 
 /* sparse_ffn() with AVX-512: see sparse.h for the order of sums, which is AVX2's as well. */
 
-#include "backends/cpu/avx512.h"
+#include "backends/cpu/avx512-lanes.h"
 #include "backends/cpu/matmul.h"
 #include "backends/cpu/sparse.h"
-
-#define LANES 16
-
-typedef __m512 vec;
-
-static inline vec v_zero(void)
-{
-    return _mm512_setzero_ps();
-}
-
-static inline vec v_set1(float f)
-{
-    return _mm512_set1_ps(f);
-}
-
-static inline vec v_load(const float *p)
-{
-    return _mm512_loadu_ps(p);
-}
-
-static inline void v_store(float *p, vec v)
-{
-    _mm512_storeu_ps(p, v);
-}
-
-static inline vec v_mul(vec a, vec b)
-{
-    return _mm512_mul_ps(a, b);
-}
-
-static inline vec v_fma(vec a, vec b, vec c)
-{
-    return _mm512_fmadd_ps(a, b, c);
-}
 
 static inline vec load_half(const uint16_t *d)
 {
