@@ -480,23 +480,7 @@ static void tile16_f32_any(const void *args, uint32_t first, uint32_t last, void
     const struct matmul_task *t = args;
 
     (void)scratch;
-    switch (t->w->type) { /* one copy of the loops for each type */
-    case WEIGHT_F32:
-        tile16_f32(WEIGHT_F32, t, first, last);
-        break;
-    case WEIGHT_F16:
-        tile16_f32(WEIGHT_F16, t, first, last);
-        break;
-    case WEIGHT_BF16:
-        tile16_f32(WEIGHT_BF16, t, first, last);
-        break;
-    case WEIGHT_Q8:
-        tile16_f32(WEIGHT_Q8, t, first, last);
-        break;
-    case WEIGHT_Q4:
-        tile16_f32(WEIGHT_Q4, t, first, last);
-        break;
-    }
+    WITH_WEIGHT_TYPE(t->w->type, tile16_f32, t, first, last);
 }
 
 void cpu_avx512_matmul(struct backend *b, const struct weight *w, const struct activations *x,

@@ -20,6 +20,26 @@
 #define FINE 254
 #define FINE_SCALE (1.0f / FINE)
 
+/* f(type, ...) with the type as a constant, so that each has a copy of f's loops to itself. */
+#define WITH_WEIGHT_TYPE(type, f, ...) \
+    switch (type) {                    \
+    case WEIGHT_F32:                   \
+        f(WEIGHT_F32, __VA_ARGS__);    \
+        break;                         \
+    case WEIGHT_F16:                   \
+        f(WEIGHT_F16, __VA_ARGS__);    \
+        break;                         \
+    case WEIGHT_BF16:                  \
+        f(WEIGHT_BF16, __VA_ARGS__);   \
+        break;                         \
+    case WEIGHT_Q8:                    \
+        f(WEIGHT_Q8, __VA_ARGS__);     \
+        break;                         \
+    case WEIGHT_Q4:                    \
+        f(WEIGHT_Q4, __VA_ARGS__);     \
+        break;                         \
+    }
+
 struct matmul_task {
     const struct weight *w;
     const struct activations *x;

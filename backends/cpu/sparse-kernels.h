@@ -3,8 +3,8 @@
 #pragma once
 
 /*
- * The kernels of sparse_ffn() but for the integer products, for a file that has defined LANES, vec
- * and the v_ functions on it, LANES floats each, and
+ * The kernels of sparse_ffn() but for the integer products, for a file that has included the lanes
+ * of its level (LEVEL-lanes.h) and defined
  *
  *   load16()     values 16 i.. of a row or column without scales, as VECS registers
  *   load_half()  floats of LANES f16
@@ -243,29 +243,12 @@ static INLINE void up_f32(enum weight_type type, const struct sparse_task *t, ui
 static void up_neuron(const struct sparse_task *t, uint32_t j, const struct sparse_use *uses,
                       uint32_t n, void *scratch)
 {
-    switch (t->a->up->type) { /* one copy of the loops for each type */
-    case WEIGHT_F32:
-        up_f32(WEIGHT_F32, t, j, uses, n, scratch);
-        break;
-    case WEIGHT_F16:
-        up_f32(WEIGHT_F16, t, j, uses, n, scratch);
-        break;
-    case WEIGHT_BF16:
-        up_f32(WEIGHT_BF16, t, j, uses, n, scratch);
-        break;
-    case WEIGHT_Q8:
-        if (t->rounded)
-            up_rounded(WEIGHT_Q8, t, j, uses, n, scratch);
-        else
-            up_f32(WEIGHT_Q8, t, j, uses, n, scratch);
-        break;
-    case WEIGHT_Q4:
-        if (t->rounded)
-            up_rounded(WEIGHT_Q4, t, j, uses, n, scratch);
-        else
-            up_f32(WEIGHT_Q4, t, j, uses, n, scratch);
-        break;
-    }
+    if (t->rounded && t->a->up->type == WEIGHT_Q4)
+        up_rounded(WEIGHT_Q4, t, j, uses, n, scratch);
+    else if (t->rounded && t->a->up->type == WEIGHT_Q8)
+        up_rounded(WEIGHT_Q8, t, j, uses, n, scratch);
+    else
+        WITH_WEIGHT_TYPE(t->a->up->type, up_f32, t, j, uses, n, scratch);
 }
 
 /* down */
@@ -483,42 +466,10 @@ static INLINE void many_rows(enum weight_type type, const struct sparse_task *t,
 
 static void down_few(const struct sparse_task *t, uint32_t o, uint32_t n_out, void *scratch)
 {
-    switch (t->a->down->type) {
-    case WEIGHT_F32:
-        few_rows(WEIGHT_F32, t, o, n_out, scratch);
-        break;
-    case WEIGHT_F16:
-        few_rows(WEIGHT_F16, t, o, n_out, scratch);
-        break;
-    case WEIGHT_BF16:
-        few_rows(WEIGHT_BF16, t, o, n_out, scratch);
-        break;
-    case WEIGHT_Q8:
-        few_rows(WEIGHT_Q8, t, o, n_out, scratch);
-        break;
-    case WEIGHT_Q4:
-        few_rows(WEIGHT_Q4, t, o, n_out, scratch);
-        break;
-    }
+    WITH_WEIGHT_TYPE(t->a->down->type, few_rows, t, o, n_out, scratch);
 }
 
 static void down_many(const struct sparse_task *t, uint32_t o, uint32_t n_out, void *scratch)
 {
-    switch (t->a->down->type) {
-    case WEIGHT_F32:
-        many_rows(WEIGHT_F32, t, o, n_out, scratch);
-        break;
-    case WEIGHT_F16:
-        many_rows(WEIGHT_F16, t, o, n_out, scratch);
-        break;
-    case WEIGHT_BF16:
-        many_rows(WEIGHT_BF16, t, o, n_out, scratch);
-        break;
-    case WEIGHT_Q8:
-        many_rows(WEIGHT_Q8, t, o, n_out, scratch);
-        break;
-    case WEIGHT_Q4:
-        many_rows(WEIGHT_Q4, t, o, n_out, scratch);
-        break;
-    }
+    WITH_WEIGHT_TYPE(t->a->down->type, many_rows, t, o, n_out, scratch);
 }
