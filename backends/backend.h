@@ -10,9 +10,9 @@
  * number of threads: sums run in an order fixed by the row alone. That is what makes a seeded
  * request reproducible, so it is part of each operation's contract and tested.
  *
- * Memory: every float array, weight and KV page is addressed by host pointers. Activations and KV
- * pages come from backend_alloc(), so that a backend with a device can find the buffer behind an
- * address. Arrays are owned by the caller and must stay until backend_finish(). `ld` is the
+ * Memory: every float array, weight and KV page is addressed by host pointers. Activations come from
+ * backend_alloc(), so that a backend with a device can find the buffer behind an address; KV pages
+ * lie in one mapping of shared memory (engine/kv-pool.h). Arrays are owned by the caller and must stay until backend_finish(). `ld` is the
  * distance between two rows, in elements. Outputs never overlap inputs unless said.
  *
  * Thread: one, the engine thread. Operations may be executed asynchronously, in order;

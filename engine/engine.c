@@ -63,6 +63,7 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     CLEANUP(engine_freep) struct engine *e = NULL;
     const struct model_config *c = model_config(m);
     struct kv_shape shape = {c->n_heads_kv, c->head_dim, keeps_f16(options)};
+    struct kv_kind kind = {.shape = {c->n_heads_kv, c->head_dim, KV_PAGE, shape.f16}};
     struct backend_limits limits;
     uint64_t kv_bytes = options->kv_bytes ? options->kv_bytes : default_kv_bytes();
     uint32_t n_threads;
@@ -98,12 +99,17 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     r = forward_init(e);
     if (r < 0)
         return error_set(err, -r, "no memory for the activations of %u rows", e->max_rows);
-    r = kv_pool_new(&e->pool, e->backend, &shape, kv_bytes);
+    if (options->kv_identity)
+        memcpy(kind.identity, options->kv_identity, sizeof(kind.identity));
+    snprintf(kind.arithmetic, sizeof(kind.arithmetic), "%s/%s", e->backend->ops->name,
+             e->activations == ACTIVATIONS_INT8 ? "int8" : "f32");
+    r = kv_pool_new(&e->pool, &shape, &kind, kv_bytes, options->has_kv_fd ? options->kv_fd : -1);
     if (r == -EINVAL)
         return error_set(err, EINVAL, "a KV budget of %llu bytes does not hold one page of %zu",
                          (unsigned long long)kv_bytes, kv_page_bytes(&shape));
     if (r < 0)
-        return r;
+        return error_set(err, -r, "no memory file for %llu bytes of KV cache: %s",
+                         (unsigned long long)kv_bytes, strerror(-r));
     n_threads = e->backend->vtable->n_threads(e->backend);
     snprintf(e->description, sizeof(e->description), "cpu/%s, %u thread%s, %s activations, %s KV",
              e->backend->ops->name, n_threads, n_threads == 1 ? "" : "s",
@@ -160,25 +166,22 @@ void engine_memory(const struct engine *e, struct engine_memory *ret)
 
 int engine_kv_fd(const struct engine *e)
 {
-    (void)e;
-    return -EBADF;
+    return kv_pool_fd(e->pool);
 }
 
 bool engine_kv_adopted(const struct engine *e)
 {
-    (void)e;
-    return false;
+    return kv_pool_is_adopted(e->pool);
 }
 
 void engine_adopted(struct engine *e)
 {
-    (void)e;
+    kv_pool_adopted_all(e->pool);
 }
 
 uint64_t engine_give_back(struct engine *e)
 {
-    (void)e;
-    return 0;
+    return kv_pool_give_back(e->pool);
 }
 
 void engine_sparse(const struct engine *e, struct engine_sparse *ret)
@@ -236,7 +239,7 @@ static int catch_up(struct engine *e, struct session *s)
         r = forward(e, n);
         if (r < 0)
             return r;
-        s->n_cached += n;
+        session_set_cached(s, s->n_cached + n);
         kv_cache_trim(&s->kv, s->n_cached, s->mark);
     }
     return 0;
@@ -249,6 +252,7 @@ static int prepare(struct engine *e, struct step_item *item)
     uint32_t n = s->n_tokens, end;
     int r;
 
+    session_end_transfer(s);
     if (!item->tokens)
         return kv_cache_reserve(&s->kv, s->n_cached, s->n_cached + item->n_tokens);
     for (uint32_t i = 0; i < item->n_tokens; i++)
@@ -256,16 +260,13 @@ static int prepare(struct engine *e, struct step_item *item)
             return -EINVAL;
     if (ckd_add(&end, n, item->n_tokens) || end > s->n_ctx)
         return -EMSGSIZE;
-    r = session_grow(s, end);
-    if (r < 0)
-        return r;
     r = catch_up(e, s);
     if (r < 0)
         return r;
     r = kv_cache_reserve(&s->kv, n, end);
     if (r < 0)
         return r;
-    memcpy(s->tokens + n, item->tokens, item->n_tokens * sizeof(*item->tokens));
+    session_put_tokens(s, item->tokens, item->n_tokens);
     return 0;
 }
 
@@ -287,7 +288,9 @@ static int check_step(struct engine *e, struct step_item *items, size_t n_items)
     }
     for (size_t i = 0; i < n_items; i++)
         items[i].session->in_step = false;
-    return rows > e->max_rows || wanted > e->max_logits ? -EINVAL : r;
+    if (rows > e->max_rows || wanted > e->max_logits || kv_pool_is_adopting(e->pool))
+        return -EINVAL;
+    return r;
 }
 
 int engine_step(struct engine *e, struct step_item *items, size_t n_items)
@@ -326,8 +329,8 @@ int engine_step(struct engine *e, struct step_item *items, size_t n_items)
         if (items[i].ret_error < 0)
             continue;
         if (items[i].tokens)
-            s->n_tokens += items[i].n_tokens;
-        s->n_cached += items[i].n_tokens;
+            session_add_tokens(s, items[i].n_tokens);
+        session_set_cached(s, s->n_cached + items[i].n_tokens);
         kv_cache_trim(&s->kv, s->n_cached, s->mark);
         if (n_wanted(&items[i]) > 0) {
             items[i].ret_logits = logits;

@@ -1,15 +1,8 @@
 /* SPDX-FileCopyrightText: the llmd authors
  * SPDX-License-Identifier: Apache-2.0 */
 
-/*
- * Pages come from slabs of about a megabyte, so that a growing session costs few system calls, and
- * go back to a free list. Slabs live as long as the pool: memory that was touched stays, at most
- * the budget, which is what the budget is for.
- */
-
 #include "engine/kv-cache.h"
 
-#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,132 +10,8 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 
-#define SLAB_BYTES ((size_t)1 << 20)
-
-struct kv_page {
-    void *data; /* backend_alloc, inside its slab */
-    uint32_t refs;
-    struct kv_page *next_free; /* kv_pool::free */
-};
-
-struct slab {
-    struct slab *next; /* kv_pool::slabs */
-    void *data;
-    uint32_t n;
-    struct kv_page pages[];
-};
-
-struct kv_pool {
-    struct backend *backend; /* the engine's */
-    struct kv_shape shape;
-    size_t page_bytes;
-    uint64_t n_max, n_used, n_slab_pages;
-    struct slab *slabs;
-    struct kv_page *free;
-};
-
-int kv_pool_new(struct kv_pool **ret, struct backend *b, const struct kv_shape *shape,
-                uint64_t bytes_max)
-{
-    struct kv_pool *p;
-    size_t bytes = kv_page_bytes(shape);
-
-    if (bytes_max < bytes)
-        return -EINVAL;
-    p = calloc(1, sizeof(*p));
-    if (!p)
-        return -ENOMEM;
-    *p = (struct kv_pool){
-        .backend = b, .shape = *shape, .page_bytes = bytes, .n_max = bytes_max / bytes};
-    *ret = p;
-    return 0;
-}
-
-struct kv_pool *kv_pool_free(struct kv_pool *p)
-{
-    if (!p)
-        return NULL;
-    assert(p->n_used == 0);
-    for (struct slab *s = p->slabs, *next; s; s = next) {
-        next = s->next;
-        backend_release(p->backend, s->data, s->n * p->page_bytes);
-        free(s);
-    }
-    free(p);
-    return NULL;
-}
-
-const struct kv_shape *kv_pool_shape(const struct kv_pool *p)
-{
-    return &p->shape;
-}
-
-uint64_t kv_pool_bytes_used(const struct kv_pool *p)
-{
-    return p->n_used * p->page_bytes;
-}
-
-uint64_t kv_pool_bytes_max(const struct kv_pool *p)
-{
-    return p->n_max * p->page_bytes;
-}
-
-static int add_slab(struct kv_pool *p)
-{
-    uint64_t n = MAX(SLAB_BYTES / p->page_bytes, (size_t)1);
-    struct slab *s;
-
-    n = MIN(n, p->n_max - p->n_slab_pages);
-    s = calloc(1, sizeof(*s) + n * sizeof(s->pages[0]));
-    if (!s)
-        return -ENOMEM;
-    s->data = backend_alloc(p->backend, n * p->page_bytes);
-    if (!s->data) {
-        free(s);
-        return -ENOMEM;
-    }
-    s->n = (uint32_t)n;
-    for (uint64_t i = n; i-- > 0;) {
-        s->pages[i].data = (char *)s->data + i * p->page_bytes;
-        s->pages[i].next_free = p->free;
-        p->free = &s->pages[i];
-    }
-    s->next = p->slabs;
-    p->slabs = s;
-    p->n_slab_pages += n;
-    return 0;
-}
-
-static int page_get(struct kv_pool *p, struct kv_page **ret)
-{
-    struct kv_page *page;
-    int r;
-
-    if (p->n_used == p->n_max)
-        return -ENOBUFS;
-    if (!p->free) {
-        r = add_slab(p);
-        if (r < 0)
-            return r;
-    }
-    page = p->free;
-    p->free = page->next_free;
-    page->refs = 1;
-    p->n_used++;
-    *ret = page;
-    return 0;
-}
-
-static void page_unref(struct kv_pool *p, struct kv_page *page)
-{
-    if (!page || --page->refs > 0)
-        return;
-    page->next_free = p->free;
-    p->free = page;
-    p->n_used--;
-}
-
-int kv_cache_init(struct kv_cache *c, struct kv_pool *pool, const struct model_config *config)
+int kv_cache_init(struct kv_cache *c, struct kv_pool *pool, const struct model_config *config,
+                  struct session_memory *memory)
 {
     struct kv_layer *layers = calloc(config->n_layers_kv, sizeof(*layers));
 
@@ -150,41 +19,64 @@ int kv_cache_init(struct kv_cache *c, struct kv_pool *pool, const struct model_c
         return -ENOMEM;
     for (uint32_t l = 0; l < config->n_layers_kv; l++)
         layers[l].sliding = config->layers[l].sliding;
-    *c = (struct kv_cache){
-        .pool = pool, .n_layers = config->n_layers_kv, .window = config->window, .layers = layers};
+    *c = (struct kv_cache){.pool = pool,
+                           .n_layers = config->n_layers_kv,
+                           .window = config->window,
+                           .layers = layers,
+                           .memory = memory};
     return 0;
 }
 
-static void set_page(struct kv_layer *l, uint32_t i, struct kv_page *page)
+/* The store to memory comes after all that make the page's contents. */
+static void write_entry(struct kv_cache *c, uint32_t layer, uint32_t i)
 {
-    if (page)
+    struct session_memory *m = c->memory;
+    const void *data = c->layers[layer].data[i];
+
+    if (m)
+        atomic_store_explicit(&m->tables[(size_t)layer * m->n_entries + i],
+                              data ? kv_entry(kv_pool_page_of(c->pool, data), layer, i) : 0,
+                              memory_order_release);
+}
+
+/* Gives the entry another page, or none (KV_NO_PAGE), and lets go of the one it had. */
+static void set_page(struct kv_cache *c, uint32_t layer, uint32_t i, uint32_t page)
+{
+    struct kv_layer *l = &c->layers[layer];
+    void *old = l->data[i];
+
+    l->data[i] = page == KV_NO_PAGE ? NULL : kv_pool_data(c->pool, page);
+    if (l->data[i])
         l->n_pages++;
-    if (l->pages[i])
-        l->n_pages--;
-    l->pages[i] = page;
-    l->data[i] = page ? page->data : NULL;
+    write_entry(c, layer, i);
+    if (!old)
+        return;
+    l->n_pages--;
+    /* Another session may be given and fill it: only after this one has stopped to name it. */
+    atomic_signal_fence(memory_order_seq_cst);
+    kv_pool_unref(c->pool, kv_pool_page_of(c->pool, old));
 }
 
 /* Drops pages [from, to) of the table. */
-static void drop_pages(struct kv_cache *c, struct kv_layer *l, uint32_t from, uint32_t to)
+static void drop_pages(struct kv_cache *c, uint32_t layer, uint32_t from, uint32_t to)
 {
-    for (uint32_t i = from; i < to && i < l->n; i++) {
-        page_unref(c->pool, l->pages[i]);
-        set_page(l, i, NULL);
-    }
+    for (uint32_t i = from; i < to && i < c->layers[layer].n; i++)
+        if (c->layers[layer].data[i])
+            set_page(c, layer, i, KV_NO_PAGE);
 }
 
-static void shrink_to(struct kv_cache *c, struct kv_layer *l, uint32_t n)
+static void shrink_to(struct kv_cache *c, uint32_t layer, uint32_t n)
 {
-    drop_pages(c, l, n, l->n);
+    struct kv_layer *l = &c->layers[layer];
+
+    drop_pages(c, layer, n, l->n);
     l->n = MIN(l->n, n);
 }
 
 void kv_cache_done(struct kv_cache *c)
 {
     for (uint32_t i = 0; i < c->n_layers; i++) {
-        shrink_to(c, &c->layers[i], 0);
-        free(c->layers[i].pages);
+        shrink_to(c, i, 0);
         free(c->layers[i].data);
     }
     free(c->layers);
@@ -195,23 +87,16 @@ void kv_cache_done(struct kv_cache *c)
 static int grow_tables(struct kv_layer *l, uint32_t n)
 {
     uint32_t allocated = MAX(n, l->allocated + l->allocated / 2);
-    struct kv_page **pages;
     void **data;
 
     if (n <= l->allocated)
         return 0;
-    pages = reallocarray(l->pages, allocated, sizeof(*pages));
-    if (!pages)
-        return -ENOMEM;
-    l->pages = pages;
     data = reallocarray(l->data, allocated, sizeof(*data));
     if (!data)
         return -ENOMEM;
     l->data = data;
-    for (uint32_t i = l->allocated; i < allocated; i++) {
-        pages[i] = NULL;
+    for (uint32_t i = l->allocated; i < allocated; i++)
         data[i] = NULL;
-    }
     l->allocated = allocated;
     return 0;
 }
@@ -226,35 +111,37 @@ int kv_cache_fork(struct kv_cache *dst, const struct kv_cache *src)
     }
     for (uint32_t i = 0; i < src->n_layers; i++) {
         const struct kv_layer *from = &src->layers[i];
-        struct kv_layer *to = &dst->layers[i];
 
         for (uint32_t p = 0; p < from->n; p++) {
-            if (from->pages[p])
-                from->pages[p]->refs++;
-            set_page(to, p, from->pages[p]);
+            uint32_t page;
+
+            if (!from->data[p])
+                continue;
+            page = kv_pool_page_of(src->pool, from->data[p]);
+            kv_pool_ref(src->pool, page);
+            set_page(dst, i, p, page);
         }
-        to->n = from->n;
+        dst->layers[i].n = from->n;
     }
     return 0;
 }
 
 /* One page made this layer's alone, with its contents kept. */
-static int own_page(struct kv_cache *c, struct kv_layer *l, uint32_t i)
+static int own_page(struct kv_cache *c, uint32_t layer, uint32_t i)
 {
-    struct kv_page *old = l->pages[i], *page;
+    void *old = c->layers[layer].data[i];
+    uint32_t page;
     int r;
 
-    if (old && old->refs == 1)
+    if (old && !kv_pool_is_shared(c->pool, kv_pool_page_of(c->pool, old)))
         return 0;
-    r = page_get(c->pool, &page);
+    /* Zeroed when new: kernels may load, and mask, what is unset. */
+    r = kv_pool_get(c->pool, !old, &page);
     if (r < 0)
         return r;
     if (old)
-        memcpy(page->data, old->data, c->pool->page_bytes);
-    else
-        memset(page->data, 0, c->pool->page_bytes); /* kernels may load, and mask, what is unset */
-    page_unref(c->pool, old);
-    set_page(l, i, page);
+        memcpy(kv_pool_data(c->pool, page), old, kv_pool_page_bytes(c->pool));
+    set_page(c, layer, i, page);
     return 0;
 }
 
@@ -272,11 +159,11 @@ int kv_cache_reserve(struct kv_cache *c, uint32_t from, uint32_t to)
             break;
         l->n = MAX(l->n, n);
         for (uint32_t p = first; p < n && r == 0; p++)
-            r = own_page(c, l, p);
+            r = own_page(c, i, p);
     }
     if (r < 0) /* only what lies wholly behind `from` was added and goes; a copied page may stay */
         for (uint32_t i = 0; i < c->n_layers; i++)
-            shrink_to(c, &c->layers[i], kept);
+            shrink_to(c, i, kept);
     return r;
 }
 
@@ -302,30 +189,113 @@ void kv_cache_trim(struct kv_cache *c, uint32_t n, uint32_t mark)
             continue;
         for (uint32_t p = 0; p < keep && p < l->n; p++)
             if (p < mark_first || p >= mark_end)
-                drop_pages(c, l, p, p + 1);
+                drop_pages(c, i, p, p + 1);
     }
 }
 
-bool kv_cache_rewind(struct kv_cache *c, uint32_t n)
+bool kv_cache_holds(const struct kv_cache *c, uint32_t n)
 {
-    bool whole = true;
-
-    for (uint32_t i = 0; i < c->n_layers && whole; i++) {
-        struct kv_layer *l = &c->layers[i];
+    for (uint32_t i = 0; i < c->n_layers; i++) {
+        const struct kv_layer *l = &c->layers[i];
         uint32_t first = l->sliding ? window_start(c, n) / KV_PAGE : 0;
 
-        for (uint32_t p = first; p < DIV_ROUND_UP(n, KV_PAGE) && whole; p++)
-            whole = p < l->n && l->pages[p];
+        for (uint32_t p = first; p < DIV_ROUND_UP(n, KV_PAGE); p++)
+            if (p >= l->n || !l->data[p])
+                return false;
     }
+    return true;
+}
+
+void kv_cache_cut(struct kv_cache *c, uint32_t n)
+{
     for (uint32_t i = 0; i < c->n_layers; i++)
-        shrink_to(c, &c->layers[i], whole ? DIV_ROUND_UP(n, KV_PAGE) : 0);
-    return whole;
+        shrink_to(c, i, DIV_ROUND_UP(n, KV_PAGE));
 }
 
 void kv_cache_drop(struct kv_cache *c)
 {
+    kv_cache_cut(c, 0);
+}
+
+/* Takes one entry's page over. False: it is not sound. */
+static bool claim(struct kv_cache *c, uint32_t layer, uint32_t i, uint32_t n)
+{
+    const struct session_memory *m = c->memory;
+    uint64_t entry = atomic_load(&m->tables[(size_t)layer * m->n_entries + i]);
+    uint32_t end = MIN(n, (i + 1) * KV_PAGE), page;
+    struct kv_claim what = {
+        .layer = layer,
+        .index = i,
+        .n_valid = end - i * KV_PAGE,
+        .before = session_memory_check(m, i * KV_PAGE),
+        .behind = session_memory_check(m, end),
+    };
+
+    if (entry == 0)
+        return true;
+    if (!kv_entry_page(entry, layer, i, &page) || !kv_pool_claim(c->pool, page, &what))
+        return false;
+    c->layers[layer].data[i] = kv_pool_data(c->pool, page);
+    c->layers[layer].n_pages++;
+    return true;
+}
+
+int kv_cache_adopt(struct kv_cache *c, uint32_t n)
+{
+    uint32_t n_entries = DIV_ROUND_UP(n, KV_PAGE);
+    struct session_memory *memory = c->memory;
+    bool sound = true;
+
+    for (uint32_t i = 0; i < c->n_layers; i++) {
+        int r = grow_tables(&c->layers[i], n_entries);
+
+        if (r < 0)
+            return r;
+    }
+    for (uint32_t i = 0; i < c->n_layers; i++) {
+        c->layers[i].n = n_entries;
+        for (uint32_t p = 0; p < n_entries && sound; p++)
+            sound = claim(c, i, p, n);
+    }
+    if (sound && kv_cache_holds(c, n))
+        return 1;
+    c->memory = NULL; /* which stays as it was */
+    kv_cache_drop(c);
+    c->memory = memory;
+    return 0;
+}
+
+void kv_cache_write_tables(struct kv_cache *c)
+{
+    struct session_memory *m = c->memory;
+
     for (uint32_t i = 0; i < c->n_layers; i++)
-        shrink_to(c, &c->layers[i], 0);
+        for (uint32_t p = 0; p < m->n_entries; p++) {
+            _Atomic uint64_t *entry = &m->tables[(size_t)i * m->n_entries + p];
+
+            if (p < c->layers[i].n)
+                write_entry(c, i, p);
+            else if (atomic_load_explicit(entry, memory_order_relaxed) != 0)
+                atomic_store_explicit(entry, 0, memory_order_release);
+        }
+}
+
+int kv_cache_put(struct kv_cache *c, uint32_t layer, uint32_t index, uint32_t page)
+{
+    struct kv_layer *l = &c->layers[layer];
+    int r = grow_tables(l, index + 1);
+
+    if (r < 0)
+        return r;
+    l->n = MAX(l->n, index + 1);
+    set_page(c, layer, index, page);
+    return 0;
+}
+
+void kv_cache_leave(struct kv_cache *c)
+{
+    for (uint32_t i = 0; i < c->n_layers; i++)
+        c->layers[i].n = c->layers[i].n_pages = 0;
 }
 
 uint64_t kv_cache_bytes(const struct kv_cache *c)
@@ -334,7 +304,7 @@ uint64_t kv_cache_bytes(const struct kv_cache *c)
 
     for (uint32_t i = 0; i < c->n_layers; i++)
         n += c->layers[i].n_pages;
-    return n * c->pool->page_bytes;
+    return n * kv_pool_page_bytes(c->pool);
 }
 
 /* Pages that n consecutive positions touch wherever they begin. */

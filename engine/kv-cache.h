@@ -3,7 +3,6 @@
 #pragma once
 
 /*
- * kv_pool: the pages of all sessions of an engine, counted against one byte budget.
  * kv_cache: one session's page tables, one per layer that owns K and V. Embedded in the session.
  *
  * A page holds KV_PAGE consecutive positions of one layer (backends/backend.h). Full-attention
@@ -11,36 +10,33 @@
  * (and KV_SLACK tokens more, and the window before a mark), which makes the table a ring of pages:
  * no position is ever overwritten while a token of the same step may still look at it.
  *
- * Pages are reference-counted. Forking shares them all; kv_cache_reserve() copies a shared page
- * before its first write. Engine thread.
+ * Pages are reference-counted (engine/kv-pool.h). Forking shares them all; kv_cache_reserve()
+ * copies a shared page before its first write.
+ *
+ * Of each table there is a second one in the session's memory, for the process that takes it over
+ * (engine/session-memory.h). A page is entered there when its contents are right, and taken out
+ * before its reference is given up: no page that somebody else may get is ever named. Whoever calls
+ * sees to it that the number of tokens cached in that memory is no larger than what will be left,
+ * before pages go. Engine thread.
  */
 
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "backends/backend.h"
+#include "engine/kv-pool.h"
 #include "engine/model-config.h"
+#include "engine/session-memory.h"
 
 #define KV_SLACK 64 /* tokens a session may always rewind without recomputing */
 #define KV_NO_MARK UINT32_MAX
-
-struct kv_pool;
-struct kv_page;
-
-int kv_pool_new(struct kv_pool **ret, struct backend *b, const struct kv_shape *shape,
-                uint64_t bytes_max); /* 0, -ENOMEM, -EINVAL: not even one page fits */
-struct kv_pool *kv_pool_free(struct kv_pool *p); /* every page must be back */
-const struct kv_shape *kv_pool_shape(const struct kv_pool *p);
-uint64_t kv_pool_bytes_used(const struct kv_pool *p);
-uint64_t kv_pool_bytes_max(const struct kv_pool *p);
 
 struct kv_layer {
     bool sliding;
     uint32_t n; /* entries of the tables: pages up to the last position reserved */
     uint32_t allocated;
-    uint32_t n_pages;       /* entries that are a page */
-    struct kv_page **pages; /* [allocated], counted; NULL: dropped or not there yet */
-    void **data;            /* [allocated], the same pages' memory, for kernels */
+    uint32_t n_pages; /* entries that are a page */
+    void **data;      /* [allocated], pages' memory; NULL: dropped or not there yet */
 };
 
 struct kv_cache {
@@ -48,9 +44,11 @@ struct kv_cache {
     uint32_t n_layers;    /* owners of K and V */
     uint32_t window;
     struct kv_layer *layers; /* [n_layers] */
+    struct session_memory *memory; /* the session's; NULL: nobody takes it over */
 };
 
-int kv_cache_init(struct kv_cache *c, struct kv_pool *pool, const struct model_config *config);
+int kv_cache_init(struct kv_cache *c, struct kv_pool *pool, const struct model_config *config,
+                  struct session_memory *memory);
 void kv_cache_done(struct kv_cache *c); /* on a zeroed one as well */
 
 /* dst, initialised and empty, gets all of src's pages. 0 or -ENOMEM, dst then still empty */
@@ -65,14 +63,31 @@ int kv_cache_reserve(struct kv_cache *c, uint32_t from, uint32_t to);
 /* Lets go of sliding pages that neither the token at n nor a rewind to mark will look at. */
 void kv_cache_trim(struct kv_cache *c, uint32_t n, uint32_t mark);
 
-/*
- * Forgets positions from n on. True when what the token at n will look at is all there; false when
- * sliding layers have lost part of it: then everything is dropped and must be computed again.
- */
-bool kv_cache_rewind(struct kv_cache *c, uint32_t n);
+/* What the token at n will look at is all there. */
+bool kv_cache_holds(const struct kv_cache *c, uint32_t n);
+
+/* Lets go of pages that lie wholly at n or behind. */
+void kv_cache_cut(struct kv_cache *c, uint32_t n);
 
 /* Lets go of every page. */
 void kv_cache_drop(struct kv_cache *c);
+
+/*
+ * An empty cache takes the pages of the tables in its memory, n positions of them, while the pool is
+ * being adopted. 1: all that a token at n needs is there; 0: it is not, or a table is not sound: the
+ * cache is empty again. Neither changes the memory. -ENOMEM
+ */
+int kv_cache_adopt(struct kv_cache *c, uint32_t n);
+
+/* Makes the tables in memory say what the cache holds. */
+void kv_cache_write_tables(struct kv_cache *c);
+
+/* For whoever brings pages from elsewhere: the entry, empty until now, is this page from now on,
+ * whose reference is the cache's then. 0 or -ENOMEM */
+int kv_cache_put(struct kv_cache *c, uint32_t layer, uint32_t index, uint32_t page);
+
+/* Forgets the pages without giving them back: another process will have them. */
+void kv_cache_leave(struct kv_cache *c);
 
 /* Of the pages it holds, shared ones in full. */
 uint64_t kv_cache_bytes(const struct kv_cache *c);

@@ -186,7 +186,7 @@ static void check_ring(struct engine *e)
     CLEANUP(freep) float *ring = run_fresh(e, tokens, LONGEST, 50);
     struct kv_cache whole;
 
-    assert(kv_cache_init(&whole, e->pool, e->config) == 0);
+    assert(kv_cache_init(&whole, e->pool, e->config, NULL) == 0);
     for (uint32_t at = 0; at < LONGEST; at += 50) {
         assert(kv_cache_reserve(&whole, at, at + 50) == 0);
         for (uint32_t i = 0; i < 50; i++)
@@ -196,7 +196,7 @@ static void check_ring(struct engine *e)
     }
     assert(same(ring, e->buf.logits));
     for (uint32_t l = 0; l < whole.n_layers; l++)
-        assert(whole.layers[l].pages[0]);
+        assert(whole.layers[l].data[0]);
     kv_cache_done(&whole);
 }
 
