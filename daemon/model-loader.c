@@ -11,10 +11,13 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/thread-signals.h"
+#include "daemon/prefetch-child.h"
+#include "engine/model-file.h"
 #include "engine/model.h"
 
 struct model_loader {
@@ -23,6 +26,7 @@ struct model_loader {
     int fd; /* eventfd: the thread is done */
     sd_event_source *source;
     char *path;
+    struct prefetch_child *reader; /* borrowed */
     model_loader_done done;
     void *userdata;
 
@@ -32,13 +36,28 @@ struct model_loader {
     struct error error;
 };
 
+static int open_model(struct model_loader *l)
+{
+    CLEANUP(closep) int fd = -EBADF;
+    struct stat st;
+    int r;
+
+    r = model_file_descriptor(&fd, l->path, &l->error);
+    if (r < 0)
+        return r;
+    /* It then says itself that it could not, if it could not. */
+    if (l->reader && fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
+        (void)prefetch_child_open(l->reader, fd);
+    return model_open_fd(&l->model, TAKE_FD(fd), l->path, &l->error);
+}
+
 static void *loader_run(void *userdata)
 {
     struct model_loader *l = userdata;
     uint64_t one = 1;
 
     pthread_setname_np(pthread_self(), "loader");
-    l->result = model_open(&l->model, l->path, &l->error);
+    l->result = open_model(l);
     (void)!write(l->fd, &one, sizeof(one)); /* the counter is 0 */
     return NULL;
 }
@@ -59,7 +78,7 @@ static int on_done(sd_event_source *source, int fd, uint32_t revents, void *user
 }
 
 int model_loader_new(struct model_loader **ret, sd_event *event, const char *path,
-                     model_loader_done done, void *userdata)
+                     struct prefetch_child *reader, model_loader_done done, void *userdata)
 {
     CLEANUP(model_loader_freep) struct model_loader *l = calloc(1, sizeof(*l));
     sigset_t all, old;
@@ -67,6 +86,7 @@ int model_loader_new(struct model_loader **ret, sd_event *event, const char *pat
 
     if (!l)
         return -ENOMEM;
+    l->reader = reader;
     l->done = done;
     l->userdata = userdata;
     l->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

@@ -9,12 +9,16 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "base/thread-signals.h"
+#include "daemon/log.h"
+#include "daemon/prefetch-child.h"
 #include "engine/model-file.h"
 #include "engine/model.h"
 
@@ -27,15 +31,24 @@
 #define WILLNEED_BYTES (size_t)(2u << 20)
 
 struct prefetch {
-    pthread_t thread;
-    bool started;
-    int wake_fd; /* borrowed */
+    prefetch_handler handler;
+    void *userdata;
+    sd_event_source *source; /* of the child's socket, or of wake_fd */
     const char *map;
     size_t size, skip_from, skip_to; /* bytes; the part between the last two is left out */
     size_t page;
-    atomic_bool stop, over;
+    struct prefetch_child *child;
+    uint64_t child_bytes;
+
+    pthread_t thread;
+    bool started;
+    int wake_fd; /* eventfd: the thread has gone on */
+    atomic_bool stop;
+    atomic_bool over;
     atomic_size_t done;
 };
+
+/* ---- a thread ---- */
 
 static void wake(struct prefetch *p)
 {
@@ -87,17 +100,105 @@ out:
     return NULL;
 }
 
-int prefetch_new(struct prefetch **ret, const struct model *m, int wake_fd)
+static int on_thread(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+    struct prefetch *p = userdata;
+    uint64_t n;
+
+    (void)source;
+    (void)revents;
+    (void)!read(fd, &n, sizeof(n));
+    p->handler(p->userdata);
+    return 0;
+}
+
+static int start_thread(struct prefetch *p, sd_event *event)
+{
+    sigset_t blocked, old;
+    int r;
+
+    p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (p->wake_fd < 0)
+        return -errno;
+    r = sd_event_add_io(event, &p->source, p->wake_fd, EPOLLIN, on_thread, p);
+    if (r < 0)
+        return r;
+    thread_signals_for_others(&blocked);
+    pthread_sigmask(SIG_SETMASK, &blocked, &old);
+    r = pthread_create(&p->thread, NULL, prefetch_run, p);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (r != 0)
+        return -r;
+    p->started = true;
+    return 0;
+}
+
+/* ---- a child ---- */
+
+/* r < 0: it cannot go on. What it has read costs the thread nothing. */
+static void child_ended(struct prefetch *p, int r)
+{
+    sd_event *event = sd_event_source_get_event(p->source);
+
+    p->child = prefetch_child_free(p->child);
+    p->source = sd_event_source_disable_unref(p->source);
+    if (r < 0 && r != -EFAULT) {
+        if (r == -EPERM || r == -ENOSYS)
+            log_info("the model is read ahead by a thread: io_uring: %s", strerror(-r));
+        else
+            log_warning("the model is read ahead by a thread: the process for it %s%s",
+                        r == -EPIPE ? "died" : "failed: ", r == -EPIPE ? "" : strerror(-r));
+        r = start_thread(p, event);
+        if (r >= 0)
+            return;
+    }
+    p->over = true; /* where the file cannot be read, who needs that part will find out */
+}
+
+static int on_child(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+    struct prefetch *p = userdata;
+    int r = prefetch_child_read(p->child, &p->child_bytes);
+
+    (void)source;
+    (void)fd;
+    (void)revents;
+    if (r != 1)
+        child_ended(p, r);
+    p->handler(p->userdata);
+    return 0;
+}
+
+static int watch_child(struct prefetch *p, sd_event *event)
+{
+    int r;
+
+    r = sd_event_add_io(event, &p->source, prefetch_child_fd(p->child), EPOLLIN, on_child, p);
+    if (r < 0)
+        return r;
+    /* One that is gone already is found out by reading. */
+    (void)prefetch_child_go_on(p->child, p->skip_from, p->skip_to);
+    return 0;
+}
+
+/* ---- the whole ---- */
+
+int prefetch_new(struct prefetch **ret, sd_event *event, const struct model *m,
+                 struct prefetch_child *child, prefetch_handler handler, void *userdata)
 {
     CLEANUP(prefetch_freep) struct prefetch *p = calloc(1, sizeof(*p));
     const struct model_file *file = model_get_file(m);
     const struct weight *table = &model_weights(m)->ple_embed;
-    sigset_t all, old;
     int r;
 
-    if (!p)
+    if (!p) {
+        prefetch_child_free(child);
         return -ENOMEM;
-    p->wake_fd = wake_fd;
+    }
+    p->child = child;
+    p->wake_fd = -EBADF;
+    p->handler = handler;
+    p->userdata = userdata;
     p->map = model_file_map(file, &p->size);
     p->page = (size_t)sysconf(_SC_PAGESIZE);
     p->skip_from = p->skip_to = p->size;
@@ -112,13 +213,9 @@ int prefetch_new(struct prefetch **ret, const struct model *m, int wake_fd)
         if (p->skip_to <= p->skip_from)
             p->skip_from = p->skip_to = p->size;
     }
-    thread_signals_for_others(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    r = pthread_create(&p->thread, NULL, prefetch_run, p);
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    if (r != 0)
-        return -r;
-    p->started = true;
+    r = child ? watch_child(p, event) : start_thread(p, event);
+    if (r < 0)
+        return r;
     *ret = TAKE_PTR(p);
     return 0;
 }
@@ -130,6 +227,9 @@ struct prefetch *prefetch_free(struct prefetch *p)
     p->stop = true;
     if (p->started)
         pthread_join(p->thread, NULL);
+    sd_event_source_disable_unref(p->source);
+    prefetch_child_free(p->child);
+    closep(&p->wake_fd);
     free(p);
     return NULL;
 }
@@ -139,16 +239,12 @@ void prefetch_freep(struct prefetch **p)
     *p = prefetch_free(*p);
 }
 
-uint64_t prefetch_bytes(const struct prefetch *p)
-{
-    return p->size - (p->skip_to - p->skip_from);
-}
-
 double prefetch_progress(const struct prefetch *p)
 {
-    uint64_t all = prefetch_bytes(p);
+    uint64_t all = p->size - (p->skip_to - p->skip_from);
+    uint64_t done = MAX(p->child_bytes, (uint64_t)p->done); /* each begins with nothing */
 
-    return p->over || all == 0 ? 1 : (double)p->done / (double)all;
+    return p->over || done >= all ? 1 : (double)done / (double)all;
 }
 
 bool prefetch_is_over(const struct prefetch *p)

@@ -4,23 +4,32 @@
 
 /*
  * prefetch: reads a model's pages into memory, front to back, which is the order in which they are
- * needed, in a thread of its own. The table of per-layer embeddings is left out: a row of it per
- * token is read when it is wanted. Failing to read ahead costs speed and nothing else.
+ * needed: by a process with a ring (prefetch-child.h), or by a thread. The table of per-layer
+ * embeddings is left out: a row of it per token is read when it is wanted. Failing to read ahead
+ * costs speed and nothing else. Loop thread.
  */
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <systemd/sd-event.h>
 
 #include "base/error.h"
 
 struct model;
 struct prefetch;
+struct prefetch_child;
 
-/* m must outlive it. wake_fd: an eventfd that is written whenever there is progress. 0, -errno */
-int prefetch_new(struct prefetch **ret, const struct model *m, int wake_fd);
+/* It has gone on, or is over. May free it. */
+typedef void (*prefetch_handler)(void *userdata);
+
+/*
+ * m must outlive it. child, taken over in any case, has m's file open; NULL: a thread reads, which
+ * also takes over from a child that cannot go on. 0, -errno
+ */
+int prefetch_new(struct prefetch **ret, sd_event *event, const struct model *m,
+                 struct prefetch_child *child, prefetch_handler handler, void *userdata);
 struct prefetch *prefetch_free(struct prefetch *p); /* stops it within one piece */
 void prefetch_freep(struct prefetch **p);
 
-double prefetch_progress(const struct prefetch *p); /* 0..1; any thread */
+double prefetch_progress(const struct prefetch *p); /* 0..1, never falls */
 bool prefetch_is_over(const struct prefetch *p);    /* all is read, or it gave up */
-uint64_t prefetch_bytes(const struct prefetch *p);  /* that it reads in all */

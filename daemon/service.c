@@ -39,6 +39,7 @@
 #include "daemon/model-store.h"
 #include "daemon/notify.h"
 #include "daemon/places.h"
+#include "daemon/prefetch-child.h"
 #include "daemon/prefetch.h"
 #include "daemon/server.h"
 #include "daemon/users.h"
@@ -60,11 +61,12 @@ struct service_private {
     struct notify *notify;
     struct model_loader *loader;
     struct prefetch *prefetch;
-    int prefetch_fd; /* eventfd: it has gone on */
-    char *loading;   /* what the loader opens: a name, or a path */
+    struct prefetch_child *reader; /* of the first model, until prefetch has it; or NULL */
+    bool reader_is_told;           /* which file that is */
+    char *loading;                 /* what the loader opens: a name, or a path */
     struct model *next;
     char *next_name;
-    sd_event_source *prefetch_source, *idle_timer, *grace_timer, *exchange_timer;
+    sd_event_source *idle_timer, *grace_timer, *exchange_timer;
     sd_event_source *status_source; /* post: NULL where nobody wants to know */
     sd_event_source *end_source;    /* deferred: the loop ends */
     sd_event_source *fault_source;  /* a model's file has changed */
@@ -286,28 +288,21 @@ static void loaded(struct service *s)
     consider_idleness(s);
 }
 
-static int on_prefetch(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+static void on_prefetch(void *userdata)
 {
     struct service *s = userdata;
     struct service_private *p = s->private;
-    uint64_t n;
 
-    (void)source;
-    (void)revents;
-    (void)!read(fd, &n, sizeof(n));
-    if (!p->prefetch)
-        return 0;
     s->load_progress = prefetch_progress(p->prefetch);
     if (!p->ready)
         notify_extend(p->notify, LOAD_EXTEND_USEC);
     if (!prefetch_is_over(p->prefetch)) {
         show_status(s);
-        return 0;
+        return;
     }
     p->prefetch = prefetch_free(p->prefetch);
     if (s->state == SERVICE_LOADING)
         loaded(s);
-    return 0;
 }
 
 static void set_weights(struct service *s)
@@ -416,7 +411,9 @@ static void begin_serving(struct service *s)
     }
     bus_manager_changed(s, BUS_MODEL);
     s->load_progress = 0;
-    r = s->config->prefetch ? prefetch_new(&p->prefetch, s->model, p->prefetch_fd) : -EOPNOTSUPP;
+    r = -EOPNOTSUPP;
+    if (s->config->prefetch)
+        r = prefetch_new(&p->prefetch, s->event, s->model, TAKE_PTR(p->reader), on_prefetch, s);
     if (r < 0 || s->scope == SCOPE_PRIVATE || p->ready) {
         /* What is not in memory yet comes when it is wanted; nobody waits for all of it. */
         if (r < 0)
@@ -432,6 +429,7 @@ static void load_failed(struct service *s, int r, const struct error *err)
     struct service_private *p = s->private;
     struct error why = {0};
 
+    p->reader = prefetch_child_free(p->reader);
     if (s->scope == SCOPE_PRIVATE) {
         give_up(s, r, err);
         return;
@@ -541,7 +539,10 @@ static int load(struct service *s, const char *path, struct error *err)
     p->next = model_free(p->next);
     free(p->loading);
     p->loading = name_of(path);
-    r = model_loader_new(&p->loader, s->event, path, on_opened, s);
+    if (p->reader_is_told)
+        p->reader = prefetch_child_free(p->reader);
+    p->reader_is_told = true;
+    r = model_loader_new(&p->loader, s->event, path, p->reader, on_opened, s);
     if (r < 0)
         return error_set(err, -r, "%s: cannot be opened: %s", path, strerror(-r));
     if (!s->engine)
@@ -929,12 +930,10 @@ static int new_parts(struct service *s, struct error *err)
     if (r < 0)
         return r;
 
-    p->prefetch_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (p->prefetch_fd < 0)
-        return error_set(err, errno, "eventfd: %s", strerror(errno));
-    if ((r = sd_event_add_io(s->event, &p->prefetch_source, p->prefetch_fd, EPOLLIN, on_prefetch,
-                             s)) < 0 ||
-        (r = watch_models(s)) < 0 ||
+    /* Before there are threads. A daemon without one reads its model by a thread. */
+    if (s->config->prefetch && (r = prefetch_child_new(&p->reader)) < 0 && r != -ENOSYS)
+        log_warning("no process reads the model ahead: %s", strerror(-r));
+    if ((r = watch_models(s)) < 0 ||
         (r = notify_new(&p->notify, s->event, engine_is_alive, s)) < 0 ||
         (r = session_set_new(&s->sessions, s->event, on_something_went, s)) < 0 ||
         (r = users_new(&s->users, &s->config->limits)) < 0 ||
@@ -971,7 +970,6 @@ int service_new(struct service **ret, const struct arguments *arguments, struct 
         return error_set(err, ENOMEM, "out of memory");
     }
     s->config = s->private->config = config;
-    s->private->prefetch_fd = -EBADF;
     s->arguments = arguments;
     s->scope = arguments->scope;
     s->state = SERVICE_LOADING;
@@ -1015,6 +1013,7 @@ struct service *service_free(struct service *s)
     if (p) {
         model_loader_free(p->loader);
         prefetch_free(p->prefetch);
+        prefetch_child_free(p->reader);
         model_free(p->next);
     }
     bus_host_free(s->bus);
@@ -1034,11 +1033,9 @@ struct service *service_free(struct service *s)
         sd_event_source_disable_unref(p->status_source);
         sd_event_source_disable_unref(p->end_source);
         sd_event_source_disable_unref(p->fault_source);
-        sd_event_source_disable_unref(p->prefetch_source);
         sd_event_source_disable_unref(p->idle_timer);
         sd_event_source_disable_unref(p->grace_timer);
         sd_event_source_disable_unref(p->exchange_timer);
-        closep(&p->prefetch_fd);
         places_done(&p->places);
         config_free(p->config);
         free(p->loading);
