@@ -213,7 +213,8 @@ static void check_left(void)
         engine_free(e);
     }
 
-    /* The same after the memory has met another pool: its old pages, and their numbers, are void. */
+    /* The same after the memory has met another pool: its old pages, and their numbers, are void.
+     */
     e = engine_with(-1);
     for (int k = 0; k < 3; k++) {
         s[k] = adopt(e, memory[k]);
