@@ -117,6 +117,70 @@ def starts_on_first_use(m):
     assert m.run("stat", "--format=%U:%a", "/var/lib/llmd").stdout == "llmd:700\n"
 
 
+def status_of(m, pid):
+    """/proc/PID/status by name."""
+    with open(f"{m.root}/proc/{pid}/status") as f:
+        return dict((name, value.strip()) for name, value in (line.split(":", 1) for line in f))
+
+
+@test
+def is_confined(m):
+    """What the unit asks for is so; whatever a systemd does not know or cannot do here it leaves out in silence."""
+    pid = main_pid(m)
+    status = status_of(m, pid)
+    assert status["NoNewPrivs"] == "1" and status["Seccomp"] == "2", status
+    assert {status[n] for n in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}, status
+    assert m.show("llmd.service", "ControlGroup") == "/llmd.slice/llmd.service"
+    assert m.show("llmd.slice", "CPUWeight") == m.show("llmd.slice", "IOWeight") == "50"
+    with open(f"{m.root}/proc/{pid}/oom_score_adj") as f:
+        assert f.read() == "500\n"
+
+    def inside(*command):
+        """As root, in the daemon's view of the machine."""
+        return m.run("nsenter", "--target=" + pid, "--mount", "--net", "--ipc", "--wdns=/", *command, check=False)
+
+    assert inside("ls", "/sys/class/net").stdout.split() in ([], ["lo"]), "a network"
+    # Two lines head the list; a loopback that is up is in neither.
+    with open(f"{m.root}/proc/{pid}/net/dev") as f:
+        assert {line.split(":")[0].strip() for line in f.readlines()[2:]} == {"lo"}
+    for path in "/usr/x", "/etc/x", "/run/x", "/run/llmd/x", "/home/alice/x", "/sys/fs/cgroup/x", "/proc/sys/vm/x":
+        assert inside("touch", path).returncode != 0, path
+    assert inside("ls", "/home").stdout == "" and inside("test", "-e", "/home/alice").returncode != 0
+    assert inside("setpriv", "--reuid=llmd", "--regid=llmd", "--clear-groups", "touch", "/var/lib/llmd/x").returncode == 0
+    os.unlink(m.root + "/var/lib/llmd/x")
+    # Of /proc only processes, and as llmd none of others; devices that are none.
+    said = inside("setpriv", "--reuid=llmd", "--regid=llmd", "--clear-groups", "sh", "-c", "cd /proc; echo *").stdout.split()
+    assert "self" in said and "1" not in said and "meminfo" not in said and "pressure" not in said, said
+    devices = set(inside("ls", "/dev").stdout.split())
+    assert {"null", "urandom"} <= devices and not devices & {"dri", "mem", "kmsg", "sda", "vda", "rtc0"}, devices
+
+
+@test
+def gpu_only_if_asked_for(m):
+    """llmd-vulkan.conf: the render node, no card, and no more of /dev than before."""
+    m.write("/usr/lib/sysusers.d/render.conf", "g render -\n")
+    m.run("systemd-sysusers")
+    os.makedirs(m.root + "/dev/dri")
+    for name in "card0", "renderD128":  # a device that is there everywhere, under these names
+        m.run("mknod", "--mode=666", "/dev/dri/" + name, "c", "1", "3")
+    drop_in = "/etc/systemd/system/llmd.service.d/llmd-vulkan.conf"
+
+    def devices(*below):
+        m.run("systemctl", "daemon-reload")
+        m.run("systemctl", "restart", "llmd.service")
+        return set(os.listdir(os.path.join(f"{m.root}/proc/{main_pid(m)}/root/dev", *below)))
+
+    before = devices()
+    m.run("install", "-D", "-m", "644", "/usr/share/doc/llmd/examples/llmd-vulkan.conf", drop_in)
+    assert devices() == before | {"dri"}, before
+    assert devices("dri") == {"renderD128"}
+    groups = status_of(m, main_pid(m))["Groups"].split()
+    assert m.run("getent", "group", "render").stdout.split(":")[2] in groups, groups
+    assert ask(m, "alice") == ""
+    os.unlink(m.root + drop_in)
+    assert devices() == before
+
+
 @test
 def starts_by_the_bus(m):
     """The socket is not there; who calls the name gets it all."""
@@ -146,6 +210,16 @@ def sessions_are_private(m):
     assert "there is no such session" in refused(m, "bob", "llmctl", "session", "show", ids["alice"])
     assert "there is no such session" in refused(m, "bob", "llmctl", "session", "close", ids["alice"])
     assert NAME + ".inspect-sessions" in refused(m, "bob", "llmctl", "session", "list", "--all")
+    # Whatever way one asks on the bus: it is not there.
+    path = f"{ROOT}/session/{ids['alice']}"
+    for asked in (("call", NAME, path, "org.freedesktop.DBus.Introspectable", "Introspect"),
+                  ("call", NAME, path, "org.freedesktop.DBus.Properties", "GetAll", "s", NAME + ".Session"),
+                  ("get-property", NAME, path, NAME + ".Session", "Label"), ("call", NAME, path, NAME + ".Session", "Cancel")):
+        m.run("busctl", *asked, user="alice")
+        assert "session" in refused(m, "bob", "busctl", *asked), asked
+    for asked in (("--list", "tree", NAME), ("call", NAME, ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects")):
+        seen = {u: m.run("busctl", *asked, user=u).stdout for u in ids}
+        assert path in seen["alice"] and path not in seen["bob"] and "of-alice" not in seen["bob"], seen
     everybody = listed(None, "--all")
     assert {s["uid"] for s in everybody} == {50001, 50002} and not any(s["label"] for s in everybody), everybody
     for user, id_ in ids.items():
@@ -166,6 +240,49 @@ def polkit_decides(m):
     assert MODELS in refused(m, "bob", *wanted)
     os.unlink(m.root + rule)
     wait_for(lambda: m.run(*wanted, user="alice", check=False).returncode == 1, "the rule's end does not apply")
+
+
+@test
+def groups_have_roles(m):
+    """The example among the documents. Alice works in the background, bob runs the place, and neither is the other."""
+    example = "/usr/share/doc/llmd/examples/llmd.rules"
+    with open(m.root + example) as f:
+        recipe = [line[3:].strip() for line in f if line.startswith("//     ")]
+    assert len(recipe) == 2, recipe
+    m.run("sh", "-ec", "cd /usr/share/doc/llmd/examples; " + "\n".join(recipe))
+    m.run("gpasswd", "--add", "alice", "llm-background")
+    m.run("gpasswd", "--add", "bob", "llm-operator")
+    create, models = ("llmctl", "session", "create"), ("llmctl", "model", "default", "demo")
+    quota = ("llmctl", "quota", "set", "--max-sessions=1", "alice")
+    wait_for(lambda: m.run(*models, user="bob", check=False).returncode == 0, "the rules do not apply")
+    assert NAME + ".use-background" in refused(m, "bob", *create)
+    kept = m.run(*create, user="alice").stdout.strip()
+    assert MODELS in refused(m, "alice", *models)
+    assert NAME + ".manage-quotas" in refused(m, "alice", *quota)
+    m.run(*quota, user="bob")
+    # One session is all that alice may have; it is not what bob may.
+    p = m.run(*create, user="alice", check=False)
+    assert p.returncode == 75 and "session" in p.stderr and p.stdout == "", p
+    runs = [m.popen("llmctl", "chat", user="bob", stdin=subprocess.PIPE) for _ in range(2)]
+    wait_for(lambda: len(json.loads(m.run("llmctl", "--json", "session", "list", user="bob").stdout)) == 2)
+    for p in runs:
+        p.communicate(timeout=60)
+    m.run("llmctl", "session", "close", kept, user="alice")
+    assert ask(m, "alice") == ""
+    os.unlink(m.root + "/etc/polkit-1/rules.d/50-llmd.rules")
+    wait_for(lambda: m.run(*models, user="bob", check=False).returncode == 1, "the rules' end does not apply")
+    m.run("systemctl", "restart", "llmd.service")  # a quota that was set lasts as long as the daemon
+
+
+@test
+def name_is_the_services_own(m):
+    """It gets everybody's prompts: nobody else may have the name, not even while it is free."""
+    m.run("systemctl", "stop", "llmd.socket", "llmd.service")
+    for user in "alice", None:
+        said = refused(m, user, "busctl", "call", "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "RequestName",
+                       "su", NAME, "0")
+        assert "Access denied" in said, said
+    m.run("systemctl", "start", "llmd.socket")
 
 
 @test
@@ -244,6 +361,30 @@ def stop_ends_streams(m):
     assert m.show("llmd.service", "Result", "ExecMainStatus") == ["success", "0"]
     assert m.show("llmd.socket", "ActiveState") == "active"
     assert ask(m, "alice") == ""  # and the socket starts it again
+
+
+@test
+def kill_and_restart(m):
+    """A crash costs a tenth of a second and no restart by hand; one that was asked for is no crash."""
+    def state():
+        return m.show("llmd.service", "ActiveState", "SubState")
+
+    assert ask(m, "alice") == ""
+    before = main_pid(m)
+    m.run("systemctl", "reset-failed", "llmd.service")  # NRestarts counts from here
+    restarts = int(m.show("llmd.service", "NRestarts"))
+    for i in range(6):  # more than systemd's own limit in ten seconds
+        pid = main_pid(m)
+        m.run("kill", "-KILL", pid)
+        wait_for(lambda: main_pid(m) not in ("0", pid) and state() == ["active", "running"], lambda: f"it does not come back: {state()}")
+        assert int(m.show("llmd.service", "NRestarts")) == restarts + i + 1
+    assert ask(m, "bob") == ""
+    assert before != main_pid(m) and m.show("llmd.socket", "ActiveState") == "active"
+    restarts, pid = m.show("llmd.service", "NRestarts", "MainPID")
+    m.run("systemctl", "restart", "llmd.service")
+    assert m.show("llmd.service", "Result") == "success" and main_pid(m) != pid
+    assert ask(m, "alice") == ""
+    assert m.show("llmd.service", "NRestarts") in ("0", restarts)
 
 
 @test

@@ -91,9 +91,35 @@ def policies():
     allowed = {a.get("send_interface") for a in policy.iter("allow") if a.get("send_destination")}
     assert interfaces and interfaces <= allowed, interfaces - allowed
     assert all(i.startswith(("org.llmd.Llm1.", "org.freedesktop.DBus.")) for i in allowed), allowed
+    owners = [p.attrib for p in policy.iter("policy") if [a for a in p if a.get("own") or a.get("own_prefix")]]
+    assert owners == [{"user": "llmd"}], owners
+    assert {a.get("own") for a in policy.iter("allow")} == {None, "org.llmd.Llm1"} and not list(policy.iter("deny"))
+
+
+def apparmor():
+    """Compiled, not loaded. Whether its rules are the right ones shows only where the kernel has AppArmor."""
+    profile = os.path.join(build, "policy/llmd.apparmor")
+    with open(os.path.join(source, "systemd/system/llmd.service.in")) as unit, open(profile) as f:
+        text = f.read()
+        assert "\nAppArmorProfile=-llmd\n" in unit.read() and "\nprofile llmd " in text
+    assert "@" not in re.sub(r"@\{\w+\}", "", text), "a path was not filled in"
+    parser = shutil.which("apparmor_parser", path=os.environ["PATH"] + ":/usr/sbin:/sbin")
+    if not parser or not os.path.isdir("/etc/apparmor.d/abstractions"):
+        print("apparmor_parser is not there: the profile was not compiled")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        def compiles(text):
+            with open(os.path.join(folder, "llmd"), "w") as f:
+                f.write(text)
+            return subprocess.run([parser, "--skip-kernel-load", "--skip-cache", os.path.join(folder, "llmd")],
+                                  capture_output=True, text=True)
+        p = compiles(text)
+        assert p.returncode == 0, p
+        assert compiles(text.replace(" mr,", " mr", 1)).returncode != 0, "it takes anything"
 
 
 policies()
+apparmor()
 drop_in_relaxes_no_more()
 if not units():
     print("systemd-analyze is not there: the units were not looked at")

@@ -24,7 +24,7 @@ STAGES = {
     "sanitizers": ("gcc, ASan and UBSan", {"CC": "gcc"}, ["--native-file", "build-dev.ini"]),
     # With the prefix of a distribution, so that it is also tried as a system's service.
     "clang": ("clang, no sanitizers, no Vulkan", {"CC": "clang"},
-              ["--prefix=/usr", "-Dwerror=true", "-Dvulkan=disabled"]),
+              ["--prefix=/usr", "-Dwerror=true", "-Dvulkan=disabled", "-Dapparmor=true"]),
     "release": ("gcc -O3, NDEBUG, LTO, features off", {"CC": "gcc"},
                 ["--buildtype=release", "-Db_lto=true", "-Dwerror=true", "-Dauto_features=disabled"]),
     "debug": ("clang -O0", {"CC": "clang"}, ["--buildtype=debug", "-Dwerror=true"]),
