@@ -6,7 +6,9 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -17,6 +19,7 @@
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <systemd/sd-bus.h>
 #include <systemd/sd-event.h>
 #include <systemd/sd-id128.h>
@@ -26,6 +29,7 @@
 #include "ipc/names.h"
 
 #define BUSES_MAX 16
+#define FORMERS_MAX 64
 
 struct fake_daemon {
     pthread_t thread;
@@ -38,7 +42,13 @@ struct fake_daemon {
     enum fake_answer answer;
     const char *stream;
     int stream_fd;
-    char seen[8192];
+    char seen[8192], calls[8192];
+    enum fake_loss loss;
+    const char *lost_member; /* NULL: any */
+    const char *instance, *adopt_error;
+    unsigned used, used_then;
+    int formers[FORMERS_MAX]; /* [n_formers], our ends: shut down, not closed */
+    unsigned n_formers, formers_at_adopt;
 };
 
 /* ---- what was asked ---- */
@@ -145,6 +155,44 @@ static int answer_properties(sd_bus_message *m)
         "KvBytesUsed", "t", UINT64_C(1) << 33, "KvBytesMax", "t", UINT64_C(1) << 34);
 }
 
+static int answer_property(struct fake_daemon *f, sd_bus_message *m)
+{
+    const char *interface, *name;
+
+    assert(sd_bus_message_read(m, "ss", &interface, &name) > 0);
+    if (strcmp(name, "ContextUsed") == 0)
+        return sd_bus_reply_method_return(m, "v", "u", f->used);
+    if (strcmp(name, "Instance") != 0)
+        return sd_bus_reply_method_return(m, "v", "s", "idle");
+    if (!f->instance)
+        return sd_bus_reply_method_errorf(m, SD_BUS_ERROR_UNKNOWN_PROPERTY, "what is that?");
+    return sd_bus_reply_method_return(m, "v", "s", f->instance);
+}
+
+static int answer_adopt(struct fake_daemon *f, sd_bus_message *m)
+{
+    f->formers_at_adopt = 0;
+    for (unsigned i = 0; i < f->n_formers; i++) {
+        struct pollfd p = {.fd = f->formers[i]};
+
+        assert(poll(&p, 1, 0) >= 0);
+        f->formers_at_adopt += !(p.revents & POLLHUP);
+    }
+    if (f->adopt_error)
+        return sd_bus_reply_method_errorf(m, f->adopt_error, "not this one");
+    return sd_bus_reply_method_return(m, NULL);
+}
+
+static int answer_save(sd_bus_message *m, const char *text)
+{
+    int fd;
+
+    assert(sd_bus_message_read(m, "h", &fd) > 0);
+    if ((fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
+        assert(write(fd, text, strlen(text)) == (ssize_t)strlen(text));
+    return 0;
+}
+
 static int answer_rightly(struct fake_daemon *f, sd_bus_message *m)
 {
     const char *member = sd_bus_message_get_member(m);
@@ -158,7 +206,11 @@ static int answer_rightly(struct fake_daemon *f, sd_bus_message *m)
     if (strcmp(member, "Generate") == 0 || strcmp(member, "Append") == 0)
         return answer_stream(f, m);
     if (strcmp(member, "Get") == 0)
-        return sd_bus_reply_method_return(m, "v", "s", "idle");
+        return answer_property(f, m);
+    if (strcmp(member, "Adopt") == 0)
+        return answer_adopt(f, m);
+    if (strcmp(member, "Save") == 0)
+        answer_save(m, "whole");
     if (strcmp(member, "GetAll") == 0)
         return answer_properties(m);
     return sd_bus_reply_method_return(m, NULL);
@@ -186,6 +238,26 @@ static int answer(struct fake_daemon *f, sd_bus_message *m)
     return 0;
 }
 
+/*
+ * As much of it as a daemon may have done. What the client sees is the end of the connection; we
+ * keep our end of it, as a service manager would.
+ */
+static void lose(struct fake_daemon *f, sd_bus_message *m)
+{
+    sd_bus *bus = sd_bus_message_get_bus(m);
+    int fd = dup(sd_bus_get_fd(bus));
+
+    if (f->loss == FAKE_LOSE_ONE)
+        f->loss = FAKE_LOSE_NOTHING;
+    if (strcmp(sd_bus_message_get_member(m), "Save") == 0)
+        answer_save(m, "a part of it");
+    f->used = f->used_then;
+    assert(fd >= 0 && f->n_formers < FORMERS_MAX);
+    f->formers[f->n_formers++] = fd;
+    assert(shutdown(fd, SHUT_WR) == 0);
+    sd_bus_close(bus);
+}
+
 static int on_message(sd_bus_message *m, void *userdata, sd_bus_error *e)
 {
     struct fake_daemon *f = userdata;
@@ -203,7 +275,15 @@ static int on_message(sd_bus_message *m, void *userdata, sd_bus_error *e)
                  sd_bus_message_get_path(m));
         put_arguments(m, f->seen, sizeof(f->seen));
         assert(sd_bus_message_rewind(m, 1) >= 0);
-        r = answer(f, m);
+        put(f->calls, sizeof(f->calls), "%s %s\n", sd_bus_message_get_member(m),
+            sd_bus_message_get_path(m));
+        if (f->loss != FAKE_LOSE_NOTHING &&
+            (!f->lost_member || strcmp(f->lost_member, sd_bus_message_get_member(m)) == 0)) {
+            lose(f, m);
+            r = 1;
+        } else {
+            r = answer(f, m);
+        }
     }
     pthread_mutex_unlock(&f->lock);
     return r < 0 ? r : r > 0 || strcmp(interface, "org.freedesktop.DBus.Peer") != 0;
@@ -213,6 +293,15 @@ static int on_message(sd_bus_message *m, void *userdata, sd_bus_error *e)
 
 static void serve(struct fake_daemon *f, sd_bus *bus)
 {
+    size_t n = 0;
+
+    for (size_t i = 0; i < f->n_buses; i++) {
+        if (sd_bus_is_open(f->buses[i]) > 0)
+            f->buses[n++] = f->buses[i];
+        else
+            sd_bus_close_unref(f->buses[i]);
+    }
+    f->n_buses = n;
     assert(f->n_buses < BUSES_MAX);
     f->buses[f->n_buses++] = bus;
     assert(sd_bus_add_filter(bus, NULL, on_message, f) >= 0);
@@ -268,6 +357,7 @@ static struct fake_daemon *fake_daemon_new(void)
     assert(f);
     f->listen_fd = f->stream_fd = -EBADF;
     f->stream = "";
+    f->instance = "one";
     pthread_mutex_init(&f->lock, NULL);
     f->quit_fd = eventfd(0, EFD_CLOEXEC);
     assert(f->quit_fd >= 0 && sd_event_new(&f->event) >= 0);
@@ -313,6 +403,8 @@ void fake_daemon_stop(struct fake_daemon *f)
     pthread_mutex_destroy(&f->lock);
     closep(&f->listen_fd);
     closep(&f->stream_fd);
+    for (unsigned i = 0; i < f->n_formers; i++)
+        close(f->formers[i]);
     close(f->quit_fd);
     free(f);
 }
@@ -333,6 +425,62 @@ void fake_daemon_set_stream(struct fake_daemon *f, const char *text)
     pthread_mutex_unlock(&f->lock);
 }
 
+void fake_daemon_lose(struct fake_daemon *f, enum fake_loss loss)
+{
+    pthread_mutex_lock(&f->lock);
+    f->loss = loss;
+    f->lost_member = NULL;
+    pthread_mutex_unlock(&f->lock);
+}
+
+void fake_daemon_lose_method(struct fake_daemon *f, enum fake_loss loss, const char *member)
+{
+    pthread_mutex_lock(&f->lock);
+    f->loss = loss;
+    f->lost_member = member;
+    pthread_mutex_unlock(&f->lock);
+}
+
+void fake_daemon_set_instance(struct fake_daemon *f, const char *instance)
+{
+    pthread_mutex_lock(&f->lock);
+    f->instance = instance;
+    pthread_mutex_unlock(&f->lock);
+}
+
+void fake_daemon_set_adopt(struct fake_daemon *f, const char *error)
+{
+    pthread_mutex_lock(&f->lock);
+    f->adopt_error = error;
+    pthread_mutex_unlock(&f->lock);
+}
+
+void fake_daemon_set_used(struct fake_daemon *f, unsigned now, unsigned then)
+{
+    pthread_mutex_lock(&f->lock);
+    f->used = now;
+    f->used_then = then;
+    pthread_mutex_unlock(&f->lock);
+}
+
+unsigned fake_daemon_formers_at_adopt(struct fake_daemon *f)
+{
+    unsigned n;
+
+    pthread_mutex_lock(&f->lock);
+    n = f->formers_at_adopt;
+    pthread_mutex_unlock(&f->lock);
+    return n;
+}
+
+void fake_daemon_calls(struct fake_daemon *f, char *out, size_t n)
+{
+    pthread_mutex_lock(&f->lock);
+    snprintf(out, n, "%s", f->calls);
+    f->calls[0] = 0;
+    pthread_mutex_unlock(&f->lock);
+}
+
 void fake_daemon_seen(struct fake_daemon *f, char *out, size_t n)
 {
     pthread_mutex_lock(&f->lock);
@@ -349,4 +497,44 @@ int fake_daemon_take_stream(struct fake_daemon *f)
     fd = TAKE_FD(f->stream_fd);
     pthread_mutex_unlock(&f->lock);
     return fd;
+}
+
+pid_t fake_bus_start(const char *folder, char *address, size_t n)
+{
+    char path[256], number[16];
+    int ends[2];
+    ssize_t got;
+    pid_t pid;
+    FILE *f;
+
+    snprintf(path, sizeof(path), "%s/bus.conf", folder);
+    f = fopen(path, "we");
+    assert(f);
+    fprintf(f,
+            "<busconfig><type>session</type><listen>unix:path=%s/bus</listen>"
+            "<policy context=\"default\"><allow send_destination=\"*\"/><allow eavesdrop=\"true\"/>"
+            "<allow own=\"*\"/></policy></busconfig>\n",
+            folder);
+    fclose(f);
+    assert(pipe(ends) == 0);
+    pid = fork();
+    assert(pid >= 0);
+    if (pid == 0) {
+        close(ends[0]);
+        assert(freopen("/dev/null", "w", stderr)); /* it complains of limits it may not raise */
+        snprintf(number, sizeof(number), "%d", ends[1]);
+        execlp("dbus-daemon", "dbus-daemon", "--nofork", "--nopidfile", "--nosyslog",
+               "--config-file", path, "--print-address", number, (char *)NULL);
+        _exit(77);
+    }
+    close(ends[1]);
+    got = read(ends[0], address, n - 1);
+    close(ends[0]);
+    if (got <= 0) {
+        assert(waitpid(pid, NULL, 0) == pid);
+        return 0;
+    }
+    address[got] = 0;
+    address[strcspn(address, "\n")] = 0;
+    return pid;
 }

@@ -15,6 +15,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "client/llm-internal.h"
@@ -80,23 +81,7 @@ static int open_socket(const char *path, struct llm_error *err)
     return TAKE_FD(fd);
 }
 
-/* Takes *bus. */
-static int connection_new(struct llm_connection **ret, sd_bus **bus, enum llm_scope scope,
-                          const char *destination, struct llm_error *err)
-{
-    struct llm_connection *c = calloc(1, sizeof(*c));
-
-    if (!c)
-        return llm_error_set(err, ENOMEM, "out of memory");
-    c->bus = TAKE_PTR(*bus);
-    c->scope = scope;
-    c->destination = destination;
-    *ret = c;
-    return 0;
-}
-
-static int connect_socket(struct llm_connection **ret, const char *path, enum llm_scope scope,
-                          struct llm_error *err)
+static int open_on_socket(sd_bus **ret, const char *path, struct llm_error *err)
 {
     CLEANUP(sd_bus_flush_close_unrefp) sd_bus *bus = NULL;
     CLEANUP(sd_bus_error_free) sd_bus_error e = SD_BUS_ERROR_NULL;
@@ -120,7 +105,8 @@ static int connect_socket(struct llm_connection **ret, const char *path, enum ll
         return llm_error_set(err, ECONNRESET, "%s: llmd has closed the connection", path);
     if (r < 0)
         return llm_bus_failure(err, r, &e);
-    return connection_new(ret, &bus, scope, NULL, err);
+    *ret = TAKE_PTR(bus);
+    return 0;
 }
 
 /* Not installed, or switched off by the administrator. */
@@ -139,11 +125,36 @@ static bool is_nobody_name(const sd_bus_error *e)
     return false;
 }
 
-static int connect_bus(struct llm_connection **ret, enum llm_scope scope, struct llm_error *err)
+static const char *bus_title(enum llm_scope scope)
 {
-    const char *name = scope == LLM_SCOPE_SYSTEM ? "system bus" : "session bus";
-    CLEANUP(sd_bus_flush_close_unrefp) sd_bus *bus = NULL;
+    return scope == LLM_SCOPE_SYSTEM ? "system bus" : "session bus";
+}
+
+int llm_find_owner(sd_bus *bus, enum llm_scope scope, char owner[LLM_NAME_BYTES],
+                   struct llm_error *err)
+{
+    CLEANUP(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
     CLEANUP(sd_bus_error_free) sd_bus_error e = SD_BUS_ERROR_NULL;
+    const char *sender;
+    int r;
+
+    r = sd_bus_call_method(bus, LLM_BUS_NAME, LLM_ROOT_PATH, "org.freedesktop.DBus.Peer", "Ping",
+                           &e, &reply, NULL);
+    if (r < 0 && is_nobody_name(&e))
+        return llm_error_set(err, ENOENT, "nobody is %s on the %s", LLM_BUS_NAME, bus_title(scope));
+    if (r < 0)
+        return llm_bus_failure(err, r, &e);
+    sender = sd_bus_message_get_sender(reply);
+    if (!sender || strlen(sender) >= LLM_NAME_BYTES)
+        return llm_bad_answer(err);
+    strcpy(owner, sender);
+    return 0;
+}
+
+static int open_on_bus(sd_bus **ret, enum llm_scope scope, char owner[LLM_NAME_BYTES],
+                       struct llm_error *err)
+{
+    CLEANUP(sd_bus_flush_close_unrefp) sd_bus *bus = NULL;
     const char *unique;
     int r;
 
@@ -153,14 +164,73 @@ static int connect_bus(struct llm_connection **ret, enum llm_scope scope, struct
     if (r == -ENOMEM)
         return llm_error_set(err, ENOMEM, "out of memory");
     if (r < 0)
-        return llm_error_set(err, ENOENT, "no %s: %s", name, strerror(-r));
-    r = sd_bus_call_method(bus, LLM_BUS_NAME, LLM_ROOT_PATH, "org.freedesktop.DBus.Peer", "Ping",
-                           &e, NULL, NULL);
-    if (r < 0 && is_nobody_name(&e))
-        return llm_error_set(err, ENOENT, "nobody is %s on the %s", LLM_BUS_NAME, name);
+        return llm_error_set(err, ENOENT, "no %s: %s", bus_title(scope), strerror(-r));
+    r = llm_find_owner(bus, scope, owner, err);
     if (r < 0)
-        return llm_bus_failure(err, r, &e);
-    return connection_new(ret, &bus, scope, LLM_BUS_NAME, err);
+        return r;
+    *ret = TAKE_PTR(bus);
+    return 0;
+}
+
+int llm_open(const struct llm_connection *c, sd_bus **ret, char owner[LLM_NAME_BYTES],
+             struct llm_error *err)
+{
+    return c->socket ? open_on_socket(ret, c->socket, err) : open_on_bus(ret, c->scope, owner, err);
+}
+
+static bool has_end(const char *text, const char *end)
+{
+    size_t n = strlen(text), n_end = strlen(end);
+
+    return n >= n_end && strcmp(text + n - n_end, end) == 0;
+}
+
+/* Takes *socket (NULL: a bus). */
+static int connection_new(struct llm_connection **ret, enum llm_scope scope, char **socket,
+                          struct llm_error *err)
+{
+    struct llm_connection *c = calloc(1, sizeof(*c));
+    int r;
+
+    if (!c)
+        return llm_error_set(err, ENOMEM, "out of memory");
+    c->n_refs = 1;
+    c->scope = scope;
+    c->socket = TAKE_PTR(*socket);
+    c->destination = c->socket ? NULL : LLM_BUS_NAME;
+    c->is_private = c->socket && has_end(c->socket, "/" LLM_PRIVATE_SOCKET);
+    r = llm_open(c, &c->bus, c->owner, err);
+    if (r < 0) {
+        llm_connection_unref(c);
+        return r;
+    }
+    *ret = c;
+    return 0;
+}
+
+/* The path must be good later as well, in whatever folder the program is then. */
+static int connect_socket(struct llm_connection **ret, const char *path, enum llm_scope scope,
+                          struct llm_error *err)
+{
+    CLEANUP(freep) char *folder = NULL, *absolute = NULL;
+
+    if (path[0] != '/') {
+        folder = getcwd(NULL, 0);
+        if (!folder)
+            return llm_error_set(err, errno, "%s: %s", path, strerror(errno));
+    }
+    if (asprintf(&absolute, "%s%s%s", folder ? folder : "", folder ? "/" : "", path) < 0) {
+        absolute = NULL;
+        return llm_error_set(err, ENOMEM, "out of memory");
+    }
+    return connection_new(ret, scope, &absolute, err);
+}
+
+static int connect_bus(struct llm_connection **ret, enum llm_scope scope, struct llm_error *err)
+{
+    char *nothing = NULL;
+
+    return connection_new(ret, scope, &nothing, err);
 }
 
 int llm_connect(struct llm_connection **ret, const char *socket_path, struct llm_error *err)
@@ -256,8 +326,18 @@ void llm_disconnect(struct llm_connection *c)
 {
     if (!c)
         return;
+    c->bus = sd_bus_flush_close_unref(c->bus);
+    llm_connection_unref(c);
+}
+
+struct llm_connection *llm_connection_unref(struct llm_connection *c)
+{
+    if (--c->n_refs > 0)
+        return NULL;
     sd_bus_flush_close_unref(c->bus);
+    free(c->socket);
     free(c);
+    return NULL;
 }
 
 /* ---- what the daemon tells of itself ---- */
@@ -321,13 +401,13 @@ int llm_get_status(struct llm_connection *c, struct llm_status *ret, struct llm_
     const char *name;
     int r;
 
-    r = sd_bus_message_new_method_call(c->bus, &m, c->destination, LLM_ROOT_PATH,
-                                       "org.freedesktop.DBus.Properties", "GetAll");
-    if (r >= 0)
-        r = sd_bus_message_append(m, "s", LLM_MANAGER_INTERFACE);
+    r = llm_call_new(c, &m, LLM_ROOT_PATH, "org.freedesktop.DBus.Properties", "GetAll", err);
+    if (r < 0)
+        return r;
+    r = sd_bus_message_append(m, "s", LLM_MANAGER_INTERFACE);
     if (r < 0)
         return llm_bus_failure(err, r, &SD_BUS_ERROR_NULL);
-    r = llm_call_message(c->bus, m, &reply, err);
+    r = llm_call_message(c, NULL, m, NULL, NULL, &reply, err);
     if (r < 0)
         return r;
     r = sd_bus_message_enter_container(reply, 'a', "{sv}");

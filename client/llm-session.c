@@ -2,8 +2,8 @@
  * SPDX-License-Identifier: Apache-2.0 */
 
 /*
- * Sessions. On a bus they are addressed by the unique name of the daemon that has them: one that
- * was started since may have given their paths to others.
+ * Sessions. Each method here says what becomes of it when the daemon goes in the middle of it
+ * (llm-call.c): that it may be repeated as it is, or how.
  */
 
 #include <errno.h>
@@ -12,60 +12,58 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "client/llm-internal.h"
 #include "ipc/bus-error.h"
 #include "ipc/names.h"
 
-struct llm_session {
-    sd_bus *bus; /* a reference */
-    char *path;
-    char *destination; /* NULL: peer to peer */
-    bool stays;        /* is not ours to close */
-};
-
 DEFINE_CLEANUP(struct llm_stream *, llm_stream_free)
 
 static void session_forget(struct llm_session *s)
 {
-    sd_bus_unref(s->bus);
+    *(s->previous ? &s->previous->next : &s->connection->sessions) = s->next;
+    if (s->next)
+        s->next->previous = s->previous;
+    llm_connection_unref(s->connection);
     free(s->path);
-    free(s->destination);
     free(s);
 }
 
-/* A session that the sender of the reply has. */
-static int session_make(struct llm_session **ret, sd_bus *bus, sd_bus_message *reply,
-                        const char *path, bool stays, struct llm_error *err)
+static int session_make(struct llm_session **ret, struct llm_connection *c, const char *path,
+                        bool stays, struct llm_error *err)
 {
-    const char *sender = sd_bus_message_get_sender(reply);
+    CLEANUP(freep) char *copy = strdup(path);
     struct llm_session *s = calloc(1, sizeof(*s));
 
-    if (s) {
-        s->bus = sd_bus_ref(bus);
-        s->path = strdup(path);
-        s->destination = sender ? strdup(sender) : NULL;
-        s->stays = stays;
-    }
-    if (!s || !s->path || (sender && !s->destination)) {
-        if (s)
-            session_forget(s);
+    if (!s || !copy) {
+        free(s);
         return llm_error_set(err, ENOMEM, "out of memory");
     }
+    s->path = TAKE_PTR(copy);
+    s->stays = stays;
+    s->connection = c;
+    c->n_refs++;
+    s->next = c->sessions;
+    if (s->next)
+        s->next->previous = s;
+    c->sessions = s;
     *ret = s;
     return 0;
 }
 
 /* From the answer to CreateSession and Fork. */
-static int session_from_reply(struct llm_session **ret, sd_bus *bus, sd_bus_message *reply,
-                              const struct llm_options *options, struct llm_error *err)
+static int session_from_reply(struct llm_session **ret, struct llm_connection *c,
+                              sd_bus_message *reply, const struct llm_options *options,
+                              struct llm_error *err)
 {
     const char *path;
 
     if (sd_bus_message_read(reply, "o", &path) <= 0)
         return llm_bad_answer(err);
-    return session_make(ret, bus, reply, path, llm_options_is_set(options, "linger"), err);
+    return session_make(ret, c, path, llm_options_is_set(options, "linger"), err);
 }
 
 int llm_session_new(struct llm_session **ret, struct llm_connection *c,
@@ -74,9 +72,10 @@ int llm_session_new(struct llm_session **ret, struct llm_connection *c,
     CLEANUP(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
     int r;
 
-    r = llm_call(c->bus, c->destination, LLM_ROOT_PATH, LLM_MANAGER_INTERFACE, "CreateSession",
-                 options, &reply, err);
-    return r < 0 ? r : session_from_reply(ret, c->bus, reply, options, err);
+    r = llm_learn_instance(c, err);
+    if (r >= 0)
+        r = llm_call(c, NULL, "CreateSession", options, &reply, err);
+    return r < 0 ? r : session_from_reply(ret, c, reply, options, err);
 }
 
 /* "7" or a whole path; malloc'ed. */
@@ -97,28 +96,41 @@ static int session_path(const char *id_or_path, char **ret, struct llm_error *er
     return 0;
 }
 
+/* *ret is the answer, a variant. s: NULL, where it is not yet one */
+static int get_property(struct llm_connection *c, struct llm_session *s, const char *path,
+                        const char *name, sd_bus_message **ret, struct llm_error *err)
+{
+    CLEANUP(sd_bus_message_unrefp) sd_bus_message *m = NULL;
+    int r;
+
+    r = llm_call_new(c, &m, path, "org.freedesktop.DBus.Properties", "Get", err);
+    if (r < 0)
+        return r;
+    r = sd_bus_message_append(m, "ss", LLM_SESSION_INTERFACE, name);
+    if (r < 0)
+        return llm_bus_failure(err, r, &SD_BUS_ERROR_NULL);
+    return llm_call_message(c, s, m, NULL, NULL, ret, err);
+}
+
 int llm_session_open(struct llm_session **ret, struct llm_connection *c, const char *id_or_path,
                      struct llm_error *err)
 {
-    CLEANUP(sd_bus_message_unrefp) sd_bus_message *m = NULL, *reply = NULL;
-    CLEANUP(sd_bus_error_free) sd_bus_error e = SD_BUS_ERROR_NULL;
+    CLEANUP(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
     CLEANUP(freep) char *path = NULL;
+    struct llm_error e;
     int r;
 
     r = session_path(id_or_path, &path, err);
+    if (r >= 0)
+        r = llm_learn_instance(c, err);
     if (r < 0)
         return r;
-    r = sd_bus_message_new_method_call(c->bus, &m, c->destination, path,
-                                       "org.freedesktop.DBus.Properties", "Get");
-    if (r >= 0)
-        r = sd_bus_message_append(m, "ss", LLM_SESSION_INTERFACE, "State");
-    if (r >= 0)
-        r = sd_bus_call(c->bus, m, 0, &e, &reply);
-    if (r < 0 && sd_bus_error_has_name(&e, SD_BUS_ERROR_UNKNOWN_OBJECT))
+    r = get_property(c, NULL, path, "State", &reply, &e);
+    if (r < 0 && strcmp(e.name, SD_BUS_ERROR_UNKNOWN_OBJECT) == 0)
         return llm_error_set(err, ESRCH, "%.64s: there is no such session", id_or_path);
-    if (r < 0)
-        return llm_bus_failure(err, r, &e);
-    return session_make(ret, c->bus, reply, path, /* stays= */ true, err);
+    if (r < 0 && err)
+        *err = e;
+    return r < 0 ? r : session_make(ret, c, path, /* stays= */ true, err);
 }
 
 const char *llm_session_path(const struct llm_session *s)
@@ -128,44 +140,50 @@ const char *llm_session_path(const struct llm_session *s)
 
 void llm_session_free(struct llm_session *s)
 {
+    struct llm_connection *c = s ? s->connection : NULL;
+
     if (!s)
         return;
-    /* Not waited for: there is nothing to be done about a daemon that does not answer. */
-    if (!s->stays)
-        sd_bus_call_method_async(s->bus, NULL, s->destination, s->path, LLM_SESSION_INTERFACE,
-                                 "Close", NULL, NULL, NULL);
+    /*
+     * Not waited for: there is nothing to be done about a daemon that does not answer. One that was
+     * started again since ends the session when our former connection ends and nobody adopted it.
+     */
+    if (!s->stays && !s->lost && c->bus)
+        sd_bus_call_method_async(c->bus, NULL, c->destination ? c->owner : NULL, s->path,
+                                 LLM_SESSION_INTERFACE, "Close", NULL, NULL, NULL);
     session_forget(s);
 }
 
 /* A method with what types say, and no answer. */
-static int plain_call(struct llm_session *s, struct llm_error *err, const char *method,
-                      const char *types, ...)
+static int plain_call(struct llm_session *s, struct llm_error *err, llm_before_repeat before,
+                      void *userdata, const char *method, const char *types, ...)
 {
     CLEANUP(sd_bus_message_unrefp) sd_bus_message *m = NULL;
     va_list ap;
     int r;
 
-    r = sd_bus_message_new_method_call(s->bus, &m, s->destination, s->path, LLM_SESSION_INTERFACE,
-                                       method);
-    if (r >= 0) {
-        va_start(ap, types);
-        r = sd_bus_message_appendv(m, types, ap);
-        va_end(ap);
-    }
+    r = llm_call_new(s->connection, &m, s->path, LLM_SESSION_INTERFACE, method, err);
+    if (r < 0)
+        return r;
+    va_start(ap, types);
+    r = sd_bus_message_appendv(m, types, ap);
+    va_end(ap);
     if (r < 0)
         return llm_bus_failure(err, r, &SD_BUS_ERROR_NULL);
-    return llm_call_message(s->bus, m, NULL, err);
+    return llm_call_message(s->connection, s, m, before, userdata, NULL, err);
 }
 
 int llm_session_cancel(struct llm_session *s, struct llm_error *err)
 {
-    return plain_call(s, err, "Cancel", "");
+    return plain_call(s, err, NULL, NULL, "Cancel", "");
 }
 
 int llm_session_close(struct llm_session *s, struct llm_error *err)
 {
-    int r = plain_call(s, err, "Close", "");
+    int r = s->lost ? 0 : plain_call(s, err, NULL, NULL, "Close", "");
 
+    if (r < 0 && s->lost) /* it was closed, but for the answer */
+        r = 0;
     if (r >= 0)
         s->stays = true; /* nothing to close when it is freed */
     return r;
@@ -173,17 +191,91 @@ int llm_session_close(struct llm_session *s, struct llm_error *err)
 
 int llm_session_rewind(struct llm_session *s, uint32_t tokens, struct llm_error *err)
 {
-    return plain_call(s, err, "Rewind", "u", tokens);
+    return plain_call(s, err, NULL, NULL, "Rewind", "u", tokens);
+}
+
+/* ---- files ---- */
+
+/* A file as the daemon found it. Where it stands is shared with us. */
+struct file_before {
+    struct llm_session *session;
+    int fd;
+    off_t at;      /* -1: it cannot be put back, as of a pipe */
+    off_t n_bytes; /* -1: has no size of its own */
+    uint32_t used; /* tokens in the session; UINT32_MAX: not known */
+};
+
+static void look_at_file(struct file_before *f, struct llm_session *s, int fd)
+{
+    struct stat st;
+
+    *f = (struct file_before){.session = s, .fd = fd, .n_bytes = -1, .used = UINT32_MAX};
+    f->at = lseek(fd, 0, SEEK_CUR);
+    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
+        f->n_bytes = st.st_size;
+}
+
+static int put_back(const struct file_before *f, struct llm_error *err)
+{
+    if (f->at < 0 || lseek(f->fd, f->at, SEEK_SET) < 0)
+        return llm_error_set(err, ENOTCONN,
+                             "llmd went away and came back, and what it had read or written of a "
+                             "pipe cannot be told");
+    return 0;
+}
+
+static int before_save(void *userdata, struct llm_error *err)
+{
+    const struct file_before *f = userdata;
+    struct stat st;
+
+    /* Also where it is open for appending. */
+    if (f->n_bytes >= 0 && fstat(f->fd, &st) == 0 && st.st_size > f->n_bytes &&
+        ftruncate(f->fd, f->n_bytes) < 0)
+        return llm_error_set(err, errno, "the file: %s", strerror(errno));
+    return put_back(f, err);
 }
 
 int llm_session_save(struct llm_session *s, int fd, struct llm_error *err)
 {
-    return plain_call(s, err, "Save", "h", fd);
+    struct file_before f;
+
+    look_at_file(&f, s, fd);
+    return plain_call(s, err, before_save, &f, "Save", "h", fd);
+}
+
+static int context_used(struct llm_session *s, uint32_t *ret, struct llm_error *err)
+{
+    CLEANUP(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
+    int r;
+
+    r = get_property(s->connection, s, s->path, "ContextUsed", &reply, err);
+    if (r < 0)
+        return r;
+    return sd_bus_message_read(reply, "v", "u", ret) < 0 ? llm_bad_answer(err) : 0;
+}
+
+/* A session that was empty and is so no more has been restored. */
+static int before_restore(void *userdata, struct llm_error *err)
+{
+    const struct file_before *f = userdata;
+    uint32_t used;
+    int r;
+
+    r = context_used(f->session, &used, err);
+    if (r < 0)
+        return r;
+    return f->used == 0 && used > 0 ? 1 : put_back(f, err);
 }
 
 int llm_session_restore(struct llm_session *s, int fd, struct llm_error *err)
 {
-    return plain_call(s, err, "Restore", "h", fd);
+    struct file_before f;
+    int r;
+
+    look_at_file(&f, s, fd);
+    r = context_used(s, &f.used, err);
+    return r < 0 ? r : plain_call(s, err, before_restore, &f, "Restore", "h", fd);
 }
 
 int llm_session_fork(struct llm_session **ret, struct llm_session *s,
@@ -192,9 +284,8 @@ int llm_session_fork(struct llm_session **ret, struct llm_session *s,
     CLEANUP(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
     int r;
 
-    r = llm_call(s->bus, s->destination, s->path, LLM_SESSION_INTERFACE, "Fork", options, &reply,
-                 err);
-    return r < 0 ? r : session_from_reply(ret, s->bus, reply, options, err);
+    r = llm_call(s->connection, s, "Fork", options, &reply, err);
+    return r < 0 ? r : session_from_reply(ret, s->connection, reply, options, err);
 }
 
 /* ---- requests ---- */
@@ -206,8 +297,7 @@ static int request(struct llm_session *s, const char *method, const struct llm_o
     uint64_t id;
     int fd, r;
 
-    r = llm_call(s->bus, s->destination, s->path, LLM_SESSION_INTERFACE, method, options, &reply,
-                 err);
+    r = llm_call(s->connection, s, method, options, &reply, err);
     if (r < 0)
         return r;
     if (sd_bus_message_read(reply, "ht", &fd, &id) <= 0)
@@ -272,8 +362,7 @@ int llm_measure(struct llm_connection *c, const struct llm_options *options, uin
     uint32_t n;
     int r;
 
-    r = llm_call(c->bus, c->destination, LLM_ROOT_PATH, LLM_MANAGER_INTERFACE, "Measure", options,
-                 &reply, err);
+    r = llm_call(c, NULL, "Measure", options, &reply, err);
     if (r < 0)
         return r;
     if (sd_bus_message_read(reply, "u", &n) <= 0)

@@ -12,6 +12,21 @@
  * success only. Calls of the daemon wait for its answer, which is prompt: tokens are never waited
  * for but in llm_stream_next() and llm_session_run().
  *
+ * When the daemon is started again: the next call on the connection finds it out, waits some seconds
+ * for its successor, connects to it (not to another scope), takes the connection's sessions back
+ * and repeats itself where it had not been answered. Requests and their streams go on meanwhile by
+ * themselves. What that means for a method that may have been carried out just before:
+ *
+ *   generate, append  are carried out once: without its answer the first one has left no trace
+ *   rewind, cancel, measure, status  come to the same when they are done twice
+ *   close     done or not, it is closed
+ *   new, fork  may leave one session that nobody has; the daemon ends it after 10 seconds, or, one
+ *             that lingers, after its time
+ *   save, restore  are done again from where the file stood; what was a pipe gives -ENOTCONN
+ *
+ * -ESTALE (SessionLost) of a session: the new daemon does not have it; make another one. -ENOTCONN:
+ * nobody came, or the daemon ended over this call again and again; the next call tries anew.
+ *
  * Threads: there is no global state. A connection and the sessions made on it belong to one thread
  * at a time. Options may be read by several threads while none changes them. A stream belongs to
  * one thread at a time, and is independent of its connection and of other streams. After fork() a
@@ -60,7 +75,7 @@ enum llm_scope {
 
 /*
  * Connects to the daemon of that scope. It must be run by root, by this user, or, for the system
- * scope, by the owner of /run/llmd. When it ends, calls give -ENOTCONN; connect again then.
+ * scope, by the owner of /run/llmd.
  *
  * -ENOENT, -ECONNREFUSED, -ECONNRESET: nobody serves there. A bus that is not there, or that has
  *     neither an owner nor an activation file for the name, is nobody
@@ -72,7 +87,12 @@ LLM_EXPORT int llm_connect_scope(struct llm_connection **ret, enum llm_scope sco
 /* The scope that answered; LLM_SCOPE_ANY for a socket that was named to llm_connect(). */
 LLM_EXPORT enum llm_scope llm_connection_scope(const struct llm_connection *c);
 
-/* The connection itself, borrowed: for calls that this library has no function for. */
+/*
+ * The connection itself, borrowed: for calls that this library has no function for. Valid until the
+ * next call of this library on the connection, which may have to connect again: ask anew, and where
+ * it is another one, match rules, Subscribe and the event loop are to be set up anew. Whoever
+ * notices the loss first (by an event loop, or a call of sd-bus) calls llm_get_status().
+ */
 LLM_EXPORT struct sd_bus *llm_connection_bus(struct llm_connection *c);
 
 /* Whom to address there: the bus name, or NULL on a socket. Static. */
@@ -173,7 +193,10 @@ LLM_EXPORT int llm_session_close(struct llm_session *s, struct llm_error *err);
  */
 LLM_EXPORT void llm_session_free(struct llm_session *s);
 
-/* Starts a request. *ret_fd: its stream, blocking; close it at any time to cancel. */
+/*
+ * Starts a request. *ret_fd: its stream, blocking; close it at any time to cancel. A daemon that is
+ * started again goes on with it.
+ */
 LLM_EXPORT int llm_session_generate(struct llm_session *s, const struct llm_options *options,
                                     int *ret_fd, uint64_t *ret_request, struct llm_error *err);
 
@@ -234,8 +257,8 @@ LLM_EXPORT int llm_stream_fd(const struct llm_stream *s);
 
 /*
  * 1: *ret, valid until the next call; 0: the stream is over, after its end or error; -EAGAIN: fd is
- * non-blocking and has nothing; -EINTR: a signal came; -EPIPE: cut without an end; -EBADMSG: not a
- * stream of records; -errno
+ * non-blocking and has nothing; -EINTR: a signal came; -EPIPE: cut without an end, for the daemon
+ * died and none went on with it; -EBADMSG: not a stream of records; -errno
  */
 LLM_EXPORT int llm_stream_next(struct llm_stream *s, struct llm_event *ret);
 

@@ -289,7 +289,7 @@ ELSEWHERE = {
     "DeviceLost": "only a graphics processor can be lost, and none is used yet",
     "ModelChanged": "tests/test-faults.py shortens the file under a daemon, which ends by that",
     "OutOfMemory": "daemon/test-allocations.c lets each allocation fail",
-    "SessionLost": "tests/test-recovery.py damages a record, and restarts the daemon",
+    "SessionLost": "client/test-llm-call.c has a daemon that comes back without its sessions",
 }
 
 
