@@ -30,6 +30,8 @@ static const struct bus_property statistics[] = {
     {"prompt-tokens", 't', offsetof(struct manager, prompt_tokens)},
     {"completion-tokens", 't', offsetof(struct manager, completion_tokens)},
     {"uptime-usec", 't', offsetof(struct manager, uptime_usec)},
+    {"kv-bytes-spilled", 't', offsetof(struct manager, kv_bytes_spilled)},
+    {"memory-pressure", 'u', offsetof(struct manager, memory_pressure)},
     {"queued", 'u', offsetof(struct manager, queued)},
     {"running", 'u', offsetof(struct manager, running)},
     {"clients", 'u', offsetof(struct manager, clients)},

@@ -17,6 +17,8 @@ struct manager {
     uint64_t requests, requests_cancelled, requests_failed, requests_refused;
     uint64_t prompt_tokens, completion_tokens, uptime_usec;
     uint32_t queued, running, clients;
+    uint32_t memory_pressure; /* 0: none, to 3 */
+    uint64_t kv_bytes_spilled;
     double prefill_rate, decode_rate; /* tokens a second */
 
     sd_bus_message *messages[2]; /* what the strings are in */

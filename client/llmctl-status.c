@@ -27,7 +27,8 @@ static void add_known(struct table *t, bool known, uint64_t number)
 
 static int show(const struct llm_connection *c, const struct manager *m)
 {
-    static const struct table_column columns[] = {
+    bool short_of_memory = m->memory_pressure > 0 || m->kv_bytes_spilled > 0; /* else not shown */
+    const struct table_column columns[] = {
         {"version", "version", TABLE_TEXT, false},
         {"scope", "scope", TABLE_TEXT, false},
         {"state", "state", TABLE_TEXT, false},
@@ -42,6 +43,8 @@ static int show(const struct llm_connection *c, const struct manager *m)
         {"queued", "queued", TABLE_NUMBER, false},
         {"KV cache", "kv_bytes_used", TABLE_BYTES, false},
         {"KV limit", "kv_bytes_max", TABLE_BYTES, false},
+        {short_of_memory ? "short of memory" : NULL, "memory_pressure", TABLE_NUMBER, false},
+        {short_of_memory ? "KV on disk" : NULL, "kv_bytes_spilled", TABLE_BYTES, false},
         {"reads tokens/s", "prefill_rate", TABLE_RATE, false},
         {"writes tokens/s", "decode_rate", TABLE_RATE, false},
         {"requests", "requests", TABLE_NUMBER, false},
@@ -71,6 +74,8 @@ static int show(const struct llm_connection *c, const struct manager *m)
     add_known(t, known, m->queued);
     table_add_number(t, m->kv_bytes_used);
     table_add_number(t, m->kv_bytes_max);
+    add_known(t, known, m->memory_pressure);
+    add_known(t, known, m->kv_bytes_spilled);
     if (known) {
         table_add_double(t, m->prefill_rate);
         table_add_double(t, m->decode_rate);

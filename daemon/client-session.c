@@ -53,7 +53,7 @@ struct session_set {
     void *observer_userdata;
     uint64_t last_session_id, last_request_id;
     uint32_t n_sessions, n_jobs, n_streams;
-    bool stopping;
+    bool stopping, low_memory;
     bool in_news; /* whoever waits for quiet is told at its end: it may take the engine away */
     uint64_t n_refused;
     struct engine_statistics past;         /* of the engines that are gone: totals */
@@ -168,6 +168,11 @@ static int on_linger_over(sd_event_source *source, uint64_t usec, void *userdata
     }
     arm_linger(set);
     return 0;
+}
+
+void session_set_set_low_memory(struct session_set *set, bool low)
+{
+    set->low_memory = low;
 }
 
 void session_set_linger_usec(struct session_set *set, uint64_t usec)
@@ -452,6 +457,8 @@ void session_set_get_statistics(const struct session_set *set, struct engine_sta
     s.steps += past->steps;
     s.preemptions += past->preemptions;
     s.kv_given_back += past->kv_given_back;
+    s.kv_spilled += past->kv_spilled;
+    s.kv_restored += past->kv_restored;
     *ret = s;
 }
 
@@ -548,14 +555,48 @@ static int check_engine(const struct session_set *set, struct error *err)
     return 0;
 }
 
-/* What a prompt will take is known only when it is tokenised; so one may pass the limit once. */
-static int check_kv(const struct session_set *set, const struct user *user, struct error *err)
+/* The least recently used first, until the user holds less than that. */
+static void release_idle(const struct session_set *set, const struct user *user,
+                         const struct client_session *asks, uint64_t most)
+{
+    while (engine_thread_account_kv_bytes(set->engine, user->uid) >= most) {
+        struct client_session *oldest = NULL;
+
+        for (struct client_session *s = set->first; s; s = s->next) {
+            struct timeline_info i;
+
+            if (s->user != user || s->job || s == asks ||
+                (oldest && oldest->used_usec <= s->used_usec))
+                continue;
+            timeline_get_info(set->engine, s->timeline, &i);
+            if (i.kv_bytes > 0)
+                oldest = s;
+        }
+        if (!oldest)
+            return;
+        engine_thread_release(set->engine, oldest->timeline);
+    }
+}
+
+/*
+ * KV of the user's other sessions that is not in use is given up first; asks: the session that is
+ * to get more, or NULL. What a prompt will take is known only when it is tokenised; so one may pass
+ * the limit once.
+ */
+static int check_kv(const struct session_set *set, const struct user *user,
+                    const struct client_session *asks, struct error *err)
 {
     uint64_t most = user->limits.max_kv_bytes;
     uint64_t used = most > 0 ? engine_thread_account_kv_bytes(set->engine, user->uid) : 0;
+    uint64_t idle;
 
     if (used < most || most == 0)
         return 0;
+    idle = engine_thread_idle_kv_bytes(set->engine, user->uid, asks ? asks->timeline : NULL);
+    if (used - MIN(used, idle) < most) {
+        release_idle(set, user, asks, most);
+        return 0;
+    }
     return error_set(err, EDQUOT,
                      "KV bytes: requested 1 or more, available 0: user %u holds %" PRIu64
                      " of %" PRIu64 "; close or rewind a session",
@@ -579,7 +620,11 @@ static int check_may_have_one_more(const struct session_set *set, const struct u
         return error_set(err, EDQUOT,
                          "sessions: requested 1, available 0: all %u of this daemon are open",
                          SESSIONS_MAX);
-    return check_kv(set, user, err);
+    if (set->low_memory)
+        return error_set(err, ENOSR,
+                         "memory is short on this machine: there are no new sessions until it is "
+                         "not; those that are open go on");
+    return check_kv(set, user, NULL, err);
 }
 
 /* timeline: taken over in every case. */
@@ -768,8 +813,9 @@ void client_session_get_info(const struct client_session *s, struct client_sessi
 
 /* ---- its requests ---- */
 
-/* runs: the session's request, NULL: it may have one more. */
-static int check_may_ask(const struct session_set *set, struct user *user, const struct job *runs,
+/* asks: the session it is for; runs: its request, NULL: it may have one more. */
+static int check_may_ask(const struct session_set *set, struct user *user,
+                         const struct client_session *asks, const struct job *runs,
                          struct error *err)
 {
     int r;
@@ -782,7 +828,7 @@ static int check_may_ask(const struct session_set *set, struct user *user, const
         return error_set(err, EDQUOT,
                          "requests: requested 1, available 0: all %u of user %u wait or run",
                          user->limits.max_queued, (unsigned)user->uid);
-    r = check_kv(set, user, err);
+    r = check_kv(set, user, asks, err);
     return r < 0 ? r : user_check_tokens(user, err);
 }
 
@@ -867,7 +913,7 @@ int client_session_generate(struct client_session *s, struct job_request *reques
     CLEANUP(freep) struct request *q = NULL;
     int r;
 
-    r = check_may_ask(set, s->user, s->job, err);
+    r = check_may_ask(set, s->user, s, s->job, err);
     if (r >= 0)
         r = check_streams(set, s->user, err);
     if (r >= 0)
@@ -897,7 +943,7 @@ int client_session_ask(struct client_session *s, struct job_request *request, jo
     CLEANUP(freep) struct request *q = NULL;
     int r;
 
-    r = check_may_ask(set, s->user, alone ? s->job : NULL, err);
+    r = check_may_ask(set, s->user, s, alone ? s->job : NULL, err);
     if (r >= 0)
         r = new_job(set, s->user, s->timeline, request, &j, &q, err);
     if (r < 0)
@@ -923,7 +969,7 @@ int session_set_measure(struct session_set *set, struct user *user, struct job_r
 
     r = check_engine(set, err);
     if (r >= 0)
-        r = check_may_ask(set, user, NULL, err);
+        r = check_may_ask(set, user, NULL, NULL, err);
     request->account = user->uid;
     if (r >= 0)
         r = new_job(set, user, NULL, request, &j, &q, err);

@@ -51,6 +51,9 @@ void session_set_observe(struct session_set *set, const struct session_observer 
  */
 int session_set_set_engine(struct session_set *set, struct engine_thread *t, uint32_t context_max);
 
+/* Memory is so short that there shall be no new sessions: -ENOSR for all of them. */
+void session_set_set_low_memory(struct session_set *set, bool low);
+
 /* Lingering sessions are closed so long after their last request; 0: never. */
 void session_set_linger_usec(struct session_set *set, uint64_t usec);
 

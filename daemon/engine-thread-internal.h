@@ -30,12 +30,16 @@ struct timeline {
     uint32_t tail;
     struct job *jobs; /* submitted and not let go, by job::timeline_next */
     bool is_listed, is_closed;
+    bool is_released;                 /* its KV is to be given up: engine_thread_release() */
     struct timeline *previous, *next; /* engine_thread::timelines */
 
     /* engine thread */
     struct session *session;
     bool is_used;       /* a request is at work; its KV is not to be given away as an idle one's */
     uint64_t last_used; /* engine_thread::n_uses then */
+    bool is_to_spill;   /* its KV is to go to a file */
+    int spill_fd;       /* the file that has its KV, all of it; negative: none has */
+    uint64_t spilled_bytes;
 };
 
 enum thread_state {
@@ -72,6 +76,8 @@ struct engine_thread {
     struct timeline *timelines;
     bool has_closed; /* some of them are */
     struct weight_change *weights, **weights_end;
+    unsigned relief;   /* the level of the last event; 0: none to be looked at */
+    bool has_released; /* some timelines are */
     struct engine_statistics statistics;
     uint64_t record_interval_usec;
 
@@ -89,6 +95,12 @@ struct engine_thread {
     struct scheduler_pick *picks; /* [max_rows], a step's */
     struct step_item *items;
     uint64_t preemptions, kv_given_back;
+    struct {
+        int folder_fd; /* borrowed; -EBADF: there is none, -errno: why it cannot be had */
+        struct timeline *timeline; /* whose KV is being written; NULL: nobody's */
+        int fd;                    /* where to */
+        bool failure_said;
+    } spill;
 };
 
 /* With the mutex held: the timeline is one of those that are known here. */
@@ -137,9 +149,29 @@ void work_publish_timeline(struct engine_thread *t, struct timeline *tl);
 /* Tokens of the conversation between two jobs, the tail included; at most its n_ctx. */
 uint32_t work_n_tokens(const struct timeline *tl);
 
+/* Its KV is given up, to be computed again when it is needed. */
+void work_drop_kv(struct engine_thread *t, struct timeline *tl);
+
+/* The pool is full: others without a claim give theirs up. False: there are none. */
+bool work_find_memory_quietly(struct engine_thread *t, struct job *j);
+
+/* Its timeline's KV is back, or lost: it goes on. */
+void work_restored(struct engine_thread *t, struct job *j);
+
 int work_make_session(struct engine_thread *t, struct timeline *tl); /* 0, -ENOMEM */
 
 /* ---- job-simple.c: engine thread ---- */
 
 /* Fork, rewind, save, restore: done, and let go. */
 void simple_run(struct engine_thread *t, struct job *j);
+
+/* ---- job-spill.c: engine thread ---- */
+
+/* What is to be done for want of memory, a piece of it. True: there may be more. */
+bool spill_turn(struct engine_thread *t);
+
+/* Whether its KV is in a file, from where it comes back before its request computes anything. */
+bool spill_is_away(const struct timeline *tl);
+
+/* The file's KV is no longer this timeline's, which is changed or closed. */
+void spill_forget(struct engine_thread *t, struct timeline *tl);

@@ -126,6 +126,7 @@ static void free_closed(struct engine_thread *t)
 
     for (; gone; gone = next) {
         next = gone->next;
+        spill_forget(t, gone);
         session_free(gone->session);
         free(gone);
     }
@@ -225,6 +226,7 @@ static void *engine_thread_run(void *userdata)
     if (r == 0) {
         while (take_in(t, idle)) {
             idle = !work_step(t);
+            idle = !spill_turn(t) && idle;
             work_publish(t);
         }
         free_closed(t);
@@ -290,6 +292,7 @@ int engine_thread_new(struct engine_thread **ret, const struct model *m,
     t->options = *options;
     t->start_error = err;
     t->news_fd = -EBADF;
+    t->spill.folder_fd = t->spill.fd = -EBADF;
     t->submitted_end = &t->submitted;
     t->news_end = &t->news;
     t->weights_end = &t->weights;
@@ -351,6 +354,43 @@ uint64_t engine_thread_account_kv_bytes(struct engine_thread *t, uint64_t accoun
             n += tl->info.kv_bytes;
     pthread_mutex_unlock(&t->mutex);
     return n;
+}
+
+uint64_t engine_thread_idle_kv_bytes(struct engine_thread *t, uint64_t account,
+                                     const struct timeline *except)
+{
+    uint64_t n = 0;
+
+    pthread_mutex_lock(&t->mutex);
+    for (const struct timeline *tl = t->timelines; tl; tl = tl->next)
+        if (tl->options.account == account && !tl->jobs && tl != except)
+            n += tl->info.kv_bytes;
+    pthread_mutex_unlock(&t->mutex);
+    return n;
+}
+
+void engine_thread_release(struct engine_thread *t, struct timeline *tl)
+{
+    pthread_mutex_lock(&t->mutex);
+    if (tl->info.kv_bytes > 0 && !tl->jobs) {
+        tl->info.kv_bytes = 0;
+        tl->is_released = t->has_released = true;
+        wake(t);
+    }
+    pthread_mutex_unlock(&t->mutex);
+}
+
+void engine_thread_set_spill_folder(struct engine_thread *t, int fd)
+{
+    t->spill.folder_fd = fd; /* published with the first job */
+}
+
+void engine_thread_relieve(struct engine_thread *t, unsigned level)
+{
+    pthread_mutex_lock(&t->mutex);
+    t->relief = MAX(t->relief, level);
+    wake(t);
+    pthread_mutex_unlock(&t->mutex);
 }
 
 int engine_thread_set_weight(struct engine_thread *t, uint64_t account, uint32_t weight)

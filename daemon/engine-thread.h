@@ -43,6 +43,27 @@ void engine_thread_kv_bytes(struct engine_thread *t, uint64_t *ret_used, uint64_
 /* KV of all timelines of the account; what two of them share counts for both. */
 uint64_t engine_thread_account_kv_bytes(struct engine_thread *t, uint64_t account);
 
+/* The part of it that could be given up: of those without a job, but for `except` (or NULL). */
+uint64_t engine_thread_idle_kv_bytes(struct engine_thread *t, uint64_t account,
+                                     const struct timeline *except);
+
+/* Has a timeline without a job give its KV up: it no longer counts at once. */
+void engine_thread_release(struct engine_thread *t, struct timeline *tl);
+
+/*
+ * Where KV may be written to when memory is short: a folder, borrowed. -EBADF, as it is at first:
+ * nowhere, and it is given up instead; another -errno: likewise, and that is said. Before the first
+ * job.
+ */
+void engine_thread_set_spill_folder(struct engine_thread *t, int fd);
+
+/*
+ * Memory is short on the machine. Level 1: what is free goes back to the system; from 2 on: KV of
+ * timelines that are without a request now goes to files, in the background, and comes back when
+ * they have one.
+ */
+void engine_thread_relieve(struct engine_thread *t, unsigned level);
+
 /* The account's share in comparison with others' (engine/scheduler.h). 1 to 10000; 100 if not set.
  * 0, -ENOMEM */
 int engine_thread_set_weight(struct engine_thread *t, uint64_t account, uint32_t weight);
@@ -54,9 +75,11 @@ struct engine_statistics {
     uint64_t prompt_tokens, completion_tokens;
     uint64_t steps, preemptions;
     uint64_t kv_given_back; /* sessions whose KV was given up for others */
+    uint64_t kv_spilled, kv_restored; /* sessions whose KV went to a file, came back from one */
     /* now */
     uint32_t queued, running;
     uint64_t kv_bytes_used, kv_bytes_max;
+    uint64_t kv_bytes_spilled;        /* in files */
     double prefill_rate, decode_rate; /* tokens per second over the last 10 s of work */
 };
 void engine_thread_get_statistics(struct engine_thread *t, struct engine_statistics *ret);

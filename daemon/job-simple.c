@@ -52,6 +52,8 @@ static int do_rewind(struct engine_thread *t, struct job *j, struct error *err)
     if (keep > used)
         return error_set(err, EINVAL, "tokens: %u are to stay, and the session has %u", keep, used);
     if (keep < used) {
+        if (keep < session_n_tokens(tl->session))
+            spill_forget(t, tl);
         session_rewind(tl->session, keep); /* nothing, when the tail alone goes */
         if (keep > 0 && model_tokenizer(t->model))
             position =

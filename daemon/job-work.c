@@ -106,7 +106,7 @@ static void update_task(struct engine_thread *t, struct job *j)
 
     task->n_pending = missing > 0 ? missing : n_pending(j);
     task->is_prompt = in_prefill(j);
-    task->is_blocked = j->work.is_paused;
+    task->is_blocked = j->work.is_paused || spill_is_away(j->timeline);
     task->kv_bytes = bytes_wanted(t, j);
     task->max_tokens = max - MIN(j->work.n_sampled, max);
 }
@@ -149,6 +149,8 @@ static void leave(struct engine_thread *t, struct job *j)
         w->next->work.previous = w->previous;
     w->previous = w->next = NULL;
     session_set_mark(session_of(j), SESSION_NO_MARK);
+    if (spill_is_away(j->timeline)) /* it did not come to that */
+        session_drop_kv(session_of(j));
     j->timeline->is_used = false;
     j->timeline->last_used = ++t->n_uses;
     work_publish_timeline(t, j->timeline);
@@ -288,7 +290,7 @@ static void note_kv(struct engine_thread *t)
     pthread_mutex_unlock(&t->mutex);
 }
 
-static void drop_kv(struct engine_thread *t, struct timeline *tl)
+void work_drop_kv(struct engine_thread *t, struct timeline *tl)
 {
     session_drop_kv(tl->session);
     t->kv_given_back++;
@@ -306,7 +308,7 @@ static bool give_back_idle(struct engine_thread *t)
             oldest = tl;
     pthread_mutex_unlock(&t->mutex);
     if (oldest)
-        drop_kv(t, oldest); /* timelines go in this thread alone */
+        work_drop_kv(t, oldest); /* timelines go in this thread alone */
     return oldest;
 }
 
@@ -324,7 +326,7 @@ static bool give_back_waiting(struct engine_thread *t, const struct job *j)
         return false;
     if (oldest->work.is_running)
         take_out(t, oldest); /* parked until its reader has caught up */
-    drop_kv(t, oldest->timeline);
+    work_drop_kv(t, oldest->timeline);
     if (oldest->work.in_scheduler)
         update_task(t, oldest);
     return true;
@@ -408,6 +410,18 @@ static void admit(struct engine_thread *t)
             return;
         update_task(t, job_of(task)); /* it may have shared pages */
     }
+}
+
+bool work_find_memory_quietly(struct engine_thread *t, struct job *j)
+{
+    return give_back_idle(t) || give_back_waiting(t, j);
+}
+
+void work_restored(struct engine_thread *t, struct job *j)
+{
+    update_task(t, j);
+    j->work.total = j->work.told_left = rows_left(j);
+    work_publish_timeline(t, j->timeline);
 }
 
 /* The pool was full when j wanted to go on. */
@@ -711,7 +725,7 @@ static void publish_statistics(struct engine_thread *t)
     pthread_mutex_lock(&t->mutex);
     e->steps = s.n_steps;
     e->preemptions = t->preemptions;
-    e->kv_given_back = t->kv_given_back;
+    e->kv_given_back = t->kv_given_back; /* those of job-spill.c are kept there */
     e->queued = s.n_queued;
     e->running = s.n_running;
     e->prefill_rate = s.prefill_rate;

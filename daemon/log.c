@@ -19,7 +19,7 @@
 #include "base/clock.h"
 
 #define LINE_BYTES 2048
-#define FIELDS_MAX 10
+#define FIELDS_MAX 11
 #define LIMIT_USEC UINT64_C(10000000) /* so many lines of a kind are written in that time */
 #define LIMIT_LINES 5u
 
@@ -74,6 +74,8 @@ static void send_fields(int priority, const struct log_fields *f, const char *li
     }
     if (f && f->model)
         FIELD("LLMD_MODEL=%s", f->model);
+    if (f && f->has_pressure)
+        FIELD("LLMD_PRESSURE=%u", f->pressure);
 #undef FIELD
     for (int i = 0; i < n; i++)
         fields[i] = (struct iovec){.iov_base = text[i], .iov_len = strlen(text[i])};

@@ -13,6 +13,7 @@
 #include "daemon/bus-objects.h"
 #include "daemon/bus.h"
 #include "daemon/log.h"
+#include "daemon/memory-pressure.h"
 #include "daemon/options.h"
 #include "daemon/users.h"
 #include "ipc/bus-error.h"
@@ -369,7 +370,7 @@ static int get_statistics(sd_bus_message *m, void *userdata, sd_bus_error *error
     r = sd_bus_message_new_method_return(m, &reply);
     if (r >= 0)
         r = sd_bus_message_append(
-            reply, "a{sv}", 18, "requests", "t", i.requests, "requests-cancelled", "t",
+            reply, "a{sv}", 22, "requests", "t", i.requests, "requests-cancelled", "t",
             i.requests_cancelled, "requests-failed", "t", i.requests_failed, "requests-refused",
             "t", session_set_n_refused(sessions), "prompt-tokens", "t", i.prompt_tokens,
             "completion-tokens", "t", i.completion_tokens, "steps", "t", i.steps, "preemptions",
@@ -377,8 +378,10 @@ static int get_statistics(sd_bus_message *m, void *userdata, sd_bus_error *error
             clients_uptime_usec(v->service->clients), "queued", "u", i.queued, "running", "u",
             i.running, "sessions", "u", session_set_n_sessions(sessions), "clients", "u",
             clients_n(v->service->clients), "kv-bytes-used", "t", i.kv_bytes_used, "kv-bytes-max",
-            "t", i.kv_bytes_max, "prefill-rate", "d", i.prefill_rate, "decode-rate", "d",
-            i.decode_rate);
+            "t", i.kv_bytes_max, "kv-spilled", "t", i.kv_spilled, "kv-restored", "t", i.kv_restored,
+            "kv-bytes-spilled", "t", i.kv_bytes_spilled, "memory-pressure", "u",
+            memory_pressure_level(v->service->pressure), "prefill-rate", "d", i.prefill_rate,
+            "decode-rate", "d", i.decode_rate);
     return r < 0 ? r : sd_bus_send(NULL, reply, NULL);
 }
 

@@ -14,6 +14,7 @@
 #include "daemon/service.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
@@ -35,6 +36,7 @@
 #include "daemon/engine-thread.h"
 #include "daemon/file-transfer.h"
 #include "daemon/log.h"
+#include "daemon/memory-pressure.h"
 #include "daemon/model-loader.h"
 #include "daemon/model-store.h"
 #include "daemon/notify.h"
@@ -53,6 +55,7 @@
 
 struct numbers {
     uint32_t sessions, clients, running, queued;
+    uint32_t pressure, mib_spilled;
 };
 
 struct service_private {
@@ -63,6 +66,7 @@ struct service_private {
     struct prefetch *prefetch;
     struct prefetch_child *reader; /* of the first model, until prefetch has it; or NULL */
     bool reader_is_told;           /* which file that is */
+    int state_fd;                  /* the state folder; -EBADF: there is none, -errno */
     char *loading;                 /* what the loader opens: a name, or a path */
     struct model *next;
     char *next_name;
@@ -71,6 +75,7 @@ struct service_private {
     sd_event_source *end_source;    /* deferred: the loop ends */
     sd_event_source *fault_source;  /* a model's file has changed */
     struct numbers told;            /* in the last status line */
+    unsigned pressure_said;
     bool open;                      /* clients are let in */
     bool ready;                     /* READY=1 was said */
     bool failed;                    /* a private daemon that cannot serve */
@@ -92,13 +97,26 @@ static struct numbers count(const struct service *s)
         engine_thread_get_statistics(s->engine, &statistics);
     n.running = statistics.running;
     n.queued = statistics.queued;
+    n.pressure = memory_pressure_level(s->pressure);
+    n.mib_spilled = (uint32_t)(statistics.kv_bytes_spilled >> 20);
     return n;
+}
+
+/* "", or what there is to say of memory. */
+static void memory_text(const struct numbers *n, char *ret, size_t size)
+{
+    ret[0] = 0;
+    if (n->pressure > 0)
+        snprintf(ret, size, "; memory is short, level %u of %u", n->pressure, PRESSURE_MOST);
+    if (n->mib_spilled > 0)
+        snprintf(ret + strlen(ret), size - strlen(ret), "; %u MiB of KV on disk", n->mib_spilled);
 }
 
 static void show_status(struct service *s)
 {
     struct service_private *p = s->private;
     struct numbers n = count(s);
+    char memory[96];
 
     p->told = n;
 
@@ -122,10 +140,12 @@ static void show_status(struct service *s)
     case SERVICE_READY:
         break;
     }
-    notify_status(p->notify, "Serving %s: %u session%s of %u client%s, %u running, %u queued%s",
+    memory_text(&n, memory, sizeof(memory));
+    notify_status(p->notify, "Serving %s: %u session%s of %u client%s, %u running, %u queued%s%s",
                   s->model_name, n.sessions, n.sessions == 1 ? "" : "s", n.clients,
                   n.clients == 1 ? "" : "s", n.running, n.queued,
-                  s->state == SERVICE_DEGRADED ? "; another model could not be loaded" : "");
+                  s->state == SERVICE_DEGRADED ? "; another model could not be loaded" : "",
+                  memory);
 }
 
 /* After whatever the loop did: who comes and what begins is told to nobody else. */
@@ -366,6 +386,7 @@ static int make_engine(struct service *s, struct model *m, struct error *err)
     }
     free(s->model_name);
     s->model_name = strdup(session_set_model_name(s->sessions));
+    engine_thread_set_spill_folder(s->engine, s->private->state_fd);
     set_weights(s);
     return 0;
 }
@@ -786,6 +807,36 @@ static int on_model_fault(sd_event_source *source, int fd, uint32_t revents, voi
     return 0;
 }
 
+/* ---- memory ---- */
+
+static void say_pressure(unsigned level)
+{
+    static const char *const what[PRESSURE_MOST + 1] = {
+        "memory is no longer short",
+        "memory is short: what is free goes back to the system",
+        "memory is short: KV caches of idle sessions go to disk, or are given up",
+        "memory is short: there are no new sessions until it is not",
+    };
+
+    log_with(level > 1 ? LOG_NOTICE : LOG_INFO,
+             &(struct log_fields){
+                 .message_id = LOG_ID_MEMORY_PRESSURE, .has_pressure = true, .pressure = level},
+             "%s", what[level]);
+}
+
+static void on_pressure(void *userdata, unsigned level, bool rises)
+{
+    struct service *s = userdata;
+
+    if (level != s->private->pressure_said) /* the highest may be reached again and again */
+        say_pressure(level);
+    s->private->pressure_said = level;
+    if (rises && s->engine)
+        engine_thread_relieve(s->engine, level);
+    session_set_set_low_memory(s->sessions, level >= PRESSURE_MOST);
+    show_status(s);
+}
+
 /* ---- the configuration ---- */
 
 static bool has_section(const struct config *c, uid_t uid)
@@ -903,6 +954,25 @@ static int watch_models(struct service *s)
     return sd_event_add_io(s->event, &s->private->fault_source, fd, EPOLLIN, on_model_fault, s);
 }
 
+/* Both are opened here because nothing can be where there is a sandbox. */
+static int prepare_for_pressure(struct service *s)
+{
+    struct service_private *p = s->private;
+    struct error err = {0};
+    int r;
+
+    if (p->places.state) /* without it: as when it cannot be written to */
+        p->state_fd = open(p->places.state, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (p->places.state && p->state_fd < 0)
+        p->state_fd = -errno;
+    r = memory_pressure_new(&s->pressure, s->event, on_pressure, s, &err);
+    if (r < 0 && r != -ENOMEM) {
+        log_warning("nobody tells when memory is short: %s", err.text);
+        return 0;
+    }
+    return r;
+}
+
 static int new_parts(struct service *s, struct error *err)
 {
     struct service_private *p = s->private;
@@ -933,7 +1003,7 @@ static int new_parts(struct service *s, struct error *err)
     /* Before there are threads. A daemon without one reads its model by a thread. */
     if (s->config->prefetch && (r = prefetch_child_new(&p->reader)) < 0 && r != -ENOSYS)
         log_warning("no process reads the model ahead: %s", strerror(-r));
-    if ((r = watch_models(s)) < 0 ||
+    if ((r = watch_models(s)) < 0 || (r = prepare_for_pressure(s)) < 0 ||
         (r = notify_new(&p->notify, s->event, engine_is_alive, s)) < 0 ||
         (r = session_set_new(&s->sessions, s->event, on_something_went, s)) < 0 ||
         (r = users_new(&s->users, &s->config->limits)) < 0 ||
@@ -970,6 +1040,7 @@ int service_new(struct service **ret, const struct arguments *arguments, struct 
         return error_set(err, ENOMEM, "out of memory");
     }
     s->config = s->private->config = config;
+    s->private->state_fd = -EBADF;
     s->arguments = arguments;
     s->scope = arguments->scope;
     s->state = SERVICE_LOADING;
@@ -1025,6 +1096,7 @@ struct service *service_free(struct service *s)
         session_set_free(s->sessions);
     authority_free(s->authority);
     users_free(s->users);
+    memory_pressure_free(s->pressure);
     engine_thread_free(s->engine);
     model_free(s->model);
     model_store_free(s->models);
@@ -1036,6 +1108,7 @@ struct service *service_free(struct service *s)
         sd_event_source_disable_unref(p->idle_timer);
         sd_event_source_disable_unref(p->grace_timer);
         sd_event_source_disable_unref(p->exchange_timer);
+        closep(&p->state_fd);
         places_done(&p->places);
         config_free(p->config);
         free(p->loading);

@@ -22,6 +22,7 @@ struct bus_host;
 struct clients;
 struct config;
 struct engine_thread;
+struct memory_pressure;
 struct fd_store;
 struct model;
 struct model_store;
@@ -66,6 +67,7 @@ struct service {
     struct authority *authority;
     struct server *server;
     struct bus_host *bus;
+    struct memory_pressure *pressure;
 
     struct service_private *private; /* service.c's own */
 };

@@ -15,6 +15,7 @@ int timeline_new(struct timeline **ret, const struct timeline_options *options)
     if (!tl)
         return -ENOMEM;
     tl->options = *options;
+    tl->spill_fd = -EBADF;
     *ret = tl;
     return 0;
 }

@@ -24,6 +24,7 @@ const sd_bus_error_map bus_errors[] = {
     SD_BUS_ERROR_MAP(ERR("NotSupported"), EOPNOTSUPP),
     SD_BUS_ERROR_MAP(ERR("KvExhausted"), ENOBUFS),
     SD_BUS_ERROR_MAP(ERR("OutOfMemory"), ENOMEM),
+    SD_BUS_ERROR_MAP(ERR("LowMemory"), ENOSR),
     SD_BUS_ERROR_MAP(ERR("DeviceLost"), ENODEV),
     SD_BUS_ERROR_MAP(ERR("ModelChanged"), ESTALE),
     SD_BUS_ERROR_MAP(ERR("NumericalError"), EDOM),

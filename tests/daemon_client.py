@@ -42,9 +42,10 @@ class Daemon:
         self.log_path = socket + ".test-log"
         read, write = os.pipe()
         which = ["--model", model] if model else []
+        program = [llmd] if isinstance(llmd, str) else llmd  # or a command that starts it
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                [llmd, mode, *which, "--socket", socket, "--ready-fd", str(write), *options],
+                [*program, mode, *which, "--socket", socket, "--ready-fd", str(write), *options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[write], env=env)
         os.close(write)
         with os.fdopen(read, "rb") as f:
@@ -135,10 +136,11 @@ class Broker:
 class SystemDaemon(Daemon):
     """llmd --system on a socket, a configuration and a state folder of its own in `folder`, and on that broker."""
 
-    def __init__(self, llmd, folder, broker, *options, model=None, config="", env=None):
+    def __init__(self, llmd, folder, broker, *options, model=None, config="", env=None, state=None):
         self.broker = broker
-        self.state = os.path.join(folder, "state")
-        os.makedirs(self.state, exist_ok=True)
+        self.state = state or os.path.join(folder, "state")
+        if not state:
+            os.makedirs(self.state, exist_ok=True)
         self.config = os.path.join(folder, "llmd.conf")
         with open(self.config, "w") as f:
             f.write(config)

@@ -11,8 +11,10 @@ One function a test. Nothing here is decided by time.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import dbus
-    from daemon_client import PATIENCE, Daemon, make_endless_model, read_all, until
+    from daemon_client import PATIENCE, Daemon, SystemDaemon, error_of, make_endless_model, read_all, until
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
@@ -207,6 +209,189 @@ def llmctl_says_what_happened_to_the_model():
         said = p.stderr.read().decode()
         assert p.wait(PATIENCE) not in (0, 2), said
     assert "model's file changed" in said, said
+
+
+# ---- memory is short ----
+
+
+class Short:
+    """A FIFO by which memory is said to be short, and what of the environment names it."""
+
+    def __init__(self):
+        self.path = os.path.join(tempfile.mkdtemp(dir=folder), "pressure")
+        os.mkfifo(self.path)
+        self.fd = os.open(self.path, os.O_RDWR)
+        self.env = dict(os.environ, MEMORY_PRESSURE_WATCH=self.path)
+        self.env.pop("MEMORY_PRESSURE_WRITE", None)
+
+    def event(self, client):
+        """One, and the level that it leads to."""
+        level = figure(client, "memory-pressure")
+        os.write(self.fd, b"!")
+        if level < 3:
+            until(lambda: figure(client, "memory-pressure") == level + 1)
+        return min(level + 1, 3)
+
+
+class Kept(SystemDaemon):
+    """With a state folder. before: a command that starts it."""
+
+    def __init__(self, *options, model=None, short=None, state=None, env=None, before=(), config=""):
+        self.where = tempfile.mkdtemp(dir=folder)
+        env = dict(short.env if short else os.environ, **(env or {}))
+        super().__init__([*before, LLMD], self.where, None, "--no-bus", *options, model=model or chat, config=config,
+                         env=env, state=state)
+
+    def __exit__(self, kind, value, trace):
+        if kind is not None and self.log():
+            print("\n--- log ---\n" + self.log()[-4000:], flush=True)
+        super().__exit__(kind, value, trace)
+
+
+def statistics(client):
+    return client.manage("GetStatistics")
+
+
+def figure(client, name):
+    return int(statistics(client)[name])
+
+
+def talk(s, seed=1, prompt="Hello", n=40):
+    return s.run({"ignore-end": True, "temperature": 1.0, "seed": dbus.UInt64(seed), "max-tokens": dbus.UInt32(n)},
+                 prompt=prompt)[0]
+
+
+def undisturbed_talks(n, prompts=("Hello", "And then?", "At last?")):
+    """What n conversations say, each with a seed of its own, that nothing happens to."""
+    with Private() as d, d.connect() as c:
+        sessions = [c.create() for _ in range(n)]
+        return [[talk(s, i * 10 + k, p) for i, s in enumerate(sessions)] for k, p in enumerate(prompts)]
+
+
+@test
+def without_a_state_directory_it_is_given_up():
+    right = undisturbed_talks(2)
+    short = Short()
+    with Private(env=short.env) as d, d.connect() as c:
+        sessions = [c.create() for _ in range(2)]
+        assert [talk(s, i * 10) for i, s in enumerate(sessions)] == right[0]
+        short.event(c)
+        short.event(c)
+        until(lambda: figure(c, "kv-bytes-used") == 0)
+        assert figure(c, "kv-spilled") == 0 and figure(c, "kv-given-back") == 2, statistics(c)
+        assert [talk(s, i * 10 + 1, "And then?") for i, s in enumerate(sessions)] == right[1]
+        assert "cannot be kept" not in d.log(), d.log()
+
+        def status():
+            p = subprocess.run([LLMCTL, "--socket", d.socket, "status"], stdout=subprocess.PIPE, check=True)
+            return p.stdout.decode()
+
+        assert re.search("short of memory *[12]", status()), status()
+        until(lambda: figure(c, "memory-pressure") == 0)
+        assert "short of memory" not in status()
+
+
+def gives_up(d, short, reason):
+    """Idle sessions' KV cannot be written: it is said once, and computed again."""
+    right = undisturbed_talks(2)
+    with d.connect() as c:
+        sessions = [c.create() for _ in range(2)]
+        for k, prompt in enumerate(("Hello", "And then?")):
+            assert [talk(s, i * 10 + k, prompt) for i, s in enumerate(sessions)] == right[k]
+            short.event(c)
+            short.event(c)
+            until(lambda: figure(c, "kv-bytes-used") == 0)
+        assert figure(c, "kv-spilled") == 0 and figure(c, "kv-given-back") == 4, statistics(c)
+        assert [talk(s, i * 10 + 2, "At last?") for i, s in enumerate(sessions)] == right[2]
+    assert d.log().count("cannot be kept in the state directory") == 1 and reason in d.log(), d.log()
+
+
+@test
+def the_state_directory_is_not_there():
+    short = Short()
+    with Kept(short=short, state="/proc/nowhere") as d:
+        gives_up(d, short, "(No such file or directory)")
+
+
+def tmpfs(size, *, read_only=False):
+    """A command that starts another with a small file system of its own, or with one that nobody may write to, on $0."""
+    return ("unshare", "-m", "sh", "-c",
+            f'mount -t tmpfs -o size={size} none "$0" && mkdir "$0/models" && chmod 755 "$0/models" && '
+            + ('mount -o remount,ro "$0" && ' if read_only else "") + 'exec "$@"')
+
+
+@test
+def the_disk_is_full():
+    if os.getuid() != 0:
+        return "root only: mounts"
+    short = Short()
+    state = os.path.join(tempfile.mkdtemp(dir=folder), "state")
+    os.mkdir(state)
+    with Kept(short=short, state=state, before=(*tmpfs("64k"), state)) as d:
+        gives_up(d, short, "not enough room")
+
+
+@test
+def the_state_directory_is_read_only():
+    if os.getuid() != 0:
+        return "root only: mounts"
+    short = Short()
+    state = os.path.join(tempfile.mkdtemp(dir=folder), "state")
+    os.mkdir(state)
+    with Kept(short=short, state=state, before=(*tmpfs("64m", read_only=True), state)) as d:
+        gives_up(d, short, "Read-only")
+
+
+@test
+def what_tells_of_memory_cannot_be_used():
+    """It serves all the same, and says so once."""
+    for env, complaint in (({"MEMORY_PRESSURE_WATCH": "/nowhere"}, "/nowhere: No such file"),
+                           ({"MEMORY_PRESSURE_WATCH": "nowhere"}, "no absolute path"),
+                           ({"MEMORY_PRESSURE_WATCH": "/proc/self/status", "MEMORY_PRESSURE_WRITE": "%%%"}, "base64"),
+                           ({"MEMORY_PRESSURE_WATCH": folder}, folder)):
+        with Kept(env=env) as d, d.connect() as c:
+            talk(c.create())
+            assert d.log().count("nobody tells when memory is short") == 1 and complaint in d.log(), d.log()
+
+
+@test
+def memory_is_told_of_by_a_socket():
+    """Which gets the text to begin with, and goes away at last."""
+    path = os.path.join(tempfile.mkdtemp(dir=folder), "pressure")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        with Kept(env={"MEMORY_PRESSURE_WATCH": path, "MEMORY_PRESSURE_WRITE": "c29tZSAxIDI="}) as d, d.connect() as c:
+            peer, _ = listening.accept()
+            with peer:
+                assert peer.recv(100) == b"some 1 2"
+                for level in (1, 2):
+                    peer.send(b"!")
+                    until(lambda: figure(c, "memory-pressure") == level)
+            talk(c.create())
+
+
+@test
+def a_quota_of_kv_takes_idle_sessions_first():
+    """The least recently used of the user's own; not the one that asks, nor one that is at work."""
+    right = undisturbed_talks(4)
+    with Private() as d, d.connect() as c:
+        talk(c.create())
+        one = figure(c, "kv-bytes-used")
+    with Kept(config=f"[Limits]\nMaxKvBytes={2 * one}\n") as d, d.connect() as c:
+        sessions = [c.create() for _ in range(4)]
+        for i, s in enumerate(sessions):
+            assert talk(s, i * 10) == right[0][i]
+        assert figure(c, "kv-bytes-used") <= 3 * one
+        given = figure(c, "kv-given-back")
+        assert given >= 1
+        assert [talk(s, i * 10 + 1, "And then?") for i, s in enumerate(sessions)] == right[1]
+        talk(sessions[0], n=400)
+        # Alone above it, there is nobody else to take from.
+        for s in sessions[1:]:
+            s.call("Close")
+        assert error_of(sessions[0].run, SEEDED, prompt="x")[0] == "QuotaExceeded"
+        assert talk(c.create(), 0) == right[0][0]  # but another may have its place
 
 
 def main():
