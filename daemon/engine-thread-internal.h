@@ -86,7 +86,7 @@ struct engine_thread {
     struct engine *engine;
     struct scheduler *scheduler;
     char description[256];
-    int lost; /* 0; -ENODEV: the device; -ESTALE: the model's file has changed; for good */
+    int lost; /* 0; -ENODEV: the device; -ENOTRECOVERABLE: the model's file has changed; for good */
     struct job *active; /* requests, by job_work::next */
     uint64_t n_uses;
     uint64_t positions_usec; /* when places in the queue were last looked at */

@@ -138,9 +138,9 @@ int lost_error(struct error *err, int code)
     switch (code) {
     case -ENODEV:
         return error_set(err, ENODEV, "what computes has failed; restart the daemon");
-    case -ESTALE:
+    case -ENOTRECOVERABLE:
         return error_set(
-            err, ESTALE,
+            err, ENOTRECOVERABLE,
             "the model's file changed while it was in use, or cannot be read any more; "
             "nothing that was computed from it since is given out");
     default:
@@ -169,8 +169,8 @@ void job_finish_stopped(struct engine_thread *t, struct job *j)
 
     /* That is why the daemon ends, and the engine thread may not have come across it yet. */
     if (why == JOB_SHUTDOWN && !model_file_is_intact(model_get_file(t->model))) {
-        lost_error(&err, -ESTALE);
-        job_finish_error(t, j, -ESTALE, &err);
+        lost_error(&err, -ENOTRECOVERABLE);
+        job_finish_error(t, j, -ENOTRECOVERABLE, &err);
         return;
     }
     if (!job_kind_streams(j->request.kind)) {

@@ -600,7 +600,7 @@ bool work_step(struct engine_thread *t)
     start = now_usec();
     r = engine_step(t->engine, t->items, n);
     if (r < 0) {
-        if (r == -ENODEV || r == -ESTALE)
+        if (r == -ENODEV || r == -ENOTRECOVERABLE)
             t->lost = r;
         fail_all(t, r);
         return true;

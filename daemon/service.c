@@ -790,10 +790,10 @@ static int on_model_fault(sd_event_source *source, int fd, uint32_t revents, voi
     if (service_is_stopping(s))
         return 0;
     if (has_changed(p->next)) {
-        error_set(&err, ESTALE, "%s: the file changed before it was used",
+        error_set(&err, ENOTRECOVERABLE, "%s: the file changed before it was used",
                   model_file_path(model_get_file(p->next)));
         p->next = model_free(p->next);
-        load_failed(s, -ESTALE, &err);
+        load_failed(s, -ENOTRECOVERABLE, &err);
     }
     if (!has_changed(s->model) || p->failed)
         return 0;

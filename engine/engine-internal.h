@@ -72,6 +72,6 @@ void forward_done(struct engine *e);
 /*
  * Evaluates e->buf.rows[0 .. n): writes their K and V, and the softcapped logits of wanted rows, in
  * row order, to e->buf.logits. Rows of one cache stand in order of position. 0, -ENODEV, or
- * -ESTALE: the model's file has changed, and what was computed is worth nothing
+ * -ENOTRECOVERABLE: the model's file has changed, and what was computed is worth nothing
  */
 int forward(struct engine *e, uint32_t n);

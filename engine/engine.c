@@ -305,7 +305,7 @@ int engine_step(struct engine *e, struct step_item *items, size_t n_items)
     for (size_t i = 0; i < n_items; i++) {
         items[i].ret_logits = NULL;
         items[i].ret_error = prepare(e, &items[i]);
-        if (items[i].ret_error == -ENODEV || items[i].ret_error == -ESTALE)
+        if (items[i].ret_error == -ENODEV || items[i].ret_error == -ENOTRECOVERABLE)
             return items[i].ret_error;
     }
     for (size_t i = 0; i < n_items; i++) {

@@ -219,7 +219,7 @@ struct step_item {
  * it is nothing where the driver has given items without tokens before. In f32 mode, and in int8
  * mode, what one session gets does not depend on the other items.
  * 0: look at each ret_error; -EINVAL: too many rows, a session twice, more to be computed again
- * than is missing; -ENODEV: the device is lost; -ESTALE: the model's file has changed
+ * than is missing; -ENODEV: the device is lost; -ENOTRECOVERABLE: the model's file has changed
  * (model_file_is_intact()), now and from now on. Of a step that failed nothing is kept: no session
  * has changed, but for what was missing and has been computed again before
  */

@@ -612,7 +612,7 @@ int forward(struct engine *e, uint32_t n)
     }
     r = backend_finish(e->backend);
     if (r == 0 && !model_file_is_intact(model_get_file(e->model)))
-        r = -ESTALE;
+        r = -ENOTRECOVERABLE;
     if (r == 0)
         count_neurons(e, l);
     return r;

@@ -313,7 +313,7 @@ static int model_new(struct model **ret, struct model_file *f, struct error *err
         return r;
     r = read_tokenizer(m, err);
     if (!model_file_is_intact(m->file)) /* whatever was wrong with it then */
-        return error_set(err, ESTALE, "%s: the file changed while it was being opened",
+        return error_set(err, ENOTRECOVERABLE, "%s: the file changed while it was being opened",
                          model_file_path(m->file));
     if (r < 0)
         return r;

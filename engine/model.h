@@ -58,7 +58,7 @@ char *model_generation_to_json(const struct model_generation *g);
 int model_generation_parse(struct model_generation *ret, const char *json, uint32_t vocab_size,
                            struct error *err);
 
-/* 0, -errno, -EINVAL: err names file and field; -ESTALE: the file changed meanwhile */
+/* 0, -errno, -EINVAL: err names file and field; -ENOTRECOVERABLE: the file changed meanwhile */
 int model_open(struct model **ret, const char *path, struct error *err);
 int model_open_fd(struct model **ret, int fd, const char *path, struct error *err);
 struct model *model_free(struct model *m);

@@ -26,7 +26,7 @@ const sd_bus_error_map bus_errors[] = {
     SD_BUS_ERROR_MAP(ERR("OutOfMemory"), ENOMEM),
     SD_BUS_ERROR_MAP(ERR("LowMemory"), ENOSR),
     SD_BUS_ERROR_MAP(ERR("DeviceLost"), ENODEV),
-    SD_BUS_ERROR_MAP(ERR("ModelChanged"), ESTALE),
+    SD_BUS_ERROR_MAP(ERR("ModelChanged"), ENOTRECOVERABLE),
     SD_BUS_ERROR_MAP(ERR("NumericalError"), EDOM),
     SD_BUS_ERROR_MAP(ERR("ShuttingDown"), ESHUTDOWN),
     SD_BUS_ERROR_MAP(ERR("NoSuchSession"), ESRCH),

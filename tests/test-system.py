@@ -287,6 +287,7 @@ def provokes(name):
 # What no call can bring about here, and what proves it instead.
 ELSEWHERE = {
     "DeviceLost": "only a graphics processor can be lost, and none is used yet",
+    "LowMemory": "tests/test-faults.py says that memory is short",
     "ModelChanged": "tests/test-faults.py shortens the file under a daemon, which ends by that",
     "OutOfMemory": "daemon/test-allocations.c lets each allocation fail",
     "SessionLost": "client/test-llm-call.c has a daemon that comes back without its sessions",
