@@ -70,10 +70,44 @@ def exposures():
     print(f"exposure: {alone}, {vulkan} with llmd-vulkan.conf")
 
 
+def settings(path):
+    """(key, value) of each line of a unit."""
+    with open(path) as f:
+        return [tuple(line.rstrip("\n").split("=", 1)) for line in f if "=" in line and not line.startswith("#")]
+
+
+def calls_of(name):
+    """Of a set of systemd's, as @system-service, all that is in it; else the call itself."""
+    if not name.startswith("@"):
+        return {name}
+    said = subprocess.run(["systemd-analyze", "syscall-filter", "--no-pager", name], check=True, capture_output=True, text=True).stdout
+    inner = [line.strip() for line in said.splitlines()[1:]]
+    return set().union(*(calls_of(n) for n in inner if n and not n.startswith("#")))
+
+
+def filters_agree():
+    """Two belts, one of the unit's and one of the daemon's own: what the tighter one allows the other one must not stop."""
+    of_scope = {scope: [v for k, v in settings(os.path.join(build, f"systemd/{scope}-llmd.service")) if k == "SystemCallFilter"]
+                for scope in ("system", "user")}
+    assert of_scope["system"] == of_scope["user"], of_scope
+    allowed = calls_of("@default")  # whatever else is said
+    for value in of_scope["system"]:
+        calls = set().union(*(calls_of(name) for name in value.lstrip("~").split()))
+        allowed = allowed - calls if value.startswith("~") else allowed | calls
+    lists = [n for n in os.listdir(os.path.join(source, "policy")) if n.endswith(".seccomp")]
+    for name in set(lists) - {"llm-import.seccomp", "sanitizers.seccomp"}:  # no part of the service, or not of one that is installed
+        with open(os.path.join(source, "policy", name)) as f:
+            needed = {line.split()[0] for line in f if line.strip() and not line.startswith("#")}
+        assert needed and needed <= allowed, (name, needed - allowed)
+    # And the sandbox is put on at all.
+    assert {"landlock_restrict_self", "seccomp", "prctl", "io_uring_setup"} <= allowed
+    assert not {"ptrace", "mount", "bpf", "capset", "setuid", "shmget", "process_vm_readv", "keyctl", "mlock",
+                "io_submit"} & allowed
+
+
 def drop_in_relaxes_no_more():
     """A name for each line; whoever adds one has to think of it here."""
-    with open(os.path.join(source, "systemd/llmd-vulkan.conf")) as f:
-        keys = [line.split("=", 1)[0] for line in f if "=" in line and not line.startswith("#")]
+    keys = [key for key, _ in settings(os.path.join(source, "systemd/llmd-vulkan.conf"))]
     assert keys == ["MemoryDenyWriteExecute", "BindPaths", "DeviceAllow", "SupplementaryGroups"], keys
 
 
@@ -125,3 +159,4 @@ if not units():
     print("systemd-analyze is not there: the units were not looked at")
     sys.exit(77)
 exposures()
+filters_agree()
