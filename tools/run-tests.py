@@ -11,6 +11,7 @@ Needs only what tools/setup-packages installs; tools/test calls it.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,9 +31,11 @@ STAGES = {
     "debug": ("clang -O0", {"CC": "clang"}, ["--buildtype=debug", "-Dwerror=true"]),
     "tsan": ("clang, TSan", {}, ["--native-file", "build-tsan.ini"]),
 }
-DEFAULT = ["sanitizers", "clang"]
+PACKAGES = "packages"
+ALL = [*STAGES, PACKAGES]
+DEFAULT = ["sanitizers", "clang", PACKAGES]
 QUICK = ["clang"]
-SYSTEM = ["booted"]  # of the stage in QUICK
+SYSTEM = ["booted"]  # of the stage in QUICK, and PACKAGES
 
 PASSED, SKIPPED = ("OK", "EXPECTEDFAIL"), ("SKIP",)
 
@@ -115,14 +118,50 @@ class Stage:
                     self.fail(f"{name} ({t['result'].lower()})")
 
 
+class PackagesStage(Stage):
+    """No build of meson's: the Debian packages are built as they are built for people, and tried."""
+
+    def __init__(self, jobs):
+        self.name, self.what, self.jobs = PACKAGES, "Debian packages", jobs
+        self.folder = os.path.join(SOURCE, "build-test-" + PACKAGES)
+        self.env = {k: v for k, v in os.environ.items() if k not in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "MAKEFLAGS")}
+        self.passed, self.failed, self.skipped = [], [], []
+
+    def run(self):
+        print(f"\n== {self.name}: {self.what}", flush=True)
+        if not shutil.which("dpkg-buildpackage"):
+            return self.skipped.append((PACKAGES, "this is no Debian: dpkg-buildpackage is not there"))
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.env["DEB_BUILD_OPTIONS"] = f"parallel={self.jobs}"
+        if self.call("tools/build-packages", self.folder) != 0:
+            return self.fail("build-packages")
+        self.passed.append("build-packages")
+        # One line for each test: NAME ... ok, or skipped: REASON.
+        last = "no reason given"
+        with subprocess.Popen(["tools/check-package", self.folder], cwd=SOURCE, env=self.env, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as p:
+            for line in p.stdout:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+                if m := re.fullmatch(r"(\w+) \.\.\. (ok|skipped: (.*))\n", line):
+                    self.skipped.append((m[1], m[3])) if m[3] else self.passed.append(m[1])
+                elif m := re.match(r"(\w+) \.\.\. FAILED", line):
+                    self.fail(m[1])
+                last = line.strip() or last
+        if p.returncode == 77:
+            self.skipped.append(("check-package", last))
+        elif p.returncode != 0 and not self.failed:
+            self.fail(f"check-package (status {p.returncode})")
+
+
 def main():
     ap = argparse.ArgumentParser(prog="tools/test", description="Builds llmd and runs its tests.",
                                  epilog="stages: " + "; ".join(f"{n} ({s[0]})" for n, s in STAGES.items())
-                                 + ". Without an option: " + ", ".join(DEFAULT) + ".")
+                                 + f"; {PACKAGES} (Debian packages: built, tried as root). Without an option: " + ", ".join(DEFAULT) + ".")
     ap.add_argument("--all", action="store_true", help="every stage")
     ap.add_argument("--quick", action="store_true", help="only the stage " + ", ".join(QUICK))
     ap.add_argument("--system", action="store_true", help="only llmd as the service of a booted system (root)")
-    ap.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be repeated")
+    ap.add_argument("--stage", action="append", choices=ALL, help="only this stage; may be repeated")
     ap.add_argument("--jobs", type=int, default=max(2, os.cpu_count() or 2), metavar="N",
                     help="compile and test N at a time (default: the cores, at least 2)")
     ap.add_argument("patterns", nargs="*", metavar="NAME", help="only tests with this in their name or suite")
@@ -136,8 +175,11 @@ def main():
 
     stages = []
     interrupted = False
-    for name in args.stage or (STAGES if args.all else QUICK if args.quick else DEFAULT):
-        stage = Stage(name, args.patterns, args.jobs)
+    names = args.stage or (ALL if args.all else [*QUICK, PACKAGES] if args.system else QUICK if args.quick else DEFAULT)
+    if args.patterns and not args.stage and not args.system:  # which are meson's tests
+        names = [n for n in names if n != PACKAGES]
+    for name in names:
+        stage = PackagesStage(args.jobs) if name == PACKAGES else Stage(name, args.patterns, args.jobs)
         stages.append(stage)
         start = time.monotonic()
         try:
