@@ -173,5 +173,8 @@ bool spill_turn(struct engine_thread *t);
 /* Whether its KV is in a file, from where it comes back before its request computes anything. */
 bool spill_is_away(const struct timeline *tl);
 
+/* A fork has the tokens that the file's KV is of, so it has that as well. */
+void spill_share(struct engine_thread *t, const struct timeline *tl, struct timeline *fork);
+
 /* The file's KV is no longer this timeline's, which is changed or closed. */
 void spill_forget(struct engine_thread *t, struct timeline *tl);

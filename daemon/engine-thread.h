@@ -79,7 +79,7 @@ struct engine_statistics {
     /* now */
     uint32_t queued, running;
     uint64_t kv_bytes_used, kv_bytes_max;
-    uint64_t kv_bytes_spilled;        /* in files */
+    uint64_t kv_bytes_spilled;        /* in files; what two share counts for both */
     double prefill_rate, decode_rate; /* tokens per second over the last 10 s of work */
 };
 void engine_thread_get_statistics(struct engine_thread *t, struct engine_statistics *ret);

@@ -29,6 +29,7 @@ static int do_fork(struct engine_thread *t, struct job *j, struct error *err)
             return error_set(err, -r, "out of memory");
         }
     }
+    spill_share(t, tl, f);
     f->last_used = ++t->n_uses;
     tl->last_used = f->last_used; /* as long as its KV is there, forks are cheap */
     pthread_mutex_lock(&t->mutex);

@@ -29,22 +29,25 @@
 #define PIECE_BYTES (UINT64_C(8) << 20) /* some milliseconds; as long as others wait for it */
 #define DISK_SHARE 20u /* of a file system at least one part in so many stays free */
 
-static void count(struct engine_thread *t, int64_t bytes, bool restored)
+static void add_bytes(struct engine_thread *t, int64_t bytes)
 {
     pthread_mutex_lock(&t->mutex);
-    if (bytes > 0)
-        t->statistics.kv_spilled++;
-    if (restored)
-        t->statistics.kv_restored++;
     t->statistics.kv_bytes_spilled += (uint64_t)bytes;
     pthread_mutex_unlock(&t->mutex);
 }
 
-static void forget(struct engine_thread *t, struct timeline *tl, bool restored)
+static void count(struct engine_thread *t, uint64_t *what)
+{
+    pthread_mutex_lock(&t->mutex);
+    (*what)++;
+    pthread_mutex_unlock(&t->mutex);
+}
+
+static void forget(struct engine_thread *t, struct timeline *tl)
 {
     if (tl->spill_fd < 0)
         return;
-    count(t, -(int64_t)tl->spilled_bytes, restored);
+    add_bytes(t, -(int64_t)tl->spilled_bytes);
     close(TAKE_FD(tl->spill_fd));
     tl->spilled_bytes = 0;
 }
@@ -60,7 +63,19 @@ void spill_forget(struct engine_thread *t, struct timeline *tl)
 {
     if (t->spill.timeline == tl)
         stop_spilling(t);
-    forget(t, tl, false);
+    forget(t, tl);
+}
+
+/* Without a descriptor for it the fork computes what it needs. */
+void spill_share(struct engine_thread *t, const struct timeline *tl, struct timeline *fork)
+{
+    int fd = tl->spill_fd >= 0 ? fcntl(tl->spill_fd, F_DUPFD_CLOEXEC, 3) : -EBADF;
+
+    if (fd < 0)
+        return;
+    fork->spill_fd = fd;
+    fork->spilled_bytes = tl->spilled_bytes;
+    add_bytes(t, (int64_t)fork->spilled_bytes);
 }
 
 /* ---- out ---- */
@@ -185,7 +200,8 @@ static bool spill_piece(struct engine_thread *t)
         tl->spilled_bytes = bytes;
         stop_spilling(t);
         t->spill.failure_said = false;
-        count(t, (int64_t)bytes, false);
+        count(t, &t->statistics.kv_spilled);
+        add_bytes(t, (int64_t)bytes);
         work_publish_timeline(t, tl);
     }
     tl->is_to_spill = false;
@@ -218,7 +234,9 @@ static bool restore_piece(struct engine_thread *t, struct job *j)
                      "computed again",
                      strerror(-r));
     }
-    forget(t, tl, r == 0);
+    if (r == 0)
+        count(t, &t->statistics.kv_restored);
+    forget(t, tl);
     work_restored(t, j);
     return true;
 }

@@ -269,6 +269,108 @@ def undisturbed_talks(n, prompts=("Hello", "And then?", "At last?")):
 
 
 @test
+def memory_gets_short_and_is_not_any_more():
+    right = undisturbed_talks(3)
+    short = Short()
+    with Kept(short=short) as d, d.connect() as c:
+        sessions = [c.create() for _ in range(3)]
+        assert [talk(s, i * 10) for i, s in enumerate(sessions)] == right[0]
+        used = figure(c, "kv-bytes-used")
+        assert used > 0 and figure(c, "memory-pressure") == 0
+        assert short.event(c) == 1
+        assert figure(c, "kv-bytes-used") == used  # what is in use is not touched yet
+        assert short.event(c) == 2
+        until(lambda: figure(c, "kv-bytes-used") == 0)
+        assert figure(c, "kv-spilled") == 3 and figure(c, "kv-bytes-spilled") == used, statistics(c)
+        assert figure(c, "kv-given-back") == 0
+        assert os.listdir(d.state) == [] or "models" in os.listdir(d.state)  # the files have no names
+        # It comes back for who needs it.
+        assert talk(sessions[1], 11, "And then?") == right[1][1]
+        assert figure(c, "kv-restored") == 1 and 0 < figure(c, "kv-bytes-spilled") < used, statistics(c)
+        assert short.event(c) == 3
+        until(lambda: figure(c, "kv-bytes-used") == 0)
+        for create in (c.create, sessions[0].fork):
+            name, text = error_of(create)
+            assert name == "LowMemory" and "memory is short" in text, (name, text)
+        # Nobody who is there is hurt.
+        assert [talk(s, i * 10 + 1, "And then?") for i, s in enumerate(sessions) if i != 1] == \
+            [t for i, t in enumerate(right[1]) if i != 1]
+        assert [talk(s, i * 10 + 2, "At last?") for i, s in enumerate(sessions)] == right[2]
+        assert figure(c, "kv-bytes-spilled") == 0 and figure(c, "kv-restored") == 4, statistics(c)
+        until(lambda: figure(c, "memory-pressure") < 3)  # nothing happens for a while
+        c.create()
+        for line in ("goes back to the system", "go to disk", "no new sessions"):
+            assert line in d.log(), d.log()
+
+
+@test
+def a_session_on_disk_is_forked_rewound_saved_and_closed():
+    right = undisturbed_talks(1)
+    short = Short()
+    with Kept(short=short) as d, d.connect() as c:
+        s = c.create()
+        assert talk(s, 0) == right[0][0]
+        n = s.get("ContextUsed")
+
+        def spill():
+            before = figure(c, "kv-spilled")
+            while figure(c, "memory-pressure") < 2:
+                short.event(c)
+            short.event(c)
+            until(lambda: figure(c, "kv-spilled") > before and not figure(c, "kv-bytes-used"))
+            assert s.get("ContextUsed") == n
+            until(lambda: figure(c, "memory-pressure") < 3)
+
+        spill()
+        fork = s.fork()
+        assert talk(fork, 1, "And then?") == right[1][0]
+        assert figure(c, "kv-restored") == 1
+        fork.call("Close")
+        assert talk(s, 1, "And then?") == right[1][0]
+        assert figure(c, "kv-restored") == 2 and figure(c, "kv-bytes-spilled") == 0
+        s.call("Rewind", "u", dbus.UInt32(n))
+        spill()
+        s.call("Rewind", "u", dbus.UInt32(n - 1))
+        assert figure(c, "kv-bytes-spilled") == 0
+        again = talk(s, 5, "x")
+        with Private() as other, other.connect() as oc:
+            o = oc.create()
+            assert talk(o, 0) == right[0][0]
+            o.call("Rewind", "u", dbus.UInt32(n - 1))
+            assert talk(o, 5, "x") == again
+        n = s.get("ContextUsed")
+        spill()
+        saved = os.memfd_create("saved")
+        s.call("Save", "h", dbus.types.UnixFd(saved))
+        os.lseek(saved, 0, os.SEEK_SET)
+        assert os.fstat(saved).st_size > 0
+        os.close(saved)
+        fds = d.fds()
+        s.call("Close")
+        until(lambda: figure(c, "kv-bytes-spilled") == 0 and d.fds() < fds)
+
+
+@test
+def others_go_on_while_sessions_go_to_disk_and_back():
+    """A stream that never ends, and 12 conversations to and fro, all of which say what they would say anyway."""
+    right = undisturbed_talks(12)
+    streamed = undisturbed(chat, dict(LONG, **{"max-tokens": dbus.UInt32(3000)}))
+    short = Short()
+    with Kept(short=short, model=endless) as d, d.connect() as c, d.connect() as other:
+        with other.create().generate(LONG, prompt="Hello") as f:
+            said = read_some(f, 10)
+            sessions = [c.create() for _ in range(12)]
+            for k, prompt in enumerate(("Hello", "And then?", "At last?")):
+                assert [talk(s, i * 10 + k, prompt) for i, s in enumerate(sessions)] == right[k]
+                short.event(c)
+                short.event(c)
+                until(lambda: figure(c, "kv-spilled") >= 12 * (k + 1))
+                said += read_some(f, 10)
+            assert figure(c, "kv-restored") == 24
+        assert len(said) > 10 and (streamed.startswith(said) or said.startswith(streamed))
+
+
+@test
 def without_a_state_directory_it_is_given_up():
     right = undisturbed_talks(2)
     short = Short()
@@ -304,6 +406,15 @@ def gives_up(d, short, reason):
         assert figure(c, "kv-spilled") == 0 and figure(c, "kv-given-back") == 4, statistics(c)
         assert [talk(s, i * 10 + 2, "At last?") for i, s in enumerate(sessions)] == right[2]
     assert d.log().count("cannot be kept in the state directory") == 1 and reason in d.log(), d.log()
+
+
+@test
+def a_file_may_not_grow():
+    """The kernel sends a signal that would end the daemon."""
+    with Kept(before=("prlimit", "--fsize=16384")) as d, d.connect() as c:
+        name, text = error_of(c.create)
+        assert name == "ModelNotReady" and "File too large" in text, (name, text)
+        assert "File too large" in d.log()
 
 
 @test
