@@ -42,6 +42,7 @@ static void help(void)
          "      --threads N           default: one for each core it may use\n"
          "      --pin-threads yes|no  whether each thread keeps to one core (yes)\n"
          "      --cpu-level LEVEL     at most: reference, avx2, avx512, amx\n"
+         "      --sandbox MODE        strict (default), report what it would refuse, or off\n"
          "      --ready-fd N          write READY=1 to this descriptor when serving\n"
          "  -h, --help                print this and exit\n"
          "      --version             print the version and exit\n"
@@ -85,6 +86,7 @@ enum {
     OPT_PIN_THREADS,
     OPT_CPU_LEVEL,
     OPT_READY_FD,
+    OPT_SANDBOX,
     OPT_VERSION,
 };
 
@@ -137,6 +139,11 @@ static int parse_value(struct arguments *a, int c, const char *value)
             return usage_error("--pin-threads wants yes or no, not ", value);
         a->has_pinning = true;
         break;
+    case OPT_SANDBOX:
+        if (sandbox_parse_mode(value, &a->sandbox) < 0)
+            return usage_error("--sandbox wants strict, report or off, not ", value);
+        a->has_sandbox = true;
+        break;
     case OPT_READY_FD:
         if (number_parse(value, INT32_MAX, &n) < 0 || fcntl((int)n, F_GETFD) < 0)
             return usage_error("--ready-fd wants an open descriptor, not ", value);
@@ -166,6 +173,7 @@ bool arguments_parse(struct arguments *ret, int argc, char **argv, int *ret_stat
         {"threads", required_argument, NULL, OPT_THREADS},
         {"pin-threads", required_argument, NULL, OPT_PIN_THREADS},
         {"cpu-level", required_argument, NULL, OPT_CPU_LEVEL},
+        {"sandbox", required_argument, NULL, OPT_SANDBOX},
         {"ready-fd", required_argument, NULL, OPT_READY_FD},
         {"help", no_argument, NULL, 'h'},
         {"version", no_argument, NULL, OPT_VERSION},

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "daemon/sandbox.h"
 #include "daemon/service.h"
 #include "engine/engine.h"
 
@@ -19,8 +20,9 @@ struct arguments {
     const char *socket;      /* NULL: where the scope has it */
     struct engine_options engine;
     uint32_t context; /* 0: configured */
-    bool has_activations, has_kv_type, has_pinning, has_idle;
+    bool has_activations, has_kv_type, has_pinning, has_idle, has_sandbox;
     uint64_t idle_usec;
+    enum sandbox_mode sandbox;
     bool no_bus;
     int ready_fd; /* -EBADF: none */
 };

@@ -43,6 +43,7 @@ enum value_type {
     VALUE_ACTIVATIONS,
     VALUE_KV_TYPE,
     VALUE_LOG_LEVEL,
+    VALUE_SANDBOX,
 };
 
 struct key {
@@ -69,6 +70,7 @@ static const struct key keys[] = {
     {"Daemon", "IdleTimeoutSec", VALUE_SECONDS, AT(idle_usec), .live = true},
     {"Daemon", "LingerTimeoutSec", VALUE_SECONDS, AT(linger_usec), .live = true},
     {"Daemon", "LogLevel", VALUE_LOG_LEVEL, AT(log_level), .live = true},
+    {"Daemon", "Sandbox", VALUE_SANDBOX, AT(sandbox)},
     {"Daemon", "MaxConnections", VALUE_U32, AT(max_connections), 1, 100000, .live = true},
 };
 static const struct key limit_keys[] = {
@@ -199,6 +201,8 @@ static const char *accepted(const struct key *k, char *out, size_t n)
         return "auto, f16 or f32";
     case VALUE_LOG_LEVEL:
         return "err, warning, notice, info or debug";
+    case VALUE_SANDBOX:
+        return "strict, report or off";
     }
     return "";
 }
@@ -297,6 +301,8 @@ static int set_value(struct config *c, void *base, const struct key *k, const ch
         return 0;
     case VALUE_LOG_LEVEL:
         return parse_log_level(value, at);
+    case VALUE_SANDBOX:
+        return sandbox_parse_mode(value, at);
     }
     return -EINVAL;
 }
@@ -666,13 +672,39 @@ static int user_folder(char **ret)
     return r < 0 ? -ENOMEM : 0;
 }
 
+int config_folders_find(struct config_folders *ret, enum service_scope scope)
+{
+    struct config_folders f = {.n = 0};
+
+    switch (scope) {
+    case SCOPE_PRIVATE:
+        break;
+    case SCOPE_SYSTEM:
+        f.paths[f.n++] = LLMD_SYSCONFDIR "/llmd";
+        f.paths[f.n++] = "/run/llmd";
+        f.paths[f.n++] = LLMD_LIBDIR "/llmd";
+        break;
+    case SCOPE_USER:
+        if (user_folder(&f.owned) < 0)
+            return -ENOMEM;
+        f.paths[f.n++] = f.owned;
+        break;
+    }
+    *ret = f;
+    return 0;
+}
+
+void config_folders_done(struct config_folders *f)
+{
+    free(TAKE_PTR(f->owned));
+    f->n = 0;
+}
+
 int config_load(struct config **ret, enum service_scope scope, const char *file, config_warning say,
                 struct error *err)
 {
-    static const char *const system_folders[] = {LLMD_SYSCONFDIR "/llmd", "/run/llmd",
-                                                 LLMD_LIBDIR "/llmd"};
+    CLEANUP(config_folders_done) struct config_folders folders = {0};
     CLEANUP(config_freep) struct config *c = NULL;
-    char *own = NULL;
     int r;
 
     if (file) {
@@ -684,19 +716,9 @@ int config_load(struct config **ret, enum service_scope scope, const char *file,
         *ret = TAKE_PTR(c);
         return 0;
     }
-    switch (scope) {
-    case SCOPE_PRIVATE:
-        return config_load_folders(ret, NULL, 0, say, err);
-    case SCOPE_SYSTEM:
-        return config_load_folders(ret, system_folders, ARRAY_SIZE(system_folders), say, err);
-    case SCOPE_USER:
-        if (user_folder(&own) < 0)
-            return error_set(err, ENOMEM, "out of memory");
-        r = config_load_folders(ret, (const char *const[]){own}, 1, say, err);
-        free(own);
-        return r;
-    }
-    return -EINVAL;
+    if (config_folders_find(&folders, scope) < 0)
+        return error_set(err, ENOMEM, "out of memory");
+    return config_load_folders(ret, folders.paths, folders.n, say, err);
 }
 
 struct config *config_free(struct config *c)
@@ -779,6 +801,8 @@ static bool same_value(const struct config *a, const struct config *b, const str
         return *(const enum kv_type *)x == *(const enum kv_type *)y;
     case VALUE_LOG_LEVEL:
         return *(const int *)x == *(const int *)y;
+    case VALUE_SANDBOX:
+        return *(const enum sandbox_mode *)x == *(const enum sandbox_mode *)y;
     }
     return false;
 }

@@ -15,6 +15,7 @@
 #include <sys/types.h>
 
 #include "base/error.h"
+#include "daemon/sandbox.h"
 #include "daemon/service.h"
 #include "daemon/users.h"
 #include "engine/engine.h"
@@ -35,6 +36,7 @@ struct config {
     int log_level;        /* LOG_ERR..LOG_DEBUG */
     bool prefetch;        /* read the model into memory before READY=1 */
     uint32_t max_connections; /* of all users together */
+    enum sandbox_mode sandbox;
 
     struct user_limits limits; /* [Limits] */
     struct user_entry *users;  /* [n_users], by uid */
@@ -56,6 +58,15 @@ int config_load(struct config **ret, enum service_scope scope, const char *file,
 /* The same from these folders' llmd.conf and llmd.conf.d/, the first going before the others. */
 int config_load_folders(struct config **ret, const char *const *folders, size_t n_folders,
                         config_warning say, struct error *err);
+/* Where a scope's files are looked for, whether they are there or not. 0, -ENOMEM */
+struct config_folders {
+    const char *paths[3]; /* [n], the first going before the others */
+    size_t n;
+    char *owned; /* one of them */
+};
+int config_folders_find(struct config_folders *ret, enum service_scope scope);
+void config_folders_done(struct config_folders *f);
+
 struct config *config_free(struct config *c);
 void config_freep(struct config **c);
 

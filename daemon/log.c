@@ -50,6 +50,16 @@ static bool stderr_is_journal(void)
     return known;
 }
 
+bool log_goes_to_journal(void)
+{
+    return stderr_is_journal();
+}
+
+bool log_has_prefixes(void)
+{
+    return !isatty(STDERR_FILENO);
+}
+
 static void send_fields(int priority, const struct log_fields *f, const char *line)
 {
     char text[FIELDS_MAX][LINE_BYTES + 32];

@@ -25,6 +25,10 @@ void log_line(int priority, const char *format, ...) __attribute__((format(print
 #define log_info(...) log_line(LOG_INFO, __VA_ARGS__)
 #define log_debug(...) log_line(LOG_DEBUG, __VA_ARGS__)
 
+/* Where lines go that do not come from here: to the journal; else with or without a priority. */
+bool log_goes_to_journal(void);
+bool log_has_prefixes(void);
+
 /* What a message is about: journal fields besides MESSAGE= and PRIORITY=. Zero: does not apply. */
 struct log_fields {
     const char *message_id; /* LOG_ID_...: MESSAGE_ID= */
@@ -46,7 +50,8 @@ struct log_limit {
     uint32_t n, n_untold;
 };
 
-/* Whether this one is to be written; *ret_untold: of so many before it was not, to be told first. */
+/* Whether this one is to be written; *ret_untold: of so many before it was not, to be told first.
+ */
 bool log_limit_pass(struct log_limit *l, uint32_t *ret_untold);
 
 /* docs/man/llmd.8 lists them. */
@@ -61,4 +66,5 @@ bool log_limit_pass(struct log_limit *l, uint32_t *ret_untold);
 #define LOG_ID_CONFIG_RELOADED "b9274fd275094381931190d18df411e7"
 #define LOG_ID_CONFIG_REFUSED "c415833e3dad4b4eac72806dbea6c374"
 #define LOG_ID_BUS_LOST "95f95a74f07f48ceb43ee34815281ecc"
+#define LOG_ID_SANDBOX "bbeb82e44517460f9428aefdbe10ba61"
 #define LOG_ID_NO_POLKIT "4745baa4799048e183bcba7100ec1cc2"

@@ -18,7 +18,6 @@
 #include "daemon/prefetch-child.h"
 
 #include <errno.h>
-#include <linux/capability.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,7 +31,9 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "daemon/log.h"
 #include "daemon/prefetch-ring.h"
+#include "daemon/sandbox.h"
 
 #define PIECE_BYTES ((size_t)4 << 20)
 #define DEPTH 4
@@ -87,25 +88,31 @@ static _Noreturn void end_unheard(void)
     _exit(EXIT_SUCCESS);
 }
 
+/* But for standard error, where the sandbox tells what it refuses. */
 static void close_others(int a, int b)
 {
     int low = MIN(a, b), high = MAX(a, b);
 
-    if (low > 0)
-        syscall(SYS_close_range, 0, low - 1, 0);
+    close(STDIN_FILENO);
+    close(STDOUT_FILENO);
+    if (low > STDERR_FILENO + 1)
+        syscall(SYS_close_range, STDERR_FILENO + 1, low - 1, 0);
     if (high - low > 1)
         syscall(SYS_close_range, low + 1, high - 1, 0);
     syscall(SYS_close_range, high + 1, ~0u, 0);
 }
 
-static int give_up_privileges(void)
+/* No file has a name any more, and there are hardly any system calls. 0, -errno */
+static int enter_sandbox(void)
 {
-    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
-    struct __user_cap_data_struct none[2] = {{0}};
+    CLEANUP(sandbox_freep) struct sandbox *s = NULL;
+    int r;
 
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 || syscall(SYS_capset, &header, none) < 0)
-        return -errno;
-    return 0;
+    if ((r = sandbox_new(&s, SANDBOX_STRICT)) < 0 ||
+        (r = sandbox_allow_calls(s, &seccomp_prefetch)) < 0)
+        return r;
+    sandbox_tell_stderr(s, "llmd", log_has_prefixes());
+    return sandbox_enter(s, NULL, NULL);
 }
 
 /* Waits, or looks only. The descriptor that comes with an order, else -EBADF. */
@@ -210,7 +217,7 @@ static _Noreturn void run(int fd)
     if (k < 0)
         end(&r, k);
     close_others(fd, prefetch_ring_fd(r.ring));
-    k = give_up_privileges();
+    k = enter_sandbox();
     if (k < 0)
         end(&r, k);
     file = take_order(&r, /* wait= */ true);

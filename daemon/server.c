@@ -49,6 +49,7 @@ struct server {
     bool any_user;
     uint32_t max_connections;
     int lock_fd;                   /* SOCKET.lock, locked */
+    int start_fd;                  /* SOCKET.start, locked while it leaves */
     int listen_fds[INHERITED_MAX]; /* [n_listen] */
     sd_event_source *listen_sources[INHERITED_MAX];
     size_t n_listen;
@@ -296,7 +297,7 @@ int server_new(struct server **ret, struct service *service, const struct server
     s->service = service;
     s->any_user = options->any_user;
     s->max_connections = options->max_connections;
-    s->lock_fd = -EBADF;
+    s->lock_fd = s->start_fd = -EBADF;
     r = take_inherited(s, err);
     if (r < 0)
         return r;
@@ -319,6 +320,10 @@ int server_new(struct server **ret, struct service *service, const struct server
         return s->lock_fd;
     if (flock(s->lock_fd, LOCK_EX | LOCK_NB) < 0)
         return error_set(err, EADDRINUSE, "%s: another llmd serves there, or is about to", s->path);
+    /* Now, since the sandbox does not let any file there be opened. */
+    s->start_fd = open_lock(s->path, "start", err);
+    if (s->start_fd < 0)
+        return s->start_fd;
     *ret = TAKE_PTR(s);
     return 0;
 }
@@ -327,14 +332,18 @@ static int make_socket(struct server *s, struct error *err)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     CLEANUP(closep) int fd = -EBADF;
+    mode_t mask;
+    int r;
 
     memcpy(address.sun_path, s->path, strlen(s->path) + 1);
     fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return error_set(err, errno, "socket: %s", strerror(errno));
-    unlink(s->path); /* what a killed one left; ours by the lock */
-    if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-        (s->any_user && chmod(s->path, 0666) < 0) || listen(fd, 128) < 0)
+    unlink(s->path);                         /* what a killed one left; ours by the lock */
+    mask = umask(s->any_user ? 0111 : 0177); /* no other thread makes files now */
+    r = bind(fd, (struct sockaddr *)&address, sizeof(address));
+    umask(mask);
+    if (r < 0 || listen(fd, 128) < 0)
         return error_set(err, errno, "%s: cannot listen: %s", s->path, strerror(errno));
     s->listen_fds[s->n_listen++] = TAKE_FD(fd);
     return 0;
@@ -366,7 +375,8 @@ void server_stop(struct server *s)
         close(TAKE_FD(s->listen_fds[s->n_listen]));
     }
     closep(&s->lock_fd);
-    s->lock_fd = -EBADF;
+    closep(&s->start_fd);
+    s->lock_fd = s->start_fd = -EBADF;
 }
 
 void server_close_all(struct server *s)
@@ -377,18 +387,16 @@ void server_close_all(struct server *s)
 
 bool server_leave(struct server *s)
 {
-    CLEANUP(closep) int start_fd = -EBADF;
-
-    if (s->path) {
-        start_fd = open_lock(s->path, "start", NULL);
-        if (start_fd >= 0 && flock(start_fd, LOCK_EX | LOCK_NB) < 0)
-            return false;
-    }
+    if (s->start_fd >= 0 && flock(s->start_fd, LOCK_EX | LOCK_NB) < 0)
+        return false;
     for (size_t i = 0; i < s->n_listen; i++) /* who came while we made up our mind */
         if (s->listen_sources[i])
             on_accept(s->listen_sources[i], s->listen_fds[i], EPOLLIN, s);
-    if (s->n_guests > 0)
+    if (s->n_guests > 0) {
+        if (s->start_fd >= 0)
+            flock(s->start_fd, LOCK_UN);
         return false;
+    }
     server_stop(s);
     return true;
 }

@@ -33,6 +33,7 @@
 #include "daemon/client-session.h"
 #include "daemon/client.h"
 #include "daemon/config.h"
+#include "daemon/confinement.h"
 #include "daemon/engine-thread.h"
 #include "daemon/file-transfer.h"
 #include "daemon/log.h"
@@ -1049,6 +1050,9 @@ int service_new(struct service **ret, const struct arguments *arguments, struct 
     if (r < 0)
         return error_set(err, -r, "cannot set up the event loop: %s", strerror(-r));
     r = new_parts(s, err);
+    /* No model was read and no client was heard yet, and there is one thread. */
+    if (r >= 0)
+        r = confine_daemon(s, &s->private->places, err);
     if (r < 0)
         return r;
     *ret = TAKE_PTR(s);
