@@ -133,6 +133,8 @@ static void *worker_run(void *userdata)
     struct worker *w = userdata;
     struct team *t = w->team;
 
+    /* Its own name it asks for; another's is a file in /proc, which the sandbox keeps it from. */
+    pthread_setname_np(pthread_self(), "llmd-compute");
     for (;;) {
         uint32_t jobs = atomic_load(&t->jobs);
 
@@ -266,7 +268,6 @@ int team_new(struct team **ret, uint32_t n_threads)
         *w = (struct worker){.team = t, .number = i};
         if (pthread_create(&w->thread, NULL, worker_run, w) != 0)
             break; /* those who are there will do */
-        pthread_setname_np(w->thread, "llmd-compute");
         t->n_threads++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
