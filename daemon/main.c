@@ -23,6 +23,8 @@
 #include "daemon/log.h"
 #include "daemon/service.h"
 
+#define EXIT_NOT_STARTED 3 /* as things are it never will: the units do not try again */
+
 /* Prompts must not get into core dumps, and other processes of the user must not read them here. */
 static void exclude_dumps(void)
 {
@@ -80,7 +82,7 @@ static int check_config(const struct arguments *a)
     return config->n_warnings > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }
 
-static int serve(const struct arguments *a, struct error *err)
+static int serve(const struct arguments *a, bool *ret_started, struct error *err)
 {
     CLEANUP(service_freep) struct service *service = NULL;
     struct config *config = NULL;
@@ -90,13 +92,17 @@ static int serve(const struct arguments *a, struct error *err)
     if (r < 0)
         return r;
     r = service_new(&service, a, config, err);
-    return r < 0 ? r : service_run(service, err);
+    if (r < 0)
+        return r;
+    *ret_started = true;
+    return service_run(service, err);
 }
 
 int main(int argc, char **argv)
 {
     struct arguments arguments;
     struct error err = {0};
+    bool started = false;
     sigset_t signals;
     int r, status;
 
@@ -122,9 +128,11 @@ int main(int argc, char **argv)
     sigaddset(&signals, SIGHUP);
     sigprocmask(SIG_BLOCK, &signals, NULL);
 
-    r = serve(&arguments, &err);
+    r = serve(&arguments, &started, &err);
     if (r < 0)
         log_error("%s", err.text[0] ? err.text : strerror(-r));
     allow_leak_check();
-    return r != 0 ? EXIT_FAILURE : EXIT_SUCCESS;
+    if (r == 0)
+        return EXIT_SUCCESS;
+    return started ? EXIT_FAILURE : EXIT_NOT_STARTED;
 }

@@ -392,6 +392,21 @@ def kill_and_restart(m):
 
 
 @test
+def no_restart_where_none_helps(m):
+    """Until somebody wants it again."""
+    m.run("systemctl", "stop", "llmd.service")
+    os.unlink(m.root + DROP_IN)
+    os.mkdir(m.root + DROP_IN)  # which cannot be read
+    m.run("systemctl", "reset-failed", "llmd.service")
+    assert m.run("systemctl", "start", "llmd.service", check=False).returncode == 1
+    assert m.show("llmd.service", "ActiveState", "Result", "ExecMainStatus", "NRestarts") == ["failed", "exit-code", "3", "0"]
+    wait_said(m, DROP_IN)
+    os.rmdir(m.root + DROP_IN)
+    m.write(DROP_IN, "[Daemon]\nLogLevel=debug\n")
+    assert ask(m, "alice") == ""
+
+
+@test
 def watchdog_restarts(m):
     m.write(UNIT_DROP_IN, "[Service]\nWatchdogSec=4s\n")
     m.run("systemctl", "daemon-reload")
