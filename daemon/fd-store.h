@@ -18,8 +18,10 @@
 
 struct fd_store;
 
-/* All inherited descriptors, by name, close-on-exec; early, before anything else may have their
- * numbers. 0, -errno */
+/*
+ * All inherited descriptors, by name, close-on-exec; early, before anything else may have their
+ * numbers. 0, -errno
+ */
 int fd_store_take(struct fd_store **ret);
 /* Closes what nobody took. What the manager holds stays there. */
 struct fd_store *fd_store_free(struct fd_store *s);
@@ -27,24 +29,24 @@ void fd_store_freep(struct fd_store **s);
 
 /*
  * The manager gets duplicates, under this name; it has them (or will read that it has them, should
- * this process be gone) when this returns. 0; -errno: a manager is there and could not be told
+ * this process be gone) when this returns. 0; -errno: a manager is there and could not be told,
+ * which is in the log
  */
 int fd_store_push(struct fd_store *s, const char *name, const int *fds, size_t n);
 /* It closes all of that name. */
 void fd_store_remove(struct fd_store *s, const char *name);
 
-/* PREFIX-ID */
+/* "PREFIX-ID" */
 int fd_store_push_id(struct fd_store *s, const char *prefix, uint64_t id, const int *fds, size_t n);
 void fd_store_remove_id(struct fd_store *s, const char *prefix, uint64_t id);
 
 /* From now on nothing is pushed or removed: what the manager has is for the next process. */
 void fd_store_leave(struct fd_store *s);
 
-/*
- * Takes the next inherited descriptor whose name begins with prefix. 1: *ret_fd is the caller's,
- * *ret_name (NULL: not wanted) the store's until it is freed; 0: there are no more
- */
-int fd_store_next(struct fd_store *s, const char *prefix, const char **ret_name, int *ret_fd);
-
-/* The same of PREFIX-ID, with the number; names that are none are skipped. */
+/* Takes the next inherited descriptor of that name: 1: *ret_fd is the caller's; 0: no more */
+int fd_store_next(struct fd_store *s, const char *name, int *ret_fd);
+/* The same of "PREFIX-ID", with its number. */
 int fd_store_next_id(struct fd_store *s, const char *prefix, uint64_t *ret_id, int *ret_fd);
+
+/* Nobody will take what is left: closes it, and says so in the log. */
+void fd_store_drop_rest(struct fd_store *s);

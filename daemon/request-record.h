@@ -48,21 +48,16 @@ struct request_commit {
     uint64_t log_bytes;                 /* of those that request_record_append() was given */
     struct generation_state generation; /* after them; meaningful when n_sampled > 0 */
     enum request_phase phase;
-    /* what follows: when it does not run */
-    uint64_t held_bytes;         /* of log_bytes, the last record's: to be sent when the session is
-                                    free for the next request */
-    struct request_before after; /* REQUEST_DONE */
-    int32_t result;              /* of the job */
-    uint8_t end_reason;          /* enum request_end */
-    struct generation_usage usage;
+    struct request_before after;   /* REQUEST_DONE */
+    struct generation_usage usage; /* when it does not run */
 };
 
 /* ---- made, by the loop ---- */
 
-/* 0, -errno (-EFBIG, -ENOSPC, -ENOMEM: no room for it) */
+/* Nothing is committed yet. 0, -errno (-ENOSPC, -ENOMEM: there is no memory for it) */
 int request_record_new(struct request_record **ret, const struct request_facts *facts,
                        const struct request_before *before, const struct job_request *request);
-/* Takes fd in every case. 0; -EBADMSG: not sound, or another version's; -errno */
+/* Takes fd in every case. 0; -EBADMSG: not sound, or another version's; -ENOMEM */
 int request_record_open(struct request_record **ret, int fd, struct error *err);
 struct request_record *request_record_free(struct request_record *r);
 void request_record_freep(struct request_record **r);
@@ -73,7 +68,7 @@ int request_record_fd(const struct request_record *r); /* borrowed */
 /* What was asked; *ret is the caller's to free. 0, -EBADMSG, -ENOMEM */
 int request_record_request(const struct request_record *r, struct job_request *ret,
                            struct error *err);
-int request_record_before(const struct request_record *r, struct request_before *ret);
+const struct request_before *request_record_before(const struct request_record *r);
 
 /* ---- as it goes on; one thread at a time ---- */
 
@@ -82,8 +77,10 @@ void request_record_add_sampled(struct request_record *r, uint32_t k, uint32_t i
 /* Bytes of the stream at offset; count when committed. 0, -errno (-ENOSPC, -ENOMEM, -EFBIG) */
 int request_record_append(struct request_record *r, uint64_t offset, const void *data, size_t n);
 void request_record_commit(struct request_record *r, const struct request_commit *c);
-int request_record_last_commit(const struct request_record *r, struct request_commit *ret,
-                               const uint32_t **ret_sampled); /* 0, -EBADMSG */
+/* Of one that was opened: *ret_sampled [n_sampled] stays the record's. All zeros before the first.
+ */
+void request_record_last_commit(const struct request_record *r, struct request_commit *ret,
+                                const uint32_t **ret_sampled);
 
 /* Single words, each thread as it likes. */
 void request_record_set_stopped(struct request_record *r, int why); /* enum job_stop */
@@ -102,6 +99,7 @@ uint32_t request_record_count_recovery(struct request_record *r, uint64_t progre
 
 /* ---- the stream's bytes, loop ---- */
 
+/* Of the log, that the client has been given. */
 uint64_t request_record_sent(const struct request_record *r);
 /*
  * Sends what lies between what is sent and `end` as far as the socket takes it. 0: all of it,
@@ -110,10 +108,3 @@ uint64_t request_record_sent(const struct request_record *r);
 int request_record_send(struct request_record *r, int socket, uint64_t end);
 /* Copies from the log, for those that do not send. 0, -errno */
 int request_record_read(const struct request_record *r, uint64_t offset, void *data, size_t n);
-
-/* ---- what was asked, as bytes (and for the fuzzer) ---- */
-
-struct buffer;
-int job_request_encode(struct buffer *out, const struct job_request *q); /* 0, -ENOMEM */
-/* 0, -EBADMSG: trailing bytes too; -ENOMEM. On failure *ret is empty. */
-int job_request_decode(struct job_request *ret, const void *data, size_t n, struct error *err);
