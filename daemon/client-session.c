@@ -21,7 +21,11 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "base/clock.h"
+#include "daemon/fd-store.h"
 #include "daemon/log.h"
+#include "daemon/request-record.h"
+#include "daemon/saved-session.h"
+#include "daemon/session-record.h"
 #include "daemon/stream.h"
 #include "daemon/users.h"
 #include "engine/model-file.h"
@@ -45,7 +49,10 @@ struct session_set {
     sd_event *event;              /* borrowed */
     struct engine_thread *engine; /* borrowed; NULL: there is none, nor what follows */
     sd_event_source *news_source;
+    struct fd_store *store; /* borrowed; NULL: nobody keeps anything */
     char *model_name, *model_path;
+    uint8_t model_id[SAVED_MODEL_BYTES];
+    bool has_model_id; /* else nothing of it is kept: nobody could know it again */
     uint32_t context_max;
     session_set_changed changed;
     void *userdata;
@@ -67,8 +74,10 @@ struct session_set {
 /* What a stream's end is told with; also what lists the running requests. */
 struct request {
     struct session_set *set;
-    struct user *user;               /* who pays */
+    struct user *user; /* who pays */
+    uint64_t id;
     uint64_t prompt_bytes;           /* of the job's text */
+    bool is_kept;                    /* in the store */
     struct job *job;                 /* NULL: has come back */
     struct stream *stream;           /* NULL: gone */
     struct request *previous, *next; /* session_set::requests */
@@ -88,7 +97,8 @@ struct client_session {
     struct job *job;       /* the request that runs, or NULL */
     enum timeline_state told_state; /* what was last told */
     uint32_t told_position;
-    struct session_owner *owner;                        /* NULL: lingers */
+    struct session_owner *owner;                        /* NULL: lingers, or is yet to be found */
+    struct owner_name *former;                          /* of another process; or NULL */
     struct client_session *owned_previous, *owned_next; /* session_owner::first */
     struct client_session *previous, *next;             /* session_set::first */
     struct client_session *bucket_next;                 /* session_set::by_id */
@@ -187,6 +197,8 @@ static void request_put(struct request *q)
 {
     if (q->job || q->stream)
         return;
+    if (q->is_kept)
+        fd_store_remove_id(q->set->store, "request", q->id);
     user_unref(q->user);
     if (q->previous)
         q->previous->next = q->next;
@@ -348,6 +360,7 @@ int session_set_set_engine(struct session_set *set, struct engine_thread *t, uin
     set->news_source = sd_event_source_disable_unref(set->news_source);
     session_set_get_statistics(set, &set->past);
     set->engine = NULL;
+    set->has_model_id = false;
     free(TAKE_PTR(set->model_name));
     free(TAKE_PTR(set->model_path));
     if (!t)
@@ -363,6 +376,8 @@ int session_set_set_engine(struct session_set *set, struct engine_thread *t, uin
     r = sd_event_add_io(set->event, &set->news_source, engine_thread_fd(t), EPOLLIN, on_news, set);
     if (r < 0)
         return r;
+    set->has_model_id =
+        saved_session_model(model_get_file(engine_thread_model(t)), set->model_id) >= 0;
     set->engine = t;
     set->context_max = context_max;
     set->model_name = TAKE_PTR(name);
@@ -383,6 +398,11 @@ struct session_set *session_set_free(struct session_set *set)
     free(set->model_path);
     free(set);
     return NULL;
+}
+
+void session_set_keep(struct session_set *set, struct fd_store *store)
+{
+    set->store = store;
 }
 
 uint32_t session_set_n_sessions(const struct session_set *set)
@@ -501,10 +521,58 @@ void session_owner_close_all(struct session_owner *owner)
 
 static void session_done(struct client_session *s)
 {
+    free(s->former);
     user_unref(s->user);
     free(s->path);
     free(s->label);
     free(s);
+}
+
+/* It ends with the owner, whose socket is kept too: while that is open, somebody is there. */
+static void join_owner(struct client_session *s, struct session_owner *owner)
+{
+    s->owner = owner;
+    s->owned_previous = NULL;
+    s->owned_next = owner->first;
+    if (s->owned_next)
+        s->owned_next->owned_previous = s;
+    owner->first = s;
+    if (owner->name.kind == OWNER_CONNECTION && !owner->is_kept) {
+        owner->is_kept = true;
+        fd_store_push_id(s->set->store, "connection", owner->name.connection, &owner->fd, 1);
+    }
+}
+
+static void leave_owner(struct client_session *s)
+{
+    struct session_owner *owner = s->owner;
+
+    if (!owner)
+        return;
+    *(s->owned_previous ? &s->owned_previous->owned_next : &owner->first) = s->owned_next;
+    if (s->owned_next)
+        s->owned_next->owned_previous = s->owned_previous;
+    s->owner = NULL;
+    if (owner->first || !owner->is_kept)
+        return;
+    owner->is_kept = false;
+    fd_store_remove_id(s->set->store, "connection", owner->name.connection);
+}
+
+static const struct owner_name nobody = {.kind = OWNER_NONE};
+
+void client_session_set_owner(struct client_session *s, struct session_owner *owner)
+{
+    free(TAKE_PTR(s->former));
+    leave_owner(s);
+    if (owner)
+        join_owner(s, owner);
+    session_record_set_owner(timeline_record(s->timeline), owner ? &owner->name : &nobody);
+}
+
+const struct owner_name *client_session_former_owner(const struct client_session *s)
+{
+    return s->former;
 }
 
 static void enter(struct client_session *s, struct session_owner *owner)
@@ -516,13 +584,8 @@ static void enter(struct client_session *s, struct session_owner *owner)
     set->last = s;
     s->bucket_next = set->by_id[s->id % BUCKETS];
     set->by_id[s->id % BUCKETS] = s;
-    if (owner) {
-        s->owner = owner;
-        s->owned_next = owner->first;
-        if (s->owned_next)
-            s->owned_next->owned_previous = s;
-        owner->first = s;
-    }
+    if (owner)
+        join_owner(s, owner);
     set->n_sessions++;
     s->user->n_sessions++;
 }
@@ -537,11 +600,8 @@ static void leave(struct client_session *s)
     *at = s->bucket_next;
     *(s->previous ? &s->previous->next : &set->first) = s->next;
     *(s->next ? &s->next->previous : &set->last) = s->previous;
-    if (s->owner) {
-        *(s->owned_previous ? &s->owned_previous->owned_next : &s->owner->first) = s->owned_next;
-        if (s->owned_next)
-            s->owned_next->owned_previous = s->owned_previous;
-    }
+    fd_store_remove_id(set->store, "session", s->id);
+    leave_owner(s);
     set->n_sessions--;
     s->user->n_sessions--;
 }
@@ -627,6 +687,17 @@ static int check_may_have_one_more(const struct session_set *set, const struct u
     return check_kv(set, user, NULL, err);
 }
 
+/* In the service manager's hands before anybody is told of it. */
+static void keep_session(struct client_session *s)
+{
+    struct session_record *record = timeline_record(s->timeline);
+    int fd = session_record_fd(record);
+
+    if (s->set->has_model_id)
+        fd_store_push_id(s->set->store, "session", s->id, &fd, 1);
+    session_record_close_fd(record);
+}
+
 /* timeline: taken over in every case. */
 static int new_session(struct client_session **ret, struct session_set *set, struct user *user,
                        struct session_owner *owner, const struct client_session_options *options,
@@ -665,12 +736,36 @@ static int new_session(struct client_session **ret, struct session_set *set, str
     return 0;
 }
 
+/* Where it lives, in memory that can outlive this process. */
+static int new_record(struct session_record **ret, struct session_set *set, const struct user *user,
+                      const struct session_owner *owner,
+                      const struct client_session_options *options, uint64_t id, struct error *err)
+{
+    const struct model_config *c = model_config(engine_thread_model(set->engine));
+    struct session_facts facts = {.id = id,
+                                  .uid = user->uid,
+                                  .context = options->context,
+                                  .class = options->class,
+                                  .linger = options->linger,
+                                  .created_usec = clock_usec(CLOCK_REALTIME)};
+    int r;
+
+    memcpy(facts.model, set->model_id, sizeof(facts.model));
+    if (options->label)
+        strncpy(facts.label, options->label, sizeof(facts.label) - 1);
+    r = session_record_new(ret, &facts, owner && !options->linger ? &owner->name : &nobody,
+                           session_memory_bytes_of(c, options->context));
+    return r < 0 ? error_set(err, -r, "no memory for a session: %s", strerror(-r)) : 0;
+}
+
 int client_session_new(struct client_session **ret, struct session_set *set, struct user *user,
                        struct session_owner *owner, const struct client_session_options *options,
                        struct error *err)
 {
+    CLEANUP(session_record_freep) struct session_record *record = NULL;
     struct client_session_options o = *options;
     struct timeline *timeline = NULL;
+    uint64_t id = set->last_session_id + 1;
     uint32_t most;
     int r;
 
@@ -683,17 +778,29 @@ int client_session_new(struct client_session **ret, struct session_set *set, str
                          o.context, most);
     if (o.context == 0)
         o.context = set->context_max > 0 ? set->context_max : most;
+    r = new_record(&record, set, user, owner, &o, id, err);
+    if (r < 0)
+        return r;
+    session_record_commit(record, &(struct session_state){.position = CHAT_START});
     if (timeline_new(&timeline, &(struct timeline_options){.n_ctx = o.context,
                                                            .account = user->uid,
-                                                           .flow = set->last_session_id + 1,
-                                                           .class = o.class}) < 0)
+                                                           .flow = id,
+                                                           .class = o.class,
+                                                           .record = record}) < 0)
         return error_set(err, ENOMEM, "out of memory");
-    return new_session(ret, set, user, owner, &o, timeline, ++set->last_session_id, err);
+    record = NULL; /* the timeline's */
+    set->last_session_id = id;
+    r = new_session(ret, set, user, owner, &o, timeline, id, err);
+    if (r >= 0)
+        keep_session(*ret);
+    return r;
 }
 
-int client_session_fork(struct client_session *s, const struct client_session_options *options,
-                        job_finished finished, void *userdata, struct error *err)
+int client_session_fork(struct client_session *s, const struct session_owner *owner,
+                        const struct client_session_options *options, job_finished finished,
+                        void *userdata, struct error *err)
 {
+    struct client_session_options o = *options;
     struct job_request request = {
         .kind = JOB_FORK,
         .fork = {.account = s->user->uid,
@@ -702,11 +809,15 @@ int client_session_fork(struct client_session *s, const struct client_session_op
     };
     int r;
 
+    o.context = s->context_max;
     r = check_may_have_one_more(s->set, s->user, err);
+    if (r >= 0)
+        r = new_record(&request.fork.record, s->set, s->user, owner, &o, request.fork.flow, err);
     if (r >= 0)
         r = client_session_ask(s, &request, finished, userdata, err);
     if (r >= 0)
         s->set->last_session_id++;
+    job_request_done(&request);
     return r;
 }
 
@@ -725,7 +836,10 @@ int client_session_new_forked(struct client_session **ret, struct client_session
         return r;
     }
     o.context = s->context_max;
-    return new_session(ret, s->set, s->user, owner, &o, timeline, j->request.fork.flow, err);
+    r = new_session(ret, s->set, s->user, owner, &o, timeline, j->request.fork.flow, err);
+    if (r >= 0)
+        keep_session(*ret);
+    return r;
 }
 
 struct client_session *client_session_free(struct client_session *s)
@@ -868,15 +982,23 @@ static int check_prompt_bytes(const struct user *user, const struct job_request 
                      n, left, (unsigned)user->uid);
 }
 
-static void list_request(struct session_set *set, struct request *q, struct user *user,
-                         struct job *j)
+static void enter_request(struct session_set *set, struct request *q, struct user *user,
+                          uint64_t id)
 {
+    q->set = set;
+    q->id = id;
     q->user = user_ref(user);
-    q->job = j;
     q->next = set->requests;
     if (q->next)
         q->next->previous = q;
     set->requests = q;
+}
+
+static void list_request(struct session_set *set, struct request *q, struct user *user,
+                         struct job *j)
+{
+    enter_request(set, q, user, j->id);
+    q->job = j;
     q->prompt_bytes = prompt_bytes(&j->request);
     user->prompt_bytes += q->prompt_bytes;
     set->n_jobs++;
@@ -905,6 +1027,17 @@ static int new_job(struct session_set *set, const struct user *user, struct time
     return 0;
 }
 
+static void keep_request(struct session_set *set, struct request *q,
+                         const struct request_record *record)
+{
+    int fds[] = {request_record_fd(record), stream_fd(q->stream)};
+
+    q->is_kept = set->has_model_id;
+    if (q->is_kept)
+        fd_store_push_id(set->store, "request", request_record_facts(record)->id, fds,
+                         ARRAY_SIZE(fds));
+}
+
 int client_session_generate(struct client_session *s, struct job_request *request, int *ret_fd,
                             uint64_t *ret_id, struct error *err)
 {
@@ -920,9 +1053,14 @@ int client_session_generate(struct client_session *s, struct job_request *reques
         r = new_job(set, s->user, s->timeline, request, &j, &q, err);
     if (r < 0)
         return r;
+    r = engine_thread_prepare(set->engine, j);
+    if (r < 0)
+        return error_set(err, r == -ENOMEM ? ENOMEM : ENOSPC, "no memory for the request: %s",
+                         strerror(-r));
     r = stream_new(&q->stream, set->event, set->engine, j, on_stream_gone, q, ret_fd);
     if (r < 0)
         return error_set(err, -r, "cannot make a stream: %s", strerror(-r));
+    keep_request(set, q, j->record);
     set->n_streams++;
     s->user->n_streams++;
     list_request(set, TAKE_PTR(q), s->user, j);
@@ -980,6 +1118,116 @@ int session_set_measure(struct session_set *set, struct user *user, struct job_r
     list_request(set, TAKE_PTR(q), user, j);
     set->last_request_id++;
     engine_thread_submit(set->engine, TAKE_PTR(j));
+    return 0;
+}
+
+void session_set_replied(struct session_set *set, uint64_t request_id)
+{
+    struct request *q = set->requests;
+
+    while (q && q->id != request_id)
+        q = q->next;
+    if (q && q->stream)
+        request_record_set_replied(stream_record(q->stream));
+}
+
+/* ---- what another process left ---- */
+
+void session_set_reserve_ids(struct session_set *set, uint64_t session, uint64_t request)
+{
+    set->last_session_id = MAX(set->last_session_id, session);
+    set->last_request_id = MAX(set->last_request_id, request);
+}
+
+const uint8_t *session_set_model_id(const struct session_set *set)
+{
+    return set->has_model_id ? set->model_id : NULL;
+}
+
+int session_set_take_back(struct client_session **ret, struct session_set *set, struct user *user,
+                          struct timeline *timeline)
+{
+    struct session_record *record = timeline_record(timeline);
+    const struct session_facts *facts = session_record_facts(record);
+    struct client_session_options options = {.context = facts->context,
+                                             .class = facts->class,
+                                             .label = facts->label,
+                                             .linger = facts->linger};
+    CLEANUP(freep) struct owner_name *former = malloc(sizeof(*former));
+    int r;
+
+    r = former ? session_record_owner(record, former) : -ENOMEM;
+    if (r < 0) {
+        engine_thread_close(set->engine, timeline);
+        return r;
+    }
+    r = new_session(ret, set, user, NULL, &options, timeline, facts->id, NULL);
+    if (r < 0)
+        return r;
+    session_record_close_fd(record);
+    (*ret)->created_usec = facts->created_usec;
+    if (former->kind != OWNER_NONE)
+        (*ret)->former = TAKE_PTR(former);
+    return 0;
+}
+
+/* The job takes the record. */
+static int new_job_of(struct job **ret, struct client_session *s, struct request_record **record,
+                      enum job_stop stop, struct error *err)
+{
+    CLEANUP(job_request_done) struct job_request request = {0};
+    struct job *j;
+    int r;
+
+    r = request_record_request(*record, &request, err);
+    if (r < 0)
+        return r;
+    r = job_new(&j, request_record_facts(*record)->id, s->timeline, &request);
+    if (r < 0)
+        return error_set(err, -r, "out of memory");
+    j->sendable = request_record_log_bytes(*record);
+    j->sent = request_record_sent(*record);
+    j->record = TAKE_PTR(*record);
+    j->resumes = true;
+    atomic_store(&j->stop, (int)stop);
+    *ret = j;
+    return 0;
+}
+
+int session_set_take_back_request(struct session_set *set, struct user *user,
+                                  struct client_session *s, struct request_record *record, int fd,
+                                  enum job_stop stop, struct error *err)
+{
+    CLEANUP(request_record_freep) struct request_record *owned = record;
+    CLEANUP(freep) struct request *q = calloc(1, sizeof(*q));
+    uint64_t id = request_record_facts(record)->id;
+    CLEANUP(job_freep) struct job *j = NULL;
+    CLEANUP(closep) int socket = fd;
+    int r = 0;
+
+    if (!q)
+        return error_set(err, ENOMEM, "out of memory");
+    if (s) {
+        r = new_job_of(&j, s, &owned, stop, err);
+        if (r < 0)
+            return r;
+    }
+    r = stream_take_back(&q->stream, set->event, set->engine, j, record, TAKE_FD(socket),
+                         on_stream_gone, q);
+    if (r < 0)
+        return error_set(err, -r, "its stream: %s", strerror(-r));
+    owned = NULL; /* the job's, or the stream's */
+    q->is_kept = true;
+    set->n_streams++;
+    user->n_streams++;
+    if (j) {
+        list_request(set, TAKE_PTR(q), user, j);
+        s->job = j;
+        j->session = s;
+        engine_thread_submit(set->engine, TAKE_PTR(j));
+    } else {
+        enter_request(set, TAKE_PTR(q), user, id);
+    }
     return 0;
 }
 

@@ -20,6 +20,7 @@
 #include "engine/scheduler.h"
 
 struct client_session;
+struct fd_store;
 struct session_set;
 struct user;
 struct users;
@@ -53,6 +54,9 @@ int session_set_set_engine(struct session_set *set, struct engine_thread *t, uin
 
 /* Memory is so short that there shall be no new sessions: -ENOSR for all of them. */
 void session_set_set_low_memory(struct session_set *set, bool low);
+
+/* Where sessions and requests are kept for the next process; borrowed, NULL: nowhere. */
+void session_set_keep(struct session_set *set, struct fd_store *store);
 
 /* Lingering sessions are closed so long after their last request; 0: never. */
 void session_set_linger_usec(struct session_set *set, uint64_t usec);
@@ -153,14 +157,41 @@ int session_set_measure(struct session_set *set, struct user *user, struct job_r
                         job_finished finished, void *userdata, struct error *err);
 
 /*
- * Session.Fork: asks, and when that is finished makes the session of the job's timeline. options:
- * the context is the parent's. 0, as client_session_ask() and client_session_new()
+ * Session.Fork: asks, and when that is finished makes the session of the job's timeline; with the
+ * same owner and options both times. The context is the parent's. 0, as client_session_ask() and
+ * client_session_new()
  */
-int client_session_fork(struct client_session *s, const struct client_session_options *options,
-                        job_finished finished, void *userdata, struct error *err);
+int client_session_fork(struct client_session *s, const struct session_owner *owner,
+                        const struct client_session_options *options, job_finished finished,
+                        void *userdata, struct error *err);
 int client_session_new_forked(struct client_session **ret, struct client_session *s,
                               struct session_owner *owner,
                               const struct client_session_options *options, struct job *j,
                               struct error *err);
+
+/*
+ * The caller of client_session_generate() has its answer, and with it its end of the stream. Until
+ * then the next process takes back all that the request did, should nobody hold that end: the
+ * caller will ask again.
+ */
+void session_set_replied(struct session_set *set, uint64_t request_id);
+
+/* ---- what another process left (recovery.c) ---- */
+
+/* Numbers given out from now on are higher. */
+void session_set_reserve_ids(struct session_set *set, uint64_t session, uint64_t request);
+const uint8_t *session_set_model_id(const struct session_set *set); /* NULL: it has none */
+
+/* Its timeline is the engine thread's. On failure it is closed. 0, -EBADMSG, -ENOMEM */
+int session_set_take_back(struct client_session **ret, struct session_set *set, struct user *user,
+                          struct timeline *timeline);
+
+/*
+ * A request with a stream, whose daemon's end is fd. s: it goes on there, but for a reason to stop;
+ * NULL: it is over, and the rest is sent. Takes record and fd in every case. 0, -errno
+ */
+int session_set_take_back_request(struct session_set *set, struct user *user,
+                                  struct client_session *s, struct request_record *record, int fd,
+                                  enum job_stop stop, struct error *err);
 
 void client_session_cancel(struct client_session *s); /* of requests with a stream */

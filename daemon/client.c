@@ -7,6 +7,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/clock.h"
@@ -22,6 +24,8 @@ struct clients {
     uint32_t n;
     struct served *served;
     uint64_t start_usec; /* CLOCK_MONOTONIC */
+    /* Their numbers in the fd store, beside those of the process before, begin anywhere. */
+    uint32_t connections[2]; /* where, how many */
 };
 
 /* ---- all of them ---- */
@@ -101,6 +105,14 @@ static int new_client(struct client **ret, struct clients *clients, sd_bus *bus,
     return 0;
 }
 
+static uint64_t next_connection(struct clients *c)
+{
+    while (c->connections[0] == 0)
+        if (getrandom(&c->connections[0], sizeof(c->connections[0]), 0) < 0)
+            c->connections[0] = (uint32_t)getpid();
+    return (uint64_t)c->connections[0] << 32 | ++c->connections[1];
+}
+
 int client_new(struct client **ret, struct clients *clients, sd_bus *bus,
                struct connection *connection, struct client_identity *who)
 {
@@ -115,6 +127,9 @@ int client_new(struct client **ret, struct clients *clients, sd_bus *bus,
         return -EDQUOT;
     }
     c->connection = connection;
+    c->sessions.name =
+        (struct owner_name){.kind = OWNER_CONNECTION, .connection = next_connection(clients)};
+    c->sessions.fd = sd_bus_get_fd(bus);
     c->user->n_connections++;
     c->who = *who;
     *who = (struct client_identity){.pidfd = -EBADF};
@@ -186,6 +201,8 @@ static int make_named(struct client **ret, struct clients *clients, sd_bus_messa
         c->who.pid = 0;
     c->name = strdup(name);
     c->who.bus_name = c->name;
+    c->sessions.name.kind = OWNER_NAME;
+    strncpy(c->sessions.name.name, name, sizeof(c->sessions.name.name) - 1);
     r = c->name ? sd_bus_track_new(c->bus, &c->track, on_gone, c) : -ENOMEM;
     if (r >= 0)
         r = sd_bus_track_add_name(c->track, name);

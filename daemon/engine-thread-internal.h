@@ -12,6 +12,8 @@
 #include <stdatomic.h>
 
 #include "daemon/engine-thread.h"
+#include "daemon/session-record.h"
+#include "engine/engine.h"
 #include "engine/scheduler.h"
 #include "ipc/record.h"
 
@@ -24,11 +26,13 @@ struct timeline {
     /* guarded by engine_thread::mutex */
     struct timeline_info info;
     enum chat_position position; /* between two jobs */
-    /* The last token of an answer that was cut: sampled and given out, but not evaluated. It is part
-     * of the conversation, not of the session: the next prompt begins with it. */
+    /* The last token of an answer that was cut: sampled and given out, but not evaluated. It is
+     * part of the conversation, not of the session: the next prompt begins with it. */
     bool has_tail;
     uint32_t tail;
-    struct job *jobs; /* submitted and not let go, by job::timeline_next */
+    uint32_t n_settled;    /* the session's tokens then */
+    uint64_t last_request; /* that came to its end here */
+    struct job *jobs;      /* submitted and not let go, by job::timeline_next */
     bool is_listed, is_closed;
     bool is_released;                 /* its KV is to be given up: engine_thread_release() */
     struct timeline *previous, *next; /* engine_thread::timelines */
@@ -74,7 +78,9 @@ struct engine_thread {
     struct job *submitted, **submitted_end;
     struct job *news, **news_end;
     struct timeline *timelines;
-    bool has_closed; /* some of them are */
+    bool has_closed;            /* some of them are */
+    struct adoption *adoptions; /* [n_adoptions], to be done before anything else; NULL: none */
+    size_t n_adoptions;
     struct weight_change *weights, **weights_end;
     unsigned relief;   /* the level of the last event; 0: none to be looked at */
     bool has_released; /* some timelines are */
@@ -103,6 +109,9 @@ struct engine_thread {
     } spill;
 };
 
+/* With the mutex held: what its record has of it between two requests. */
+void timeline_commit(struct timeline *tl);
+
 /* With the mutex held: the timeline is one of those that are known here. */
 void engine_thread_list(struct engine_thread *t, struct timeline *tl);
 
@@ -111,7 +120,15 @@ void engine_thread_list(struct engine_thread *t, struct timeline *tl);
 /* With the mutex held: the loop is to look at the job. */
 void job_announce(struct engine_thread *t, struct job *j);
 
-void job_emit(struct engine_thread *t, struct job *j, const struct record *record);
+/* For the client. Counts, should this process be killed, when committed. */
+void job_append(struct job *j, const struct record *record);
+/* All that was appended, and all tokens sampled: this is how far the request is, and may be sent.
+ */
+void job_commit(struct engine_thread *t, struct job *j);
+void job_emit(struct engine_thread *t, struct job *j, const struct record *record); /* both */
+
+/* The last record, and how the request ended: commit.phase and what belongs to it are set. */
+void job_emit_last(struct engine_thread *t, struct job *j, const struct record *record);
 
 /*
  * What the timeline's next job finds. The job must not be touched afterwards; its timeline neither,
@@ -159,6 +176,22 @@ bool work_find_memory_quietly(struct engine_thread *t, struct job *j);
 void work_restored(struct engine_thread *t, struct job *j);
 
 int work_make_session(struct engine_thread *t, struct timeline *tl); /* 0, -ENOMEM */
+
+/* Came to its end while it was in this process, or before: job_let_go(). */
+void work_finish_well(struct engine_thread *t, struct job *j, const char *reason, bool has_tail);
+
+/* ---- job-recover.c: engine thread ---- */
+
+void recover_adopt(struct engine_thread *t);
+
+/*
+ * The session is there and may have tokens of the request: makes j->work what it was. The same
+ * failures as generation_new(), -ESTALE: the conversation is no longer what it was
+ */
+int recover_generation(struct job *j, struct error *err);
+int recover_append(struct job *j, struct error *err);
+/* The request will not go on: the session is as it was before. */
+void recover_nothing(struct job *j);
 
 /* ---- job-simple.c: engine thread ---- */
 

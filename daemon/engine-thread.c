@@ -127,8 +127,7 @@ static void free_closed(struct engine_thread *t)
     for (; gone; gone = next) {
         next = gone->next;
         spill_forget(t, gone);
-        session_free(gone->session);
-        free(gone);
+        timeline_free(gone);
     }
 }
 
@@ -165,7 +164,7 @@ static void sleep_until_changed(struct engine_thread *t)
 static bool take_in(struct engine_thread *t, bool idle)
 {
     struct job *jobs;
-    bool quit, has_closed;
+    bool quit, has_closed, adopts;
 
     pthread_mutex_lock(&t->mutex);
     if (idle)
@@ -177,8 +176,11 @@ static bool take_in(struct engine_thread *t, bool idle)
     t->submitted_end = &t->submitted;
     quit = t->quit;
     set_weights(t);
+    adopts = t->adoptions;
     pthread_mutex_unlock(&t->mutex);
 
+    if (adopts)
+        recover_adopt(t);
     while (jobs) {
         struct job *j = jobs;
 
@@ -497,7 +499,8 @@ static void stop_job(struct engine_thread *t, struct job *j, enum job_stop why)
 {
     int none = JOB_GOES_ON;
 
-    atomic_compare_exchange_strong(&j->stop, &none, (int)why);
+    if (atomic_compare_exchange_strong(&j->stop, &none, (int)why) && j->record)
+        request_record_set_stopped(j->record, (int)why);
     if (prompt_thread_withdraw(t->prompts, j))
         hand_to_engine(t, j);
     wake(t);
@@ -513,6 +516,46 @@ void engine_thread_close(struct engine_thread *t, struct timeline *tl)
         stop_job(t, j, JOB_CLOSED);
     wake(t);
     pthread_mutex_unlock(&t->mutex);
+}
+
+int engine_thread_prepare(struct engine_thread *t, struct job *j)
+{
+    struct timeline *tl = j->timeline;
+    struct request_facts facts = {
+        .id = j->id, .session = tl->options.flow, .n_ctx = tl->options.n_ctx};
+    struct request_before before;
+
+    pthread_mutex_lock(&t->mutex);
+    before = (struct request_before){.n_tokens = tl->n_settled,
+                                     .position = tl->position,
+                                     .has_tail = tl->has_tail,
+                                     .tail = tl->tail};
+    pthread_mutex_unlock(&t->mutex);
+    return request_record_new(&j->record, &facts, &before, &j->request);
+}
+
+void engine_thread_adopt(struct engine_thread *t, struct adoption *adoptions, size_t n)
+{
+    static struct adoption none;
+
+    pthread_mutex_lock(&t->mutex);
+    t->adoptions = n > 0 ? adoptions : &none;
+    t->n_adoptions = n;
+    wake(t);
+    while (t->adoptions)
+        pthread_cond_wait(&t->changed, &t->mutex);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+/* Set before the thread was known to run, and never again. */
+int engine_thread_kv_fd(const struct engine_thread *t)
+{
+    return engine_kv_fd(t->engine);
+}
+
+bool engine_thread_kv_adopted(const struct engine_thread *t)
+{
+    return engine_kv_adopted(t->engine);
 }
 
 void engine_thread_submit(struct engine_thread *t, struct job *j)
@@ -538,6 +581,8 @@ void engine_thread_submit(struct engine_thread *t, struct job *j)
             job_announce(t, j);
         }
     }
+    if (atomic_load(&j->stop) != JOB_GOES_ON)
+        has_prompt = false; /* nobody will want it */
     if (!has_prompt)
         hand_to_engine(t, j);
     pthread_mutex_unlock(&t->mutex);
@@ -571,8 +616,8 @@ struct job *engine_thread_news(struct engine_thread *t, bool *ret_finished)
         j->news_next = NULL;
         j->has_news = false;
         *ret_finished = j->finished;
-        if (j->finished) /* without memory the stream is cut, as it is anywhere else */
-            buffer_append(&j->out, j->last.data, j->last.n);
+        if (j->finished)
+            j->sendable = j->work.log_bytes;
     } else {
         (void)!read(t->news_fd, &count, sizeof(count)); /* under the mutex: none slips between */
     }
@@ -580,24 +625,17 @@ struct job *engine_thread_news(struct engine_thread *t, bool *ret_finished)
     return j;
 }
 
-int engine_thread_output(struct engine_thread *t, struct job *j, struct buffer *out)
+uint64_t engine_thread_output(struct engine_thread *t, struct job *j, uint64_t sent)
 {
+    uint64_t end;
     bool paused;
-    int r = 0;
 
     pthread_mutex_lock(&t->mutex);
     paused = job_is_paused(j);
-    if (out->n == 0) {
-        struct buffer empty = *out;
-
-        *out = j->out; /* the usual case: nothing is copied */
-        j->out = empty;
-    } else {
-        r = buffer_append(out, j->out.data, j->out.n);
-    }
-    j->out.n = 0;
+    j->sent = sent;
+    end = j->sendable;
     if (paused && !j->finished)
         wake(t);
     pthread_mutex_unlock(&t->mutex);
-    return r;
+    return end;
 }

@@ -106,6 +106,32 @@ void engine_thread_close(struct engine_thread *t, struct timeline *tl);
  */
 void engine_thread_set_record_interval(struct engine_thread *t, uint64_t usec);
 
+/*
+ * Makes the record of a job with a stream, which is then submitted. Its timeline must be idle.
+ * 0, -errno: there is no memory for it
+ */
+int engine_thread_prepare(struct engine_thread *t, struct job *j);
+
+/* A session that another process left. */
+struct adoption {
+    struct timeline *timeline;  /* made with its record; the engine thread's on success */
+    struct session_state state; /* what it is to be: as it was, or as a request left it */
+    bool continues;             /* a request will be resumed: the session keeps its tokens */
+    uint32_t n_tokens;          /* told: those it has */
+    int result;                 /* told: 0; -EBADMSG: it is not sound: timeline_free(); -errno */
+    struct error error;
+};
+
+/*
+ * Takes sessions back, and waits for it: a moment. Once, before anything is submitted, also with
+ * none; a pool of another process has no free pages before.
+ */
+void engine_thread_adopt(struct engine_thread *t, struct adoption *adoptions, size_t n);
+
+/* The pool's memory, borrowed; whether it is the one of the options, with what was in it. */
+int engine_thread_kv_fd(const struct engine_thread *t);
+bool engine_thread_kv_adopted(const struct engine_thread *t);
+
 /* The job is the engine thread's until engine_thread_news() says that it is finished. */
 void engine_thread_submit(struct engine_thread *t, struct job *j);
 
@@ -124,7 +150,7 @@ int engine_thread_fd(const struct engine_thread *t);
 struct job *engine_thread_news(struct engine_thread *t, bool *ret_finished);
 
 /*
- * Moves what the job has produced to the end of out, and lets the engine thread go on with a job
- * that had paused because too much of it waited. 0, -ENOMEM: what should have been moved is lost
+ * Up to where the log of the job's record may be sent, of which `sent` is; lets the engine thread
+ * go on with a job that had paused because too much of it waited.
  */
-int engine_thread_output(struct engine_thread *t, struct job *j, struct buffer *out);
+uint64_t engine_thread_output(struct engine_thread *t, struct job *j, uint64_t sent);

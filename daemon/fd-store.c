@@ -5,9 +5,13 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
@@ -15,9 +19,15 @@
 #include "daemon/log.h"
 
 #define NAME_BYTES 64u
+#define FDS_MAX 4u       /* at once */
+#define TELL_USEC 500000 /* to wait for the manager, when it is slow to take a message */
 
 struct fd_store {
-    bool has_manager, left;
+    int socket;                 /* to the manager; negative: there is none */
+    struct sockaddr_un manager; /* [manager_bytes] */
+    socklen_t manager_bytes;
+    bool is_slow; /* it did not take the last message */
+    bool left;
     bool told; /* that it cannot be told, in the log */
     char **names;
     int *fds; /* [n]; negative: taken */
@@ -31,6 +41,25 @@ static void free_names(char **names)
     free(names);
 }
 
+static int find_manager(struct fd_store *s)
+{
+    const struct timeval most = {.tv_usec = TELL_USEC};
+    const char *path = getenv("NOTIFY_SOCKET");
+    size_t n = path ? strlen(path) : 0;
+
+    if (n < 2 || (path[0] != '/' && path[0] != '@') || n >= sizeof(s->manager.sun_path))
+        return 0;
+    s->manager.sun_family = AF_UNIX;
+    memcpy(s->manager.sun_path, path, n);
+    if (path[0] == '@')
+        s->manager.sun_path[0] = 0;
+    s->manager_bytes = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n + (path[0] == '/'));
+    s->socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (s->socket < 0 || setsockopt(s->socket, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof(most)) < 0)
+        return -errno;
+    return 0;
+}
+
 int fd_store_take(struct fd_store **ret)
 {
     CLEANUP(fd_store_freep) struct fd_store *s = calloc(1, sizeof(*s));
@@ -38,7 +67,7 @@ int fd_store_take(struct fd_store **ret)
 
     if (!s)
         return -ENOMEM;
-    s->has_manager = getenv("NOTIFY_SOCKET");
+    s->socket = -EBADF;
     n = sd_listen_fds_with_names(/* unset_environment= */ 1, &s->names);
     if (n < 0)
         return n;
@@ -49,6 +78,9 @@ int fd_store_take(struct fd_store **ret)
     }
     for (; s->n < (size_t)n; s->n++)
         s->fds[s->n] = SD_LISTEN_FDS_START + (int)s->n;
+    n = find_manager(s); /* after those: it takes a number */
+    if (n < 0)
+        return n;
     *ret = TAKE_PTR(s);
     return 0;
 }
@@ -61,6 +93,7 @@ struct fd_store *fd_store_free(struct fd_store *s)
         closep(&s->fds[i]);
     free(s->fds);
     free_names(s->names);
+    closep(&s->socket);
     free(s);
     return NULL;
 }
@@ -77,31 +110,71 @@ static const char *name_of(const struct fd_store *s, size_t i)
 
 /* ---- what the manager is told ---- */
 
+/*
+ * As sd_pid_notify_with_fds(), which waits for ever where nobody reads the messages: nobody's
+ * answer depends on that.
+ */
+static int tell(struct fd_store *s, const char *text, const int *fds, size_t n)
+{
+    struct iovec part = {.iov_base = (char *)text, .iov_len = strlen(text)};
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int) * FDS_MAX)] = {0};
+    struct msghdr m = {.msg_name = &s->manager,
+                       .msg_namelen = s->manager_bytes,
+                       .msg_iov = &part,
+                       .msg_iovlen = 1};
+
+    if (n > FDS_MAX)
+        return -E2BIG;
+    if (n > 0) {
+        struct cmsghdr *c;
+
+        m.msg_control = control;
+        m.msg_controllen = CMSG_SPACE(sizeof(int) * n);
+        c = CMSG_FIRSTHDR(&m);
+        c->cmsg_level = SOL_SOCKET;
+        c->cmsg_type = SCM_RIGHTS;
+        c->cmsg_len = CMSG_LEN(sizeof(int) * n);
+        memcpy(CMSG_DATA(c), fds, sizeof(int) * n);
+    }
+    /* Once it did not take one in time, none is waited for until it takes some again. */
+    while (sendmsg(s->socket, &m, MSG_NOSIGNAL | (s->is_slow ? MSG_DONTWAIT : 0)) < 0) {
+        if (errno == EINTR)
+            continue;
+        s->is_slow = errno == EAGAIN;
+        return -errno;
+    }
+    s->is_slow = false;
+    return 0;
+}
+
 int fd_store_push(struct fd_store *s, const char *name, const int *fds, size_t n)
 {
     char text[NAME_BYTES + 32];
     int r;
 
-    if (!s->has_manager || s->left)
+    if (!s || s->socket < 0 || s->left)
         return 0;
     snprintf(text, sizeof(text), "FDSTORE=1\nFDNAME=%s", name);
-    r = sd_pid_notify_with_fds(0, /* unset_environment= */ 0, text, fds, (unsigned)n);
+    r = tell(s, text, fds, n);
     if (r >= 0)
         return 0;
     if (!s->told)
-        log_warning(
-            "the service manager cannot be told what to keep: %s; sessions will not outlive "
-            "this process",
-            strerror(-r));
+        log_warning("the service manager cannot be told what to keep: %s; what is said now may not "
+                    "outlive this process",
+                    strerror(-r));
     s->told = true;
     return r;
 }
 
-/* What it cannot be told is lost with the service at the latest. */
+/* What it cannot be told of is lost with the service at the latest. */
 void fd_store_remove(struct fd_store *s, const char *name)
 {
-    if (s->has_manager && !s->left)
-        (void)sd_notifyf(/* unset_environment= */ 0, "FDSTOREREMOVE=1\nFDNAME=%s", name);
+    char text[NAME_BYTES + 32];
+
+    if (!s || s->socket < 0 || s->left)
+        return;
+    snprintf(text, sizeof(text), "FDSTOREREMOVE=1\nFDNAME=%s", name);
+    (void)tell(s, text, NULL, 0);
 }
 
 int fd_store_push_id(struct fd_store *s, const char *prefix, uint64_t id, const int *fds, size_t n)
@@ -166,13 +239,23 @@ int fd_store_next_id(struct fd_store *s, const char *prefix, uint64_t *ret_id, i
     return 0;
 }
 
+void fd_store_drop(struct fd_store *s, const char *name)
+{
+    int fd;
+
+    while (fd_store_next(s, name, &fd) > 0)
+        close(fd);
+    fd_store_remove(s, name);
+}
+
 void fd_store_drop_rest(struct fd_store *s)
 {
     for (size_t i = 0; i < s->n; i++) {
-        if (s->fds[i] < 0)
+        if (s->fds[i] < 0 || strncmp(name_of(s, i), "connection-", strlen("connection-")) == 0)
             continue;
-        log_warning("inherited descriptor %d (%s) is none of ours; closed", s->fds[i],
-                    name_of(s, i));
+        log_warning("inherited descriptor %d (%s) is none of ours: a listening Unix stream socket "
+                    "named llmd is wanted; closed",
+                    s->fds[i], name_of(s, i));
         close(TAKE_FD(s->fds[i]));
     }
 }

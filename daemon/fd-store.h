@@ -30,7 +30,7 @@ void fd_store_freep(struct fd_store **s);
 /*
  * The manager gets duplicates, under this name; it has them (or will read that it has them, should
  * this process be gone) when this returns. 0; -errno: a manager is there and could not be told,
- * which is in the log
+ * which is in the log. s: NULL: nobody keeps anything
  */
 int fd_store_push(struct fd_store *s, const char *name, const int *fds, size_t n);
 /* It closes all of that name. */
@@ -47,6 +47,9 @@ void fd_store_leave(struct fd_store *s);
 int fd_store_next(struct fd_store *s, const char *name, int *ret_fd);
 /* The same of "PREFIX-ID", with its number. */
 int fd_store_next_id(struct fd_store *s, const char *prefix, uint64_t *ret_id, int *ret_fd);
+
+/* The inherited ones of that name, and the manager's. */
+void fd_store_drop(struct fd_store *s, const char *name);
 
 /* Nobody will take what is left: closes it, and says so in the log. */
 void fd_store_drop_rest(struct fd_store *s);

@@ -33,28 +33,75 @@ void job_announce(struct engine_thread *t, struct job *j)
 
 bool job_is_paused(const struct job *j)
 {
-    return j->out.n >= OUTPUT_PAUSE;
+    return j->sendable - MIN(j->sent, j->sendable) >= OUTPUT_PAUSE;
+}
+
+void job_append(struct job *j, const struct record *record)
+{
+    struct job_work *w = &j->work;
+    const char *data = NULL;
+    size_t n = 0;
+    int r = 0;
+
+    if (w->cut || !j->record)
+        return;
+    if (j->request.format == JOB_RECORDS) {
+        w->line.n = 0;
+        r = record_write(&w->line, record);
+        data = w->line.data;
+        n = w->line.n;
+    } else if (record->type == RECORD_DELTA) {
+        data = record->text;
+        n = record->n_text;
+    }
+    if (r >= 0 && n > 0)
+        r = request_record_append(j->record, w->log_bytes, data, n);
+    if (r < 0)
+        w->cut = true;
+    else
+        w->log_bytes += n;
+}
+
+static void commit(struct engine_thread *t, struct job *j, uint64_t sendable)
+{
+    struct job_work *w = &j->work;
+
+    if (!j->record)
+        return;
+    w->commit.n_sampled = w->n_sampled;
+    w->commit.log_bytes = w->log_bytes;
+    if (w->generation)
+        generation_get_state(w->generation, &w->commit.generation);
+    request_record_commit(j->record, &w->commit);
+    pthread_mutex_lock(&t->mutex);
+    if (j->sendable != sendable) {
+        j->sendable = sendable;
+        job_announce(t, j);
+    }
+    pthread_mutex_unlock(&t->mutex);
+}
+
+void job_commit(struct engine_thread *t, struct job *j)
+{
+    commit(t, j, j->work.log_bytes);
 }
 
 void job_emit(struct engine_thread *t, struct job *j, const struct record *record)
 {
-    /* Whoever has read the end may ask the next at once, and must not find the session busy: it is
-     * kept back until the loop knows. */
-    bool is_last = record->type == RECORD_END || record->type == RECORD_ERROR;
-    int r = 0;
+    job_append(j, record);
+    job_commit(t, j);
+}
 
-    if (j->work.cut || !job_kind_streams(j->request.kind))
-        return;
-    pthread_mutex_lock(&t->mutex);
-    if (j->request.format == JOB_RECORDS)
-        r = record_write(is_last ? &j->last : &j->out, record);
-    else if (record->type == RECORD_DELTA)
-        r = buffer_append(&j->out, record->text, record->n_text);
-    if (!is_last)
-        job_announce(t, j);
-    pthread_mutex_unlock(&t->mutex);
-    if (r < 0)
-        j->work.cut = true;
+/*
+ * Whoever has read the end may ask the next at once, and must not find the session busy: so it is
+ * kept back until the loop knows.
+ */
+void job_emit_last(struct engine_thread *t, struct job *j, const struct record *record)
+{
+    uint64_t before = j->work.log_bytes;
+
+    job_append(j, record);
+    commit(t, j, before);
 }
 
 static void unlink_from_timeline(struct timeline *tl, struct job *j)
@@ -83,6 +130,14 @@ static void count(struct engine_thread *t, const struct job *j)
         s->requests_cancelled++;
 }
 
+/* With the mutex held: between two requests this is the session. */
+static void settle(struct timeline *tl, const struct job *j)
+{
+    tl->n_settled = tl->session ? session_n_tokens(tl->session) : 0;
+    tl->last_request = j->id;
+    timeline_commit(tl);
+}
+
 void job_let_go(struct engine_thread *t, struct job *j)
 {
     struct timeline *tl = j->timeline;
@@ -98,6 +153,8 @@ void job_let_go(struct engine_thread *t, struct job *j)
             tl->info.queue_position = 0;
             tl->info.estimate_usec = 0;
         }
+        if (j->request.kind != JOB_MEASURE)
+            settle(tl, j);
         if (tl->is_closed && !tl->jobs) {
             t->wakes = true; /* the engine thread frees it, whichever thread this is */
             pthread_cond_broadcast(&t->changed);
@@ -121,7 +178,9 @@ static void emit_error(struct engine_thread *t, struct job *j)
         record.requested = j->n_wanted;
         record.available = j->room;
     }
-    job_emit(t, j, &record);
+    j->work.commit.phase = REQUEST_UNDONE;
+    j->work.commit.usage = j->usage;
+    job_emit_last(t, j, &record);
 }
 
 void job_finish_error(struct engine_thread *t, struct job *j, int code, const struct error *err)
@@ -167,6 +226,14 @@ void job_finish_stopped(struct engine_thread *t, struct job *j)
     enum job_stop why = (enum job_stop)atomic_load(&j->stop);
     struct error err;
 
+    if (why == JOB_LOST) {
+        job_finish_error(t, j,
+                         error_set(&err, ESTALE,
+                                   "the daemon ended several times while it was at work on this "
+                                   "request, which is given up; the session is as it was before"),
+                         &err);
+        return;
+    }
     /* That is why the daemon ends, and the engine thread may not have come across it yet. */
     if (why == JOB_SHUTDOWN && !model_file_is_intact(model_get_file(t->model))) {
         lost_error(&err, -ENOTRECOVERABLE);
@@ -180,6 +247,8 @@ void job_finish_stopped(struct engine_thread *t, struct job *j)
     j->result = 0;
     j->was_stopped = true;
     j->end_reason = why == JOB_SHUTDOWN ? "shutdown" : why == JOB_CLOSED ? "closed" : "cancelled";
-    job_emit(t, j, &(struct record){.type = RECORD_END, .reason = j->end_reason});
+    j->work.commit.phase = REQUEST_UNDONE;
+    j->work.commit.usage = j->usage;
+    job_emit_last(t, j, &(struct record){.type = RECORD_END, .reason = j->end_reason});
     job_let_go(t, j);
 }

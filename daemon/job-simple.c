@@ -22,12 +22,16 @@ static int do_fork(struct engine_thread *t, struct job *j, struct error *err)
     r = timeline_new(&f, &options);
     if (r < 0)
         return error_set(err, -r, "out of memory");
+    j->request.fork.record = NULL;
     if (tl->session) {
-        r = session_fork(&f->session, tl->session, NULL);
+        r = session_fork(&f->session, tl->session,
+                         options.record ? session_record_memory(options.record) : NULL);
         if (r < 0) {
-            free(f);
+            timeline_free(f);
             return error_set(err, -r, "out of memory");
         }
+        if (options.record)
+            session_record_set_has_engine(options.record);
     }
     spill_share(t, tl, f);
     f->last_used = ++t->n_uses;
@@ -36,6 +40,8 @@ static int do_fork(struct engine_thread *t, struct job *j, struct error *err)
     f->position = tl->position;
     f->has_tail = tl->has_tail;
     f->tail = tl->tail;
+    f->n_settled = tl->n_settled;
+    timeline_commit(f);
     engine_thread_list(t, f);
     pthread_mutex_unlock(&t->mutex);
     work_publish_timeline(t, f);

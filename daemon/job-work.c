@@ -165,13 +165,13 @@ static void roll_back(struct job *j)
         session_rewind(session_of(j), j->work.start);
 }
 
-static void emit_usage(struct engine_thread *t, struct job *j)
+/* Goes with the end: a process that takes this one's place shall find both or none. */
+static void append_usage(struct job *j)
 {
-    job_emit(t, j,
-             &(struct record){.type = RECORD_USAGE,
-                              .prompt_tokens = j->usage.prompt_tokens,
-                              .completion_tokens = j->usage.completion_tokens,
-                              .cached_tokens = j->usage.cached_tokens});
+    job_append(j, &(struct record){.type = RECORD_USAGE,
+                                   .prompt_tokens = j->usage.prompt_tokens,
+                                   .completion_tokens = j->usage.completion_tokens,
+                                   .cached_tokens = j->usage.cached_tokens});
 }
 
 static void finish_error(struct engine_thread *t, struct job *j, int code, const struct error *err)
@@ -188,18 +188,24 @@ static void finish_stopped(struct engine_thread *t, struct job *j)
     roll_back(j);
     leave(t, j);
     if (begun)
-        emit_usage(t, j);
+        append_usage(j);
     job_finish_stopped(t, j);
 }
 
-static void finish_well(struct engine_thread *t, struct job *j, const char *reason, bool has_tail)
+void work_finish_well(struct engine_thread *t, struct job *j, const char *reason, bool has_tail)
 {
     struct timeline *tl = j->timeline;
 
     leave(t, j);
     j->end_reason = reason;
-    emit_usage(t, j);
-    job_emit(t, j, &(struct record){.type = RECORD_END, .reason = reason});
+    append_usage(j);
+    j->work.commit.phase = REQUEST_DONE;
+    j->work.commit.usage = j->usage;
+    j->work.commit.after = (struct request_before){.n_tokens = session_n_tokens(tl->session),
+                                                   .position = j->position,
+                                                   .has_tail = has_tail,
+                                                   .tail = has_tail ? j->work.last_id : 0};
+    job_emit_last(t, j, &(struct record){.type = RECORD_END, .reason = reason});
     pthread_mutex_lock(&t->mutex);
     tl->position = j->position;
     tl->has_tail = has_tail;
@@ -213,7 +219,16 @@ static void finish_well(struct engine_thread *t, struct job *j, const char *reas
 
 int work_make_session(struct engine_thread *t, struct timeline *tl)
 {
-    return tl->session ? 0 : session_new(&tl->session, t->engine, tl->options.n_ctx, NULL);
+    struct session_record *record = tl->options.record;
+    int r;
+
+    if (tl->session)
+        return 0;
+    r = session_new(&tl->session, t->engine, tl->options.n_ctx,
+                    record ? session_record_memory(record) : NULL);
+    if (r == 0 && record)
+        session_record_set_has_engine(record);
+    return r;
 }
 
 static int begin(struct engine_thread *t, struct job *j, struct error *err)
@@ -228,17 +243,18 @@ static int begin(struct engine_thread *t, struct job *j, struct error *err)
     r = work_make_session(t, tl);
     if (r < 0)
         return error_set(err, -r, "out of memory");
-    used = session_n_tokens(tl->session);
+    used = j->resumes ? request_record_before(j->record)->n_tokens : session_n_tokens(tl->session);
     if (j->ids.n > tl->options.n_ctx - used)
         return error_set(
             err, EMSGSIZE, "the prompt has %zu tokens and the session has room for %u of %u",
             j->ids.n - j->has_tail, tl->options.n_ctx - work_n_tokens(tl), tl->options.n_ctx);
-    if (j->request.kind == JOB_GENERATE) {
+    if (j->resumes)
+        r = j->request.kind == JOB_GENERATE ? recover_generation(j, err) : recover_append(j, err);
+    else if (j->request.kind == JOB_GENERATE)
         r = generation_new(&w->generation, tl->session, j->ids.data, j->ids.n, &j->request.options,
                            err);
-        if (r < 0)
-            return r;
-    }
+    if (r < 0)
+        return r;
     session_set_mark(tl->session, used);
     w->start = used;
     w->begun = true;
@@ -256,7 +272,17 @@ static int begin(struct engine_thread *t, struct job *j, struct error *err)
         return error_set(err, -r, "out of memory");
     w->in_scheduler = true;
     t->queue_changed = true;
+    job_commit(t, j); /* the generator's state before the first token */
     return 0;
+}
+
+static void finish_generation(struct engine_thread *t, struct job *j, enum finish_reason reason)
+{
+    /*
+     * At the end the session has everything but the last token. Where that one belongs to the
+     * answer, it goes before the next prompt; the end of the turn is the chat template's business.
+     */
+    work_finish_well(t, j, finish_reason_name(reason), reason == FINISH_LENGTH);
 }
 
 void work_begin(struct engine_thread *t, struct job *j)
@@ -265,16 +291,23 @@ void work_begin(struct engine_thread *t, struct job *j)
     int r;
 
     if (atomic_load(&j->stop) != JOB_GOES_ON) {
+        recover_nothing(j);
         finish_stopped(t, j);
         return;
     }
     if (j->result < 0) { /* the prompt's thread found it wrong */
+        recover_nothing(j);
         job_finish_error(t, j, j->result, &j->error);
         return;
     }
     r = begin(t, j, &err);
-    if (r < 0)
+    if (r < 0) {
+        recover_nothing(j);
         finish_error(t, j, r, &err);
+        return;
+    }
+    if (j->work.generation && generation_finish(j->work.generation) != FINISH_NONE)
+        finish_generation(t, j, generation_finish(j->work.generation)); /* the last thing it did */
 }
 
 /* ---- memory ---- */
@@ -479,7 +512,7 @@ static void emit_delta(struct engine_thread *t, struct job *j, const struct gene
     } else if (delta->n == 0) {
         return;
     }
-    job_emit(t, j, &record);
+    job_append(j, &record);
 }
 
 /* The last token of the prompt, or the last one sampled, has been evaluated. */
@@ -496,16 +529,16 @@ static void accept_token(struct engine_thread *t, struct job *j, const float *lo
         return;
     }
     j->work.last_id = delta.sample.id;
+    request_record_add_sampled(j->record, j->work.n_sampled, delta.sample.id);
     j->work.n_sampled++;
     emit_delta(t, j, &delta);
-    /*
-     * At the end the session has everything but the last token. Where that one belongs to the
-     * answer, it goes before the next prompt; the end of the turn is the chat template's business.
-     */
-    if (j->work.cut)
+    if (j->work.cut) {
         finish_error(t, j, -ENOMEM, &err);
-    else if (delta.finish != FINISH_NONE)
-        finish_well(t, j, finish_reason_name(delta.finish), delta.finish == FINISH_LENGTH);
+        return;
+    }
+    job_commit(t, j);
+    if (delta.finish != FINISH_NONE)
+        finish_generation(t, j, delta.finish);
 }
 
 /* What became of one request's share of a step. */
@@ -531,7 +564,7 @@ static void after_step(struct engine_thread *t, struct job *j, const struct step
     if (item->wanted != LOGITS_NONE)
         accept_token(t, j, item->ret_logits);
     else if (!j->work.generation && j->work.n_done == j->ids.n)
-        finish_well(t, j, "appended", false);
+        work_finish_well(t, j, "appended", false);
 }
 
 static void fail_all(struct engine_thread *t, int code)
@@ -583,6 +616,12 @@ static void make_item(const struct scheduler_pick *pick, struct step_item *item)
     item->wanted = j->work.generation && pick->n_rows == n ? LOGITS_LAST : LOGITS_NONE;
 }
 
+static void set_working(struct engine_thread *t, size_t n, bool working)
+{
+    for (size_t i = 0; i < n; i++)
+        request_record_set_working(job_of(t->picks[i].task)->record, working);
+}
+
 bool work_step(struct engine_thread *t)
 {
     uint32_t max_rows = engine_max_rows(t->engine);
@@ -597,8 +636,10 @@ bool work_step(struct engine_thread *t)
         return false;
     for (size_t i = 0; i < n; i++)
         make_item(&t->picks[i], &t->items[i]);
+    set_working(t, n, true);
     start = now_usec();
     r = engine_step(t->engine, t->items, n);
+    set_working(t, n, false);
     if (r < 0) {
         if (r == -ENODEV || r == -ENOTRECOVERABLE)
             t->lost = r;

@@ -23,6 +23,7 @@ void job_request_done(struct job_request *r)
     if (r->saved.data)
         explicit_bzero(r->saved.data, r->saved.n);
     buffer_done(&r->saved);
+    session_record_free(r->fork.record);
     *r = (struct job_request){0};
 }
 
@@ -58,8 +59,10 @@ struct job *job_free(struct job *j)
     if (j->saved.data)
         explicit_bzero(j->saved.data, j->saved.n);
     buffer_done(&j->saved);
-    buffer_done(&j->out);
-    buffer_done(&j->last);
+    if (j->work.line.data)
+        explicit_bzero(j->work.line.data, j->work.line.allocated);
+    buffer_done(&j->work.line);
+    request_record_free(j->record);
     free(j);
     return NULL;
 }

@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "base/error.h"
+#include "daemon/request-record.h"
 #include "daemon/timeline.h"
 #include "engine/chat.h"
 #include "engine/generation.h"
@@ -24,6 +25,7 @@
 
 struct client_session;
 struct generation;
+struct request_record;
 struct stream;
 
 enum job_kind {
@@ -49,6 +51,7 @@ enum job_stop {
     JOB_CANCELLED,
     JOB_SHUTDOWN,
     JOB_CLOSED, /* its timeline was */
+    JOB_LOST,   /* process after process has ended while it was at work */
 };
 
 struct job_message {
@@ -87,7 +90,10 @@ struct job_work {
     size_t n_done;    /* append: of job::ids */
     uint32_t last_id; /* sampled last; meaningful when n_sampled > 0 */
     uint32_t n_sampled;
-    bool cut; /* output was lost for want of memory: no proper end may follow */
+    bool cut;                     /* output was lost for want of memory: no proper end may follow */
+    struct buffer line;           /* the record being written; kept for the next one */
+    uint64_t log_bytes;           /* written, committed or not */
+    struct request_commit commit; /* the last one */
 
     struct scheduler_task task;
     bool in_scheduler; /* queued or running there */
@@ -104,7 +110,11 @@ struct job {
     uint64_t id;
     struct job_request request;
     struct timeline *timeline; /* lives longer: it is closed through the same queue; NULL: none */
-    atomic_int stop;           /* enum job_stop; any thread, by engine_thread_stop() */
+    /* Kinds with a stream: by engine_thread_prepare(), or another process's. When the job has come
+     * back, whoever wants it longer takes it. */
+    struct request_record *record;
+    bool resumes;    /* the record is another process's, which had begun */
+    atomic_int stop; /* enum job_stop; any thread, by engine_thread_stop() */
 
     /*
      * The answer, the loop's once the job came back. With a stream, `result` is negative when the
@@ -121,12 +131,13 @@ struct job {
     struct buffer saved;           /* JOB_SAVE: what is to be written */
 
     /* guarded by engine_thread::mutex */
-    struct buffer out;         /* encoded, not yet taken by the loop */
-    struct buffer last;        /* the last record; goes to out when the loop hears of the end */
-    bool finished;             /* the engine thread no longer knows it */
-    bool has_news;             /* in engine_thread::news */
-    struct job *news_next;     /* engine_thread::news */
-    struct job *next;          /* engine_thread::submitted, or a list of the prompt thread */
+    uint64_t sendable;     /* bytes of the record's log that may be sent: the last record not before
+                              the loop has heard of the end */
+    uint64_t sent;         /* of them, as the loop told */
+    bool finished;         /* the engine thread no longer knows it */
+    bool has_news;         /* in engine_thread::news */
+    struct job *news_next; /* engine_thread::news */
+    struct job *next;      /* engine_thread::submitted, or a list of the prompt thread */
     struct job *timeline_next; /* timeline::jobs */
 
     struct { /* guarded by the prompt thread's mutex */

@@ -68,3 +68,5 @@ bool log_limit_pass(struct log_limit *l, uint32_t *ret_untold);
 #define LOG_ID_BUS_LOST "95f95a74f07f48ceb43ee34815281ecc"
 #define LOG_ID_SANDBOX "bbeb82e44517460f9428aefdbe10ba61"
 #define LOG_ID_NO_POLKIT "4745baa4799048e183bcba7100ec1cc2"
+#define LOG_ID_SESSION_LOST "117750e1a02144c690cf8de94b61cf49"
+#define LOG_ID_TAKEN_BACK "f4a72a4090ba41dda591dea973690f92"

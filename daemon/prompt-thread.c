@@ -203,7 +203,11 @@ static void *lane_run(void *userdata)
             continue;
         }
         pthread_mutex_unlock(&p->mutex);
+        if (j->record)
+            request_record_set_working(j->record, true);
         j->result = encode(p->model, j, &j->error);
+        if (j->record)
+            request_record_set_working(j->record, false);
         if (j->result == 0)
             j->n_wanted = j->ids.n - MIN(j->ids.n, (size_t)j->has_tail);
         p->done(j, p->userdata);

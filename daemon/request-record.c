@@ -27,6 +27,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/sendfile.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "base/checked.h"
@@ -34,6 +35,7 @@
 #include "daemon/kept.h"
 #include "daemon/request-bytes.h"
 #include "ipc/names.h"
+#include "ipc/record.h"
 
 #define MAGIC "llmd-kept-reqst"
 #define VERSION 1u
@@ -56,6 +58,7 @@ struct head {
     uint64_t asked_at, asked_bytes, asked_check;
     uint64_t log_at, log_max;
     uint32_t n_tokens, position, has_tail, tail; /* before */
+    uint64_t is_text;                            /* of its format, no records */
     uint64_t check;                              /* of all before */
 };
 
@@ -85,10 +88,12 @@ struct request_record {
     struct request_facts facts;
     struct request_before before;
     uint64_t asked_at, asked_bytes, asked_check, log_at, log_max; /* copies of ours */
-    uint32_t n_checked;                                           /* ids */
-    uint64_t ids_check;                                           /* of them */
-    struct request_commit commit;                                 /* the last one */
-    uint64_t punched;                                             /* bytes of the log given back */
+    bool is_text;
+    uint32_t n_checked;           /* ids */
+    uint64_t ids_check;           /* of them */
+    bool was_committed;           /* when it was opened */
+    struct request_commit commit; /* and what */
+    uint64_t punched;             /* bytes of the log given back */
 };
 
 static uint64_t check_of(const struct head *h)
@@ -136,6 +141,7 @@ static int map(struct request_record *r, const struct head *h)
     r->asked_check = h->asked_check;
     r->log_at = h->log_at;
     r->log_max = h->log_max;
+    r->is_text = h->is_text;
     return 0;
 }
 
@@ -194,7 +200,7 @@ static int read_all(int fd, void *data, size_t n, uint64_t at)
 }
 
 static int fill(struct request_record *r, const struct request_facts *facts,
-                const struct request_before *before, const struct buffer *asked)
+                const struct request_before *before, bool is_text, const struct buffer *asked)
 {
     struct head h = {
         .version = VERSION,
@@ -206,6 +212,7 @@ static int fill(struct request_record *r, const struct request_facts *facts,
         .position = (uint32_t)before->position,
         .has_tail = before->has_tail,
         .tail = before->tail,
+        .is_text = is_text,
     };
     uint64_t size;
     int e;
@@ -244,7 +251,7 @@ int request_record_new(struct request_record **ret, const struct request_facts *
     r->fd = -EBADF;
     e = request_bytes_write(&asked, request);
     if (e >= 0)
-        e = fill(r, facts, before, &asked);
+        e = fill(r, facts, before, request->format == JOB_TEXT, &asked);
     if (asked.data)
         explicit_bzero(asked.data, asked.n);
     buffer_done(&asked);
@@ -283,7 +290,7 @@ static int read_head(int fd, struct head *h, struct error *err)
                          h->version, VERSION);
     if (h->check != check_of(h))
         return unsound(err, "the head is damaged");
-    if (h->id == 0 || h->session == 0 || h->n_ctx == 0 ||
+    if (h->id == 0 || h->session == 0 || h->n_ctx == 0 || h->is_text > 1 ||
         !before_is_sound(h->n_tokens, h->position, h->has_tail, h->n_ctx) ||
         lay_out(h->n_ctx, h->asked_bytes, &like, &want) < 0 || h->asked_at != like.asked_at ||
         h->log_at != like.log_at || h->log_max > LOG_BYTES_MAX || size != h->log_at + h->log_max)
@@ -308,6 +315,7 @@ static int read_commit(struct request_record *r, struct error *err)
     if (r->ids_check != s.ids_check)
         return unsound(err, "the tokens are damaged");
     r->n_checked = s.n_sampled;
+    r->was_committed = true;
     r->commit = (struct request_commit){
         .n_sampled = s.n_sampled,
         .log_bytes = s.log_bytes,
@@ -423,11 +431,12 @@ void request_record_commit(struct request_record *r, const struct request_commit
     kept_commit(&r->page->sequence, r->page->slots, &s, sizeof(s));
 }
 
-void request_record_last_commit(const struct request_record *r, struct request_commit *ret,
+bool request_record_last_commit(const struct request_record *r, struct request_commit *ret,
                                 const uint32_t **ret_sampled)
 {
     *ret = r->commit;
     *ret_sampled = r->ids;
+    return r->was_committed;
 }
 
 void request_record_set_stopped(struct request_record *r, int why)
@@ -473,6 +482,55 @@ uint32_t request_record_count_recovery(struct request_record *r, uint64_t progre
 uint64_t request_record_sent(const struct request_record *r)
 {
     return (uint64_t)lseek(r->fd, 0, SEEK_CUR) - r->log_at;
+}
+
+uint64_t request_record_log_bytes(const struct request_record *r)
+{
+    return r->commit.log_bytes;
+}
+
+int request_record_end(struct request_record *r, const struct record *last)
+{
+    CLEANUP(buffer_done) struct buffer line = {0};
+    int e = r->is_text ? 0 : record_write(&line, last);
+
+    if (e >= 0 && line.n > 0)
+        e = request_record_append(r, r->commit.log_bytes, line.data, line.n);
+    if (e < 0)
+        return e;
+    r->commit.log_bytes += line.n;
+    if (r->commit.phase == REQUEST_RUNS)
+        r->commit.phase = REQUEST_UNDONE;
+    request_record_commit(r, &r->commit);
+    return 0;
+}
+
+/* The rest of a line of which the client has the beginning. False: there is no telling. */
+static bool end_line(int fd, int socket, const struct head *h)
+{
+    off_t at = lseek(fd, 0, SEEK_CUR);
+    uint64_t n = 0;
+    char c = 0;
+
+    if (at < 0 || (uint64_t)at < h->log_at)
+        return false;
+    if ((uint64_t)at == h->log_at || (read_all(fd, &c, 1, (uint64_t)at - 1) == 0 && c == '\n'))
+        return true;
+    for (c = 0; c != '\n'; n++)
+        if (n == RECORD_BYTES_MAX || read_all(fd, &c, 1, (uint64_t)at + n) < 0 || c == 0)
+            return false;
+    return sendfile(socket, fd, NULL, n) == (ssize_t)n;
+}
+
+void request_record_end_unsound(int fd, int socket, const struct record *last)
+{
+    CLEANUP(buffer_done) struct buffer line = {0};
+    struct head h;
+
+    /* What cannot be made out is cut: a stream without an end is an error as well. */
+    if (read_head(fd, &h, NULL) >= 0 && !h.is_text && end_line(fd, socket, &h) &&
+        record_write(&line, last) >= 0)
+        (void)send(socket, line.data, line.n, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
 /* Whole pages that the client has read: what it has not lies in the socket, as these very pages. */

@@ -77,9 +77,11 @@ void request_record_add_sampled(struct request_record *r, uint32_t k, uint32_t i
 /* Bytes of the stream at offset; count when committed. 0, -errno (-ENOSPC, -ENOMEM, -EFBIG) */
 int request_record_append(struct request_record *r, uint64_t offset, const void *data, size_t n);
 void request_record_commit(struct request_record *r, const struct request_commit *c);
-/* Of one that was opened: *ret_sampled [n_sampled] stays the record's. All zeros before the first.
+/*
+ * Of one that was opened; *ret_sampled [n_sampled] stays the record's. False: there was none, and
+ * *ret is all zeros
  */
-void request_record_last_commit(const struct request_record *r, struct request_commit *ret,
+bool request_record_last_commit(const struct request_record *r, struct request_commit *ret,
                                 const uint32_t **ret_sampled);
 
 /* Single words, each thread as it likes. */
@@ -98,6 +100,17 @@ void request_record_set_working(struct request_record *r, bool working);
 uint32_t request_record_count_recovery(struct request_record *r, uint64_t progress);
 
 /* ---- the stream's bytes, loop ---- */
+
+/* Of the log, committed before it was opened, or since then by request_record_end(). */
+uint64_t request_record_log_bytes(const struct request_record *r);
+/*
+ * Of one that was opened, and that nobody goes on with: the last record, in the format of the
+ * request; it is then REQUEST_UNDONE, if it ran. 0, -errno
+ */
+struct record;
+int request_record_end(struct request_record *r, const struct record *last);
+/* The same, as well as can be, for what could not be opened. Takes neither descriptor. */
+void request_record_end_unsound(int fd, int socket, const struct record *last);
 
 /* Of the log, that the client has been given. */
 uint64_t request_record_sent(const struct request_record *r);

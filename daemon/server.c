@@ -27,6 +27,7 @@
 #include "base/cleanup.h"
 #include "daemon/client-identity.h"
 #include "daemon/connection.h"
+#include "daemon/fd-store.h"
 #include "daemon/log.h"
 #include "daemon/service.h"
 #include "daemon/users.h"
@@ -256,33 +257,24 @@ static int check_place(const char *path, struct error *err)
 }
 
 /* Those of the service manager that are meant for this. */
-static int take_inherited(struct server *s, struct error *err)
+static void take_inherited(struct server *s)
 {
-    char **names = NULL;
-    int n = sd_listen_fds_with_names(/* unset_environment= */ 1, &names);
+    static const char *const names[] = {"llmd", "llmd.socket", "unknown", ""};
+    int fd;
 
-    if (n < 0)
-        return error_set(err, -n, "cannot take inherited sockets: %s", strerror(-n));
-    for (int i = 0; i < n; i++) {
-        int fd = SD_LISTEN_FDS_START + i;
-        const char *name = names && names[i] ? names[i] : "unknown";
-        bool ours = strcmp(name, "llmd") == 0 || strcmp(name, "llmd.socket") == 0 ||
-                    strcmp(name, "unknown") == 0 || name[0] == 0;
-
-        if (ours && s->n_listen < INHERITED_MAX &&
-            sd_is_socket_unix(fd, SOCK_STREAM, 1, NULL, 0) > 0 &&
-            fcntl(fd, F_SETFL, O_NONBLOCK) >= 0) {
-            s->listen_fds[s->n_listen++] = fd;
-        } else {
+    for (size_t i = 0; i < ARRAY_SIZE(names); i++) {
+        while (fd_store_next(s->service->store, names[i], &fd) > 0) {
+            if (s->n_listen < INHERITED_MAX && sd_is_socket_unix(fd, SOCK_STREAM, 1, NULL, 0) > 0 &&
+                fcntl(fd, F_SETFL, O_NONBLOCK) >= 0) {
+                s->listen_fds[s->n_listen++] = fd;
+                continue;
+            }
             log_warning("inherited descriptor %d (%s) is none of ours: a listening Unix stream "
                         "socket named llmd is wanted; closed",
-                        fd, name);
+                        fd, names[i]);
             close(fd);
         }
-        free(names ? names[i] : NULL);
     }
-    free(names);
-    return 0;
 }
 
 int server_new(struct server **ret, struct service *service, const struct server_options *options,
@@ -298,9 +290,7 @@ int server_new(struct server **ret, struct service *service, const struct server
     s->any_user = options->any_user;
     s->max_connections = options->max_connections;
     s->lock_fd = s->start_fd = -EBADF;
-    r = take_inherited(s, err);
-    if (r < 0)
-        return r;
+    take_inherited(s);
     if (s->n_listen > 0) {
         *ret = TAKE_PTR(s);
         return 0;

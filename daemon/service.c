@@ -35,6 +35,7 @@
 #include "daemon/config.h"
 #include "daemon/confinement.h"
 #include "daemon/engine-thread.h"
+#include "daemon/fd-store.h"
 #include "daemon/file-transfer.h"
 #include "daemon/log.h"
 #include "daemon/memory-pressure.h"
@@ -44,6 +45,8 @@
 #include "daemon/places.h"
 #include "daemon/prefetch-child.h"
 #include "daemon/prefetch.h"
+#include "daemon/recovery.h"
+#include "daemon/saved-session.h"
 #include "daemon/server.h"
 #include "daemon/users.h"
 #include "engine/model-fault.h"
@@ -77,6 +80,7 @@ struct service_private {
     sd_event_source *fault_source;  /* a model's file has changed */
     struct numbers told;            /* in the last status line */
     unsigned pressure_said;
+    bool recovered;                 /* what another process left was looked at */
     bool open;                      /* clients are let in */
     bool ready;                     /* READY=1 was said */
     bool failed;                    /* a private daemon that cannot serve */
@@ -362,11 +366,45 @@ static struct engine_options engine_options(const struct service *s)
     return o;
 }
 
+/* The manager has one pool: this engine's. */
+static void keep_kv(struct service *s)
+{
+    int fd = engine_thread_kv_fd(s->engine);
+
+    if (engine_thread_kv_adopted(s->engine))
+        return;
+    fd_store_remove(s->store, "kv");
+    fd_store_push(s->store, "kv", &fd, 1);
+}
+
+/* Once, before clients are let in: they find everything as it was. */
+static void recover(struct service *s)
+{
+    struct service_private *p = s->private;
+    bool inherited;
+
+    if (p->recovered)
+        return;
+    p->recovered = true;
+    if (!s->engine)
+        recovery_give_up(s, &s->recovered);
+    else
+        recovery_run(s, &s->recovered);
+    if (!s->engine || s->recovered.n_sessions == 0)
+        fd_store_drop(s->store, "instance"); /* who was here before finds nothing of its own */
+    if (recovery_instance(s->store, s->instance, &inherited) < 0)
+        log_error("this instance has no name: clients cannot tell it from others");
+    else
+        s->recovered.took_back = inherited;
+    fd_store_drop_rest(s->store);
+}
+
 /* Of a model that is open. No session is. 0: it serves; -errno: there is no engine now */
 static int make_engine(struct service *s, struct model *m, struct error *err)
 {
     struct engine_options options = engine_options(s);
     uint32_t context = s->arguments->context, most = model_config(m)->context_max;
+    uint8_t identity[SAVED_MODEL_BYTES];
     int r;
 
     if (context > most)
@@ -377,9 +415,16 @@ static int make_engine(struct service *s, struct model *m, struct error *err)
                     s->config->context, most);
     else if (context == 0)
         context = s->config->context;
+    if (saved_session_model(model_get_file(m), identity) >= 0) {
+        options.kv_identity = identity;
+        options.has_kv_fd = fd_store_next(s->store, "kv", &options.kv_fd) > 0;
+    }
     r = engine_thread_new(&s->engine, m, &options, err);
+    if (options.has_kv_fd)
+        close(options.kv_fd);
     if (r < 0)
         return r;
+    keep_kv(s);
     r = session_set_set_engine(s->sessions, s->engine, context);
     if (r < 0) {
         s->engine = engine_thread_free(s->engine);
@@ -426,6 +471,7 @@ static void begin_serving(struct service *s)
     struct error err = {0};
     int r;
 
+    recover(s);
     r = open_doors(s, &err);
     if (r < 0) {
         give_up(s, r, &err);
@@ -461,6 +507,7 @@ static void load_failed(struct service *s, int r, const struct error *err)
     if (!s->engine)
         set_failure(s, err->text[0] ? err->text : strerror(-r));
     set_state(s, SERVICE_DEGRADED);
+    recover(s);
     r = open_doors(s, &why);
     if (r < 0) {
         give_up(s, r, &why);
@@ -981,6 +1028,9 @@ static int new_parts(struct service *s, struct error *err)
     struct model_store_options store;
     int r;
 
+    r = fd_store_take(&s->store);
+    if (r < 0)
+        return error_set(err, -r, "cannot take inherited descriptors: %s", strerror(-r));
     r = places_find(&p->places, s->scope, s->config, s->arguments->socket, err);
     if (r < 0)
         return r;
@@ -1007,7 +1057,8 @@ static int new_parts(struct service *s, struct error *err)
     if ((r = watch_models(s)) < 0 || (r = prepare_for_pressure(s)) < 0 ||
         (r = notify_new(&p->notify, s->event, engine_is_alive, s)) < 0 ||
         (r = session_set_new(&s->sessions, s->event, on_something_went, s)) < 0 ||
-        (r = users_new(&s->users, &s->config->limits)) < 0 ||
+        (session_set_keep(s->sessions, s->store), r = users_new(&s->users, &s->config->limits)) <
+            0 ||
         (r = authority_new(&s->authority, s->scope == SCOPE_SYSTEM)) < 0 ||
         (r = clients_new(&s->clients, s)) < 0 ||
         (r = sd_event_add_defer(s->event, &p->end_source, on_end, s)) < 0 ||
@@ -1104,6 +1155,11 @@ struct service *service_free(struct service *s)
     engine_thread_free(s->engine);
     model_free(s->model);
     model_store_free(s->models);
+    if (s->store) { /* an orderly end leaves nothing to go on with */
+        fd_store_remove(s->store, "kv");
+        fd_store_remove(s->store, "instance");
+        fd_store_free(s->store);
+    }
     if (p) {
         notify_free(p->notify);
         sd_event_source_disable_unref(p->status_source);

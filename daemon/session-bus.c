@@ -26,6 +26,67 @@
 
 /* ---- requests with a stream ---- */
 
+/*
+ * A reply that the caller's socket had no room for. Should this process end before it is sent, the
+ * caller has no stream, and asks again.
+ */
+struct unsent_reply {
+    struct service *service;
+    sd_bus *bus;
+    uint64_t request;
+};
+
+static void unsent_reply_free(void *userdata)
+{
+    struct unsent_reply *u = userdata;
+
+    sd_bus_unref(u->bus);
+    free(u);
+}
+
+static bool is_sent(sd_bus *bus)
+{
+    uint64_t n;
+
+    return sd_bus_is_open(bus) > 0 && sd_bus_get_n_queued_write(bus, &n) >= 0 && n == 0;
+}
+
+static int on_post(sd_event_source *source, void *userdata)
+{
+    struct unsent_reply *u = userdata;
+
+    if (is_sent(u->bus))
+        session_set_replied(u->service->sessions, u->request);
+    else if (sd_bus_is_open(u->bus) > 0)
+        return 0;
+    sd_event_source_set_floating(source, false);
+    sd_event_source_disable_unref(source);
+    return 0;
+}
+
+static void watch_reply(struct service *s, sd_bus *bus, uint64_t request)
+{
+    struct unsent_reply *u;
+    sd_event_source *source;
+
+    if (is_sent(bus)) {
+        session_set_replied(s->sessions, request);
+        return;
+    }
+    u = malloc(sizeof(*u));
+    if (!u)
+        return; /* it is then taken for unanswered, should the client be gone after a crash */
+    *u = (struct unsent_reply){.service = s, .bus = bus, .request = request};
+    if (sd_event_add_post(s->event, &source, on_post, u) < 0) {
+        free(u);
+        return;
+    }
+    sd_bus_ref(bus);
+    sd_event_source_set_destroy_callback(source, unsent_reply_free);
+    sd_event_source_set_floating(source, true);
+    sd_event_source_unref(source);
+}
+
 static int start_stream(sd_bus_message *m, struct found_session *f, struct job_request *request,
                         sd_bus_error *error)
 {
@@ -37,7 +98,10 @@ static int start_stream(sd_bus_message *m, struct found_session *f, struct job_r
     r = client_session_generate(f->session, request, &fd, &id, &err);
     if (r < 0)
         return bus_fail(f->service, error, r, &err);
-    return sd_bus_reply_method_return(m, "ht", fd, id); /* sends a duplicate */
+    r = sd_bus_reply_method_return(m, "ht", fd, id); /* sends a duplicate */
+    if (r >= 0)
+        watch_reply(f->service, sd_bus_message_get_bus(m), id);
+    return r;
 }
 
 static int generate(sd_bus_message *m, void *userdata, sd_bus_error *error)
@@ -226,9 +290,10 @@ static int fork_now(struct found_session *f, sd_bus_message *m, sd_bus_error *er
         return r;
     l->options.class = client_session_class(f->session);
     r = options_read_fork(m, &l->options, &err);
-    options = (struct client_session_options){.class = l->options.class};
+    options = (struct client_session_options){
+        .class = l->options.class, .label = l->options.label, .linger = l->options.linger};
     if (r >= 0)
-        r = client_session_fork(f->session, &options, on_forked, l, &err);
+        r = client_session_fork(f->session, &f->client->sessions, &options, on_forked, l, &err);
     if (r < 0)
         return bus_fail(f->service, error, r, &err);
     l = NULL;

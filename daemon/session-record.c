@@ -167,7 +167,7 @@ static int read_head(struct session_record *r, uint64_t size,
     if (memcmp(h.model, model, sizeof(h.model)) != 0)
         return error_set(err, ESTALE, "the session is of another model");
     if (h.id == 0 || h.context == 0 || h.context > c->context_max ||
-        h.class >= SCHEDULER_N_CLASSES || h.linger > 1 || h.label_bytes > LLM_LABEL_BYTES_MAX ||
+        h.class > CLASS_IDLE || h.linger > 1 || h.label_bytes > LLM_LABEL_BYTES_MAX ||
         memchr(h.label, 0, h.label_bytes))
         return unsound(err, "the head has a value that cannot be");
     if (h.engine_bytes != session_memory_bytes_of(c, h.context) ||
@@ -290,7 +290,7 @@ void session_record_set_owner(struct session_record *r, const struct owner_name 
     struct owner_slot slot = {.kind = (uint64_t)owner->kind, .connection = owner->connection};
 
     if (owner->kind == OWNER_NAME)
-        strncpy(slot.name, owner->name, sizeof(slot.name) - 1);
+        memcpy(slot.name, owner->name, strnlen(owner->name, sizeof(slot.name) - 1));
     kept_commit(&r->page->owner_sequence, r->page->owner, &slot, sizeof(slot));
 }
 

@@ -77,8 +77,18 @@ void session_record_freep(struct session_record **r);
 
 const struct session_facts *
 session_record_facts(const struct session_record *r);        /* a copy of ours */
-int session_record_fd(const struct session_record *r);       /* borrowed */
-void *session_record_memory(const struct session_record *r); /* the engine's part, page-aligned */
+int session_record_fd(const struct session_record *r); /* borrowed */
+/* Once the service manager has it, a mapping is all that is needed here. */
+void session_record_close_fd(struct session_record *r);
+
+/*
+ * The engine's part, page-aligned. has_engine: the engine has made a session of it; what lies there
+ * without that is half a beginning, to be cleared. 0, -errno
+ */
+void *session_record_memory(const struct session_record *r);
+void session_record_set_has_engine(struct session_record *r);
+bool session_record_has_engine(const struct session_record *r);
+int session_record_clear_memory(struct session_record *r); /* with its descriptor */
 
 /* Whole or not at all, wherever the process is killed. */
 void session_record_commit(struct session_record *r, const struct session_state *state);

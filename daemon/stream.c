@@ -4,6 +4,7 @@
 #include "daemon/stream.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -14,9 +15,9 @@ struct stream {
     sd_event_source *source;
     int fd;
     struct engine_thread *engine;
-    struct job *job; /* NULL once finished */
-    struct buffer pending;
-    size_t sent; /* of pending */
+    struct job *job;               /* NULL once finished */
+    struct request_record *record; /* the job's, then ours */
+    uint64_t end;                  /* of its log, once the job is finished */
     stream_gone gone;
     void *userdata;
 };
@@ -25,49 +26,45 @@ static void stream_free(struct stream *s)
 {
     sd_event_source_disable_unref(s->source);
     closep(&s->fd);
-    buffer_done(&s->pending);
+    if (!s->job)
+        request_record_free(s->record);
     free(s);
 }
 
 void stream_abandon(struct stream *s)
 {
+    stream_gone gone = s->gone;
+    void *userdata = s->userdata;
+
     if (s->job) {
         s->job->stream = NULL;
         engine_thread_stop(s->engine, s->job, JOB_CANCELLED);
-        s->job = NULL;
     }
-    s->gone(s->userdata);
     stream_free(s);
+    gone(userdata);
 }
 
 /* Sends what there is as long as the client takes it. The stream may be gone afterwards. */
 static void pump(struct stream *s)
 {
     for (;;) {
-        ssize_t n;
+        uint64_t sent = request_record_sent(s->record);
+        uint64_t end = s->job ? engine_thread_output(s->engine, s->job, sent) : s->end;
+        int r;
 
-        if (s->sent == s->pending.n) {
-            s->pending.n = s->sent = 0;
-            if (s->job && engine_thread_output(s->engine, s->job, &s->pending) < 0) {
-                stream_abandon(s); /* better cut than with a hole */
-                return;
-            }
-            if (s->pending.n == 0) {
-                if (s->job)
-                    sd_event_source_set_io_events(s->source, 0);
-                else
-                    stream_abandon(s); /* all is said */
-                return;
-            }
+        if (sent >= end) {
+            if (s->job)
+                sd_event_source_set_io_events(s->source, 0);
+            else
+                stream_abandon(s); /* all is said */
+            return;
         }
-        n = send(s->fd, s->pending.data + s->sent, s->pending.n - s->sent,
-                 MSG_NOSIGNAL | MSG_DONTWAIT);
-        if (n >= 0) {
-            s->sent += (size_t)n;
-        } else if (errno == EAGAIN) {
+        r = request_record_send(s->record, s->fd, end);
+        if (r == -EAGAIN) {
             sd_event_source_set_io_events(s->source, EPOLLOUT);
             return;
-        } else if (errno != EINTR) {
+        }
+        if (r < 0) {
             stream_abandon(s); /* EPIPE: the usual way to cancel */
             return;
         }
@@ -91,35 +88,82 @@ static int on_io(sd_event_source *source, int fd, uint32_t revents, void *userda
     return 0;
 }
 
-int stream_new(struct stream **ret, sd_event *event, struct engine_thread *t, struct job *j,
-               stream_gone gone, void *userdata, int *ret_client_fd)
+/* Takes fd. */
+static int new_stream(struct stream **ret, sd_event *event, struct engine_thread *t, int fd,
+                      stream_gone gone, void *userdata)
 {
-    struct stream *s;
-    int pair[2], r;
+    struct stream *s = calloc(1, sizeof(*s));
+    int r;
 
-    s = calloc(1, sizeof(*s));
-    if (!s)
+    if (!s) {
+        close(fd);
         return -ENOMEM;
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0) {
-        r = -errno;
-        free(s);
-        return r;
     }
-    s->fd = pair[0];
+    s->fd = fd;
     s->engine = t;
     s->gone = gone;
     s->userdata = userdata;
-    r = sd_event_add_io(event, &s->source, s->fd, 0, on_io, s);
+    /* sendfile() has no flag for it. The client's end is another open file, and stays as it is. */
+    r = fcntl(fd, F_SETFL, O_RDWR | O_NONBLOCK) < 0 ? -errno : 0;
+    if (r >= 0)
+        r = sd_event_add_io(event, &s->source, fd, 0, on_io, s);
     if (r < 0) {
-        close(pair[1]);
         stream_free(s);
         return r;
     }
-    s->job = j;
-    j->stream = s;
     *ret = s;
+    return 0;
+}
+
+static void join(struct stream *s, struct job *j)
+{
+    s->job = j;
+    s->record = j->record;
+    j->stream = s;
+}
+
+int stream_new(struct stream **ret, sd_event *event, struct engine_thread *t, struct job *j,
+               stream_gone gone, void *userdata, int *ret_client_fd)
+{
+    int pair[2], r;
+
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
+        return -errno;
+    r = new_stream(ret, event, t, pair[0], gone, userdata);
+    if (r < 0) {
+        close(pair[1]);
+        return r;
+    }
+    join(*ret, j);
     *ret_client_fd = pair[1];
     return 0;
+}
+
+int stream_take_back(struct stream **ret, sd_event *event, struct engine_thread *t, struct job *j,
+                     struct request_record *record, int fd, stream_gone gone, void *userdata)
+{
+    int r = new_stream(ret, event, t, fd, gone, userdata);
+
+    if (r < 0)
+        return r;
+    if (j) {
+        join(*ret, j);
+    } else {
+        (*ret)->record = record;
+        (*ret)->end = request_record_log_bytes(record);
+    }
+    sd_event_source_set_io_events((*ret)->source, EPOLLOUT); /* there may be something to say */
+    return 0;
+}
+
+int stream_fd(const struct stream *s)
+{
+    return s->fd;
+}
+
+struct request_record *stream_record(const struct stream *s)
+{
+    return s->record;
 }
 
 void stream_news(struct stream *s)
@@ -129,15 +173,9 @@ void stream_news(struct stream *s)
 
 void stream_job_finished(struct stream *s)
 {
-    int r;
-
-    buffer_consume(&s->pending, s->sent);
-    s->sent = 0;
-    r = engine_thread_output(s->engine, s->job, &s->pending);
+    s->end = engine_thread_output(s->engine, s->job, request_record_sent(s->record));
     s->job->stream = NULL;
+    s->job->record = NULL; /* ours from now on */
     s->job = NULL;
-    if (r < 0)
-        stream_abandon(s);
-    else
-        pump(s);
+    pump(s);
 }

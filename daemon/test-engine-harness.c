@@ -187,8 +187,16 @@ void start_engine(uint64_t kv_bytes)
 
 void take(struct run *r)
 {
-    if (r->reads)
-        assert(engine_thread_output(engine, r->job, &r->out) == 0);
+    uint64_t end;
+
+    if (!r->reads || !r->job->record)
+        return;
+    while ((end = engine_thread_output(engine, r->job, r->out.n)) > r->out.n) {
+        assert(buffer_reserve(&r->out, end - r->out.n) == 0);
+        assert(request_record_read(r->job->record, r->out.n, r->out.data + r->out.n,
+                                   end - r->out.n) == 0);
+        r->out.n = end;
+    }
 }
 
 void came_back(struct run *r)
@@ -267,6 +275,8 @@ void submit(struct run *r, struct timeline *tl, struct job_request *q)
     r->reads = true;
     assert(job_new(&r->job, ++last_id, tl, q) == 0);
     r->job->userdata = r;
+    if (job_kind_streams(r->job->request.kind))
+        assert(engine_thread_prepare(engine, r->job) == 0);
     engine_thread_submit(engine, r->job);
 }
 

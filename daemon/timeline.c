@@ -20,6 +20,36 @@ int timeline_new(struct timeline **ret, const struct timeline_options *options)
     return 0;
 }
 
+struct timeline *timeline_free(struct timeline *tl)
+{
+    if (!tl)
+        return NULL;
+    session_free(tl->session);
+    session_record_free(tl->options.record);
+    free(tl);
+    return NULL;
+}
+
+struct session_record *timeline_record(const struct timeline *tl)
+{
+    return tl->options.record;
+}
+
+void timeline_commit(struct timeline *tl)
+{
+    if (tl->options.record)
+        session_record_commit(tl->options.record,
+                              &(struct session_state){
+                                  .n_tokens = tl->n_settled,
+                                  .position = tl->position,
+                                  .has_tail = tl->has_tail,
+                                  .tail = tl->tail,
+                                  .last_request = tl->last_request,
+                                  .prompt_tokens = tl->info.prompt_tokens,
+                                  .completion_tokens = tl->info.completion_tokens,
+                              });
+}
+
 const char *timeline_state_name(enum timeline_state s)
 {
     switch (s) {

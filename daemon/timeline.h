@@ -12,6 +12,7 @@
 
 #include <stdint.h>
 
+#include "daemon/session-record.h"
 #include "engine/scheduler.h"
 
 struct engine_thread;
@@ -21,9 +22,17 @@ struct timeline_options {
     uint32_t n_ctx;         /* as session_new(), already checked */
     uint64_t account, flow; /* whom its work is charged to: uid, session */
     enum scheduler_class class;
+    struct session_record *record; /* where it lives, to outlive the process; NULL: in memory of the
+                                      engine's own */
 };
 
-int timeline_new(struct timeline **ret, const struct timeline_options *options); /* 0, -ENOMEM */
+/* Takes the record over, on success. 0, -ENOMEM */
+int timeline_new(struct timeline **ret, const struct timeline_options *options);
+/* Of one that the engine thread was never given. */
+struct timeline *timeline_free(struct timeline *tl);
+
+/* NULL: none. Its owner is the loop's to change. Valid until engine_thread_close(). */
+struct session_record *timeline_record(const struct timeline *tl);
 
 enum timeline_state {
     TIMELINE_IDLE,

@@ -9,6 +9,7 @@ One function a test, named; each has a daemon of its own in a temporary folder. 
 """
 import json
 import os
+import queue
 import re
 import select
 import shutil
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import xml.etree.ElementTree as ET
 
 sys.dont_write_bytecode = True
@@ -602,17 +604,28 @@ def notifies_and_keeps_secrets():
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(path)
         canary = "Xylophon-" + os.urandom(8).hex()
-        with daemon(env=dict(os.environ, NOTIFY_SOCKET=path)) as d, d.connect() as c:
-            notify.settimeout(PATIENCE)
-            while notify.recv(1000) != b"READY=1":  # STATUS= comes as well
+        heard = queue.SimpleQueue()  # taken as it comes, as by any manager: who tells it something waits for a while
+
+        def hear():
+            while True:
+                try:
+                    heard.put(notify.recv(1000))
+                except OSError:  # closed
+                    return
+
+        def wait_for(what):
+            while heard.get(timeout=PATIENCE) != what:  # STATUS= and others come as well
                 pass
+
+        threading.Thread(target=hear, daemon=True).start()
+        with daemon(env=dict(os.environ, NOTIFY_SOCKET=path)) as d, d.connect() as c:
+            wait_for(b"READY=1")
             c.create().run(prompt=canary, max_tokens=dbus.UInt32(1))
             error_of(c.create, model=canary)
             with open(f"/proc/{d.process.pid}/limits") as f:
                 assert re.search(r"^Max core file size +0 +0 ", f.read(), re.M)
             d.stop()
-            while notify.recv(1000) != b"STOPPING=1":
-                pass
+            wait_for(b"STOPPING=1")
             assert canary not in d.log() and re.match(r"<6>serving ", d.log())
     os.unlink(path)
 

@@ -1,0 +1,174 @@
+# SPDX-FileCopyrightText: the llmd authors
+# SPDX-License-Identifier: Apache-2.0
+"""A service manager for tests: it holds llmd's listening socket and what llmd gives it to keep, as systemd does, and starts it again."""
+import array
+import fcntl
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+
+from daemon_client import PATIENCE
+
+HIGH = 2000  # descriptors are moved there, out of the way of those that the child gets
+
+
+class Manager:
+    """FDSTORE=1, FDSTOREREMOVE=1, FDNAME=; sockets whose peer has gone are dropped. llmd runs between start() and kill()."""
+
+    def __init__(self, llmd, folder, model, *options, config="", env=None):
+        self.folder, self.llmd, self.model, self.options = folder, llmd, model, options
+        self.socket = os.path.join(folder, "llmd.socket")
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.socket)
+        self.listener.listen(128)
+        self.notify_path = os.path.join(folder, "notify")
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.notify.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        self.notify.bind(self.notify_path)
+        self.lock = threading.Condition()
+        self.store = []  # (name, fd)
+        self.ready = self.markers = self.n_starts = 0
+        self.process = None
+        self.log_path = os.path.join(folder, "log")
+        self.config = os.path.join(folder, "llmd.conf")
+        with open(self.config, "w") as f:
+            f.write(config)
+        os.makedirs(os.path.join(folder, "state"), exist_ok=True)
+        self.env = dict(os.environ if env is None else env, STATE_DIRECTORY=os.path.join(folder, "state"),
+                        DBUS_SYSTEM_BUS_ADDRESS="unix:path=/nonexistent", NOTIFY_SOCKET=self.notify_path)
+        self.poll = select.epoll()
+        self.poll.register(self.notify.fileno(), select.EPOLLIN)
+        threading.Thread(target=self.run, daemon=True).start()
+
+    # ---- what llmd tells ----
+
+    def run(self):
+        while True:
+            for fd, events in self.poll.poll():
+                with self.lock:
+                    if fd == self.notify.fileno():
+                        self.hear()
+                    elif events & (select.EPOLLHUP | select.EPOLLERR):
+                        self.drop(lambda name, held, gone=fd: held == gone)
+                    self.lock.notify_all()
+
+    def hear(self):
+        data, ancillary, _, _ = self.notify.recvmsg(65536, socket.CMSG_SPACE(4 * 253) + socket.CMSG_SPACE(64))
+        fds = array.array("i")
+        for level, kind, raw in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(raw[:len(raw) - len(raw) % fds.itemsize])
+        lines = data.decode().split("\n")
+        name = next((line[len("FDNAME="):] for line in lines if line.startswith("FDNAME=")), "stored")
+        if "FDSTORE=1" in lines:
+            for fd in fds:
+                high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
+                os.close(fd)
+                self.store.insert(0, (name, high))  # systemd has the newest first
+                if stat.S_ISSOCK(os.fstat(high).st_mode):
+                    self.poll.register(high, 0)
+        elif "FDSTOREREMOVE=1" in lines:
+            self.drop(lambda held, _: held == name)
+        if "READY=1" in lines:
+            self.ready += 1
+        if "TEST=marker" in lines:
+            self.markers += 1
+
+    def drop(self, which):
+        for entry in [e for e in self.store if which(*e)]:
+            self.store.remove(entry)
+            os.close(entry[1])  # epoll forgets it
+
+    def wait(self, condition, what):
+        end = time.monotonic() + PATIENCE
+        with self.lock:
+            while not condition():
+                assert self.process.poll() is None, f"llmd ended with {self.process.returncode}: {self.log()}"
+                assert time.monotonic() < end, what
+                self.lock.wait(0.05)
+
+    def settle(self):
+        """All that has been told so far is heard."""
+        with self.lock:
+            wanted = self.markers + 1
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+                s.setblocking(False)
+                while True:
+                    try:
+                        s.sendto(b"TEST=marker", self.notify_path)
+                        break
+                    except BlockingIOError:
+                        self.lock.wait(0.01)
+            while self.markers < wanted:
+                self.lock.wait()
+
+    def names(self):
+        with self.lock:
+            return sorted(name for name, _ in self.store)
+
+    def held(self, name):
+        """Descriptors of that name: the manager's own."""
+        with self.lock:
+            return [fd for held, fd in self.store if held == name]
+
+    # ---- llmd ----
+
+    def begin(self, wait=True):
+        """Starts it with all that is held."""
+        with self.lock:
+            passed = [("llmd", self.listener.fileno())] + self.store
+            wanted = self.ready + 1
+            sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH) for _, fd in passed]
+        env = dict(self.env, LISTEN_FDS=str(len(passed)), LISTEN_FDNAMES=":".join(name for name, _ in passed))
+        log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+
+        def arrange():
+            os.dup2(null, 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            for i, fd in enumerate(sources):
+                os.dup2(fd, 3 + i)
+
+        # Numbers matter, so close_fds= would be in the way: everything of ours is close-on-exec.
+        self.process = subprocess.Popen(
+            ["/bin/sh", "-c", "LISTEN_PID=$$; export LISTEN_PID; exec \"$@\"", "sh", self.llmd, "--system", "--no-bus", "--model", self.model,
+             "--config", self.config, *self.options], env=env, preexec_fn=arrange, close_fds=False)
+        for fd in (*sources, log, null):
+            os.close(fd)
+        self.n_starts += 1
+        if wait:
+            self.wait(lambda: self.ready >= wanted, "llmd does not become ready")
+        return self
+
+    def kill(self, number=signal.SIGKILL):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(PATIENCE)
+        self.settle()
+        return status
+
+    def restart(self, wait=True):
+        self.kill()
+        return self.begin(wait)
+
+    def log(self):
+        with open(self.log_path, errors="replace") as f:
+            return f.read()
+
+    def __enter__(self):
+        return self.begin()
+
+    def __exit__(self, kind, value, trace):
+        status = self.kill(signal.SIGTERM)
+        with self.lock:
+            self.drop(lambda *_: True)
+        self.listener.close()
+        if kind is None:
+            assert status == 0, f"llmd ended with {status}: {self.log()}"
