@@ -575,7 +575,7 @@ def leaves_when_idle():
 def one_daemon_a_socket():
     with daemon() as d:
         second = Daemon(LLMD, model, d.socket)
-        assert not second.ready and second.stop() == 1
+        assert not second.ready and second.stop() == 3
         assert "another llmd" in second.log()
         with d.connect() as c:
             assert c.manager("State") == "ready"
@@ -593,7 +593,7 @@ def replaces_no_other_file():
         path = os.path.join(tempfile.mkdtemp(dir=folder), "precious")
         make(path)
         d = Daemon(LLMD, model, path)
-        assert not d.ready and d.stop() == 1 and "not a socket" in d.log(), d.log()
+        assert not d.ready and d.stop() == 3 and "not a socket" in d.log(), d.log()
         assert not os.path.islink(path) or os.readlink(path) == "nowhere"
         assert os.path.lexists(path) and not os.path.exists(path + ".lock")
 
