@@ -95,6 +95,7 @@ def filters_agree():
         calls = set().union(*(calls_of(name) for name in value.lstrip("~").split()))
         allowed = allowed - calls if value.startswith("~") else allowed | calls
     lists = [n for n in os.listdir(os.path.join(source, "policy")) if n.endswith(".seccomp")]
+    assert {"llmd.seccomp", "process.seccomp"} <= set(lists), lists
     for name in set(lists) - {"llm-import.seccomp", "sanitizers.seccomp"}:  # no part of the service, or not of one that is installed
         with open(os.path.join(source, "policy", name)) as f:
             needed = {line.split()[0] for line in f if line.strip() and not line.startswith("#")}
