@@ -2,9 +2,10 @@
  * SPDX-License-Identifier: Apache-2.0 */
 
 /*
- * Nobody gets in by opening many connections: each uid has its own limit, which connection_new()
- * knows; a connection whose peer has not said who it is within HANDSHAKE_USEC is closed; and where
- * all places are taken, one that was never used is taken from the uid that has most.
+ * Nobody is kept out by somebody who opens many connections: each uid has its own limit, which
+ * connection_new() knows; a connection whose peer has not said who it is within HANDSHAKE_USEC is
+ * closed; where all places of a uid are taken, its oldest one that was never used makes place; and
+ * where all of the daemon's are, one of the uid that has most does.
  */
 
 #include "daemon/server.h"
@@ -120,6 +121,12 @@ static uint32_t n_of_user(const struct server *s, uid_t uid)
     return u ? u->n_connections : 0;
 }
 
+static bool is_silent(struct guest *g)
+{
+    g->ready = g->ready || connection_is_ready(g->connection);
+    return !g->ready;
+}
+
 /* The oldest silent connection of the uid that has most; not of one that has no more than uid. */
 static bool make_place(struct server *s, uid_t uid)
 {
@@ -129,8 +136,7 @@ static bool make_place(struct server *s, uid_t uid)
     for (struct guest *g = s->guests; g; g = g->next) {
         uint32_t n = n_of_user(s, g->uid);
 
-        g->ready = g->ready || connection_is_ready(g->connection);
-        if (g->ready || n < most || (n == most && (!found || found->uid != g->uid)))
+        if (!is_silent(g) || n < most || (n == most && (!found || found->uid != g->uid)))
             continue;
         most = n;
         found = g;
@@ -139,6 +145,21 @@ static bool make_place(struct server *s, uid_t uid)
         return false;
     guest_free(found);
     return true;
+}
+
+/* Where the uid has as many as it may: its oldest silent one goes. */
+static void make_place_among_own(struct server *s, uid_t uid)
+{
+    const struct user *u = users_find(s->service->users, uid);
+    struct guest *found = NULL;
+
+    if (!u || u->n_connections < u->limits.max_connections)
+        return;
+    for (struct guest *g = s->guests; g; g = g->next)
+        if (g->uid == uid && is_silent(g))
+            found = g;
+    if (found)
+        guest_free(found);
 }
 
 static void admit(struct server *s, int fd)
@@ -158,6 +179,7 @@ static void admit(struct server *s, int fd)
         say_refused(s, &who, "this daemon serves another user");
         return;
     }
+    make_place_among_own(s, who.uid);
     if (s->n_guests >= s->max_connections && !make_place(s, who.uid)) {
         say_refused(s, &who, "all connections of the daemon are in use");
         return;

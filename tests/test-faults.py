@@ -4,14 +4,16 @@
 """What happens to a machine, and to files, happens to the real daemon: nothing is lost, nobody else is hurt, and whoever
 is concerned hears of it by name.
 
-  test-faults.py LLMD LLMCTL MAKE_CHAT_MODEL [TEST...]
+  test-faults.py LLMD LLMCTL MAKE_CHAT_MODEL JUMPING_CLOCK [TEST...]
 
 One function a test. Nothing here is decided by time.
 """
 import contextlib
 import json
 import os
+import pwd
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -23,12 +25,13 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import dbus
-    from daemon_client import PATIENCE, Daemon, SystemDaemon, error_of, make_endless_model, read_all, until
+    from daemon_client import (PATIENCE, Child, Client, Daemon, SystemDaemon, error_of, make_endless_model, options_of,
+                               read_all, until)
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
 
-LLMD, LLMCTL, MAKE_CHAT_MODEL = (os.path.abspath(p) for p in sys.argv[1:4])
+LLMD, LLMCTL, MAKE_CHAT_MODEL, JUMPING_CLOCK = (os.path.abspath(p) for p in sys.argv[1:5])
 LONG = {"ignore-end": True, "seed": dbus.UInt64(1), "temperature": 1.0}
 SEEDED = dict(LONG, **{"max-tokens": dbus.UInt32(24)})
 
@@ -505,9 +508,212 @@ def a_quota_of_kv_takes_idle_sessions_first():
         assert talk(c.create(), 0) == right[0][0]  # but another may have its place
 
 
+# ---- disks ----
+
+
+def install(c, path, name):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return c.manage("InstallModel", "hsa{sv}", dbus.types.UnixFd(fd), name, options_of())
+    finally:
+        os.close(fd)
+
+
+def model_states(c):
+    return {str(m[0]): str(m[1]) for m in c.manage("ListModels", "a{sv}", options_of())}
+
+
+@test
+def no_room_to_install_a_model():
+    """Nothing half-written is left, it says why, and what is served is served on."""
+    if os.getuid() != 0:
+        return "root only: mounts"
+    state = os.path.join(tempfile.mkdtemp(dir=folder), "state")
+    os.mkdir(state)
+    right = undisturbed_talks(1)[0][0]
+    with Kept(state=state, before=(*tmpfs("300k"), state)) as d, d.connect() as c:
+        there = f"/proc/{d.process.pid}/root{state}/models"
+        with c.create().generate(SEEDED, prompt="Hello") as f:
+            name, text = error_of(install, c, chat, "new")
+            assert name == "NoSpace", (name, text)
+            read_all(f)
+        assert os.listdir(there) == [], os.listdir(there)
+        assert "new" not in model_states(c)
+        assert talk(c.create(), 0) == right
+        # What was saved in part is of no use, and says so.
+        s = c.create()
+        talk(s)
+        fd = os.open(os.path.join(os.path.dirname(there), "full"), os.O_RDWR | os.O_CREAT)
+        with contextlib.suppress(OSError):
+            while os.write(fd, bytes(4096)):
+                pass
+        os.close(fd)
+        fd = os.open(os.path.join(os.path.dirname(there), "saved"), os.O_RDWR | os.O_CREAT)
+        name, text = error_of(s.call, "Save", "h", dbus.types.UnixFd(fd))
+        assert name == "NoSpace", (name, text)
+        os.close(fd)
+        assert talk(s)
+
+
+@test
+def nobody_may_write_to_the_state_directory():
+    if os.getuid() != 0:
+        return "root only: mounts"
+    state = os.path.join(tempfile.mkdtemp(dir=folder), "state")
+    os.mkdir(state)
+    with Kept(state=state, before=(*tmpfs("64m", read_only=True), state)) as d, d.connect() as c:
+        assert "new" not in model_states(c)
+        name, text = error_of(install, c, chat, "new")
+        assert "Read-only" in text, (name, text)
+        assert "new" not in model_states(c)
+        assert talk(c.create(), 0) == undisturbed_talks(1)[0][0]
+
+
+# ---- clocks ----
+
+
+@test
+def the_clock_on_the_wall_jumps():
+    """By years to and fro, at each look at it: nothing waits for it, nothing is measured by it."""
+    right = undisturbed_talks(2)
+    short = Short()
+    asan = os.environ.get("ASAN_OPTIONS", "")
+    env = {"LD_PRELOAD": JUMPING_CLOCK, "ASAN_OPTIONS": asan + ":verify_asan_link_order=0"}
+    with Kept("--idle", "600", short=short, env=env) as d, d.connect() as c:
+        sessions = [c.create() for _ in range(2)]
+        lingering = c.create(linger=True)
+        assert [talk(s, i * 10) for i, s in enumerate(sessions)] == right[0]
+        short.event(c)
+        short.event(c)
+        until(lambda: figure(c, "kv-bytes-used") == 0)
+        assert [talk(s, i * 10 + 1, "And then?") for i, s in enumerate(sessions)] == right[1]
+        assert figure(c, "memory-pressure") == 2  # no calm yet by that clock
+        assert lingering.get("State") == "idle" and figure(c, "uptime-usec") < 3600e6
+        created = {int(s.get("CreatedUSec")) for s in sessions}
+        assert max(created) - min(created) > 86400e6, created  # it does jump
+        until(lambda: figure(c, "memory-pressure") == 0)
+        assert c.manager("Sessions") == 3
+
+
+# ---- too many ----
+
+
+def other_users():
+    """Two, as root; else the one there is."""
+    uids = [u.pw_uid for u in pwd.getpwall() if u.pw_uid > 0]
+    return sorted(uids)[:2] if os.getuid() == 0 else [os.getuid()] * 2
+
+
+def say_nothing(child, path, n):
+    """Opens n connections, closes none, and tells how many were taken at once."""
+    held = []
+    for _ in range(n):
+        held.append(socket.socket(socket.AF_UNIX))
+        held[-1].connect(path)  # waits for a place in the queue, as everybody does
+    child.say(len(held))
+    child.hear()
+    child.say("kept on")
+    child.hear()
+
+
+@test
+def ten_thousand_half_open_connections():
+    """Others get in while more and more come, and the same user's other programs while they are there."""
+    right = undisturbed_talks(1)[0][0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n = min(10000, hard - 200)
+    evil, good = other_users()
+
+    def ask(child, path):
+        with Client(path) as c:
+            return talk(c.create(), 0)
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        with Kept() as d:
+            os.chmod(d.where, 0o711)
+            with d.connect() as c:
+                c.create()
+                fds = d.fds()
+                silent = Child(evil, say_nothing, d.socket, n)
+                assert Child(good, ask, d.socket).join() == right
+                assert silent.hear() == n
+                silent.say("go on")
+                assert silent.hear() == "kept on"
+                for uid in (good, evil):
+                    assert Child(uid, ask, d.socket).join() == right
+                assert d.fds() <= fds + 2 * 64 + 8, (fds, d.fds())  # a socket and a process each, as many as one may have
+                assert c.manager("Sessions") == 1
+                silent.say("end")
+                silent.done()
+                until(lambda: d.fds() <= fds + 2)
+            assert d.log().count("refused a connection") <= 50, d.log()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def bomb(child, path, barrier, generates):
+    """One of hundreds, each of which takes what it gets. What it was told when it got no more."""
+    os.read(barrier, 1)
+    try:
+        c = Client(path)
+        try:
+            s = c.create()
+            fds = []
+            while True:
+                fds.append(s.generate(LONG, prompt="x" * 200) if generates else c.create())
+        except dbus.DBusException as e:
+            told = e.get_dbus_name()
+        child.say(told)
+        child.hear()
+        return "held on"
+    except dbus.DBusException as e:  # not even let in
+        child.say(e.get_dbus_name())
+        return "kept out"
+
+
+@test
+def a_fork_bomb_of_clients():
+    """Three hundred processes of one user want all that they can get; another user notices nothing but that it is slower."""
+    right = undisturbed_talks(1, ("Hello", "And then?", "At last?"))
+    evil, good = other_users()
+    if evil == good:
+        return "root only: another user"
+    with Kept(model=endless) as d:
+        os.chmod(d.where, 0o711)
+        read, write = os.pipe()
+        with d.connect() as c:
+            children = [Child(evil, bomb, d.socket, read, i % 2 == 0) for i in range(300)]
+
+            def ask(child, path):
+                with Client(path) as mine:
+                    s = mine.create()
+                    said = []
+                    for k, prompt in enumerate(("Hello", "And then?", "At last?")):
+                        said.append(talk(s, k, prompt))
+                    return said
+
+            os.write(write, b"!" * 300)
+            assert Child(good, ask, d.socket).join() == [r[0] for r in right]
+            told = [child.hear() for child in children]
+            assert Child(good, ask, d.socket).join() == [r[0] for r in right]
+            named = {t for t in told if t.startswith("org.llmd.Llm1.Error.")}
+            refused = {t for t in told if not t.startswith("org.llmd.Llm1.Error.")}
+            assert named <= {"org.llmd.Llm1.Error.QuotaExceeded", "org.llmd.Llm1.Error.Busy"} and named, named
+            assert refused <= {"org.freedesktop.DBus.Error.NoServer", "org.freedesktop.DBus.Error.NoReply",
+                               "org.freedesktop.DBus.Error.Disconnected", "org.freedesktop.DBus.Error.Failed",
+                               "org.freedesktop.DBus.Error.Spawn.Failed"}, refused
+            for child in children:
+                child.kill()
+            until(lambda: c.manager("Sessions") == 0 and not c.manager("KvBytesUsed"))
+            assert Child(evil, ask, d.socket).join() == [r[0] for r in right]  # it has all its places again
+        os.close(read)
+        os.close(write)
+
+
 def main():
     global chat, endless
-    names = sys.argv[4:]
+    names = sys.argv[5:]
     subprocess.run([MAKE_CHAT_MODEL, chat], check=True)
     make_endless_model(MAKE_CHAT_MODEL, endless)
     failed = 0
