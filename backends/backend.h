@@ -12,8 +12,9 @@
  *
  * Memory: every float array, weight and KV page is addressed by host pointers. Activations come from
  * backend_alloc(), so that a backend with a device can find the buffer behind an address; KV pages
- * lie in one mapping of shared memory (engine/kv-pool.h). Arrays are owned by the caller and must stay until backend_finish(). `ld` is the
- * distance between two rows, in elements. Outputs never overlap inputs unless said.
+ * lie in one mapping of shared memory (engine/kv-pool.h). Arrays are owned by the caller and must
+ * stay until backend_finish(). `ld` is the distance between two rows, in elements. Outputs never
+ * overlap inputs unless said.
  *
  * Thread: one, the engine thread. Operations may be executed asynchronously, in order;
  * backend_finish() waits. Nothing is allocated by an operation.
