@@ -137,15 +137,31 @@ static void send_message(const struct text *message, unsigned call)
     (void)!writev(STDERR_FILENO, line, ARRAY_SIZE(line));
 }
 
+/* Each path once; report mode's thread only. */
+static bool is_path_to_be_told(unsigned call, const char *path)
+{
+    static uint64_t told[512]; /* hashes; the oldest goes */
+    static unsigned next;
+    uint64_t hash = call + 1;
+
+    while (*path)
+        hash = (hash ^ (unsigned char)*path++) * UINT64_C(0x100000001b3);
+    for (size_t i = 0; i < ARRAY_SIZE(told); i++)
+        if (told[i] == hash)
+            return false;
+    told[next++ % ARRAY_SIZE(told)] = hash;
+    return true;
+}
+
 /* In a signal handler, or in report mode's thread. path: what about it; NULL: the call itself */
 static void tell(unsigned call, const unsigned long long *arguments, const char *verb,
                  const char *path)
 {
     struct text t = {.n = 0};
-    uint32_t untold;
+    uint32_t untold = 0;
     bool any = false;
 
-    if (!is_to_be_told(call, &untold))
+    if (path ? !is_path_to_be_told(call, path) : !is_to_be_told(call, &untold))
         return;
     put(&t, "the sandbox ");
     put(&t, verb);

@@ -8,8 +8,10 @@
  * unfinished file. A second one ends the process at once, after the same removal.
  */
 
+#include <dirent.h>
 #include <errno.h>
 #include <getopt.h>
+#include <openssl/crypto.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,6 +23,7 @@
 #include "base/cleanup.h"
 #include "base/clock.h"
 #include "base/standard-fds.h"
+#include "daemon/sandbox.h"
 #include "engine/model-file.h"
 #include "engine/tokenizer.h"
 #include "tools/common/program.h"
@@ -37,6 +40,7 @@ struct arguments {
     struct plan_options plan;
     const char *license, *source, *output;
     bool verify, dry_run, force, quiet;
+    enum sandbox_mode sandbox;
 };
 
 static volatile sig_atomic_t stop_signal;
@@ -85,6 +89,7 @@ static void help(void)
          "  -f, --force          replace OUTPUT if it is there\n"
          "  -n, --dry-run        show what would be written, write nothing\n"
          "  -q, --quiet          no progress, no summary\n"
+         "      --sandbox MODE   strict (default), report what it would refuse, or off\n"
          "      --verify         compare the contents of a model file with its checksums\n"
          "  -h, --help           show this and exit\n"
          "      --version        show the version and exit");
@@ -375,7 +380,74 @@ static int verify(const struct arguments *a, struct error *err)
     return 0;
 }
 
-enum { OPT_WEIGHTS = 256, OPT_SLICE, OPT_LAYERS, OPT_FFN, OPT_LICENSE, OPT_VERIFY, OPT_VERSION };
+/* In a folder from a download cache files are links to elsewhere. 0, -ENOMEM */
+static int allow_source(struct sandbox *s, const char *path)
+{
+    CLEANUP(closedirp) DIR *folder = opendir(path);
+    const struct dirent *d;
+    int r;
+
+    r = sandbox_allow_path(s, path, SANDBOX_READ, NULL);
+    while (folder && r >= 0 && (d = readdir(folder))) {
+        CLEANUP(freep) char *file = NULL;
+
+        if (d->d_type != DT_LNK && d->d_type != DT_UNKNOWN)
+            continue;
+        if (strcmp(d->d_name, ".") == 0 || strcmp(d->d_name, "..") == 0)
+            continue;
+        if (asprintf(&file, "%s/%s", path, d->d_name) < 0) {
+            file = NULL;
+            return -ENOMEM;
+        }
+        r = sandbox_allow_path(s, file, SANDBOX_READ_FILES, NULL);
+    }
+    return r;
+}
+
+static int allow_output(struct sandbox *s, const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    CLEANUP(freep)
+    char *folder = slash > path ? strndup(path, (size_t)(slash - path)) : strdup(slash ? "/" : ".");
+
+    return folder ? sandbox_allow_path(s, folder, SANDBOX_WRITE, NULL) : -ENOMEM;
+}
+
+/* From here on the process reads the source, writes to the output's folder, and that is all. */
+static int confine(const struct arguments *a, struct error *err)
+{
+    CLEANUP(sandbox_freep) struct sandbox *s = NULL;
+    struct error lacks = {""};
+    int r;
+
+    /* It reads its configuration, and may load libraries that this names. */
+    OPENSSL_init_crypto(OPENSSL_INIT_LOAD_CONFIG, NULL);
+    if ((r = sandbox_new(&s, a->sandbox)) < 0 ||
+        (r = sandbox_allow_calls(s, &seccomp_llm_import)) < 0 ||
+        (r = allow_source(s, a->source)) < 0 ||
+        (a->output && !a->dry_run && (r = allow_output(s, a->output)) < 0) ||
+        (r = sandbox_allow_path(s, "/sys/devices/system/cpu", SANDBOX_READ_FILES, NULL)) < 0)
+        return error_set(err, -r, "out of memory");
+    sandbox_tell_stderr(s, program, /* prefixes= */ false);
+    r = sandbox_enter(s, &lacks, err);
+    if (r < 0)
+        return error_prefix(err, -r, "the sandbox (--sandbox off goes without)");
+    if (lacks.text[0] && !a->quiet)
+        fprintf(stderr, "%s: the sandbox has to go without what is missing here: %s\n", program,
+                lacks.text);
+    return 0;
+}
+
+enum {
+    OPT_WEIGHTS = 256,
+    OPT_SLICE,
+    OPT_LAYERS,
+    OPT_FFN,
+    OPT_LICENSE,
+    OPT_VERIFY,
+    OPT_VERSION,
+    OPT_SANDBOX
+};
 
 /* 0: go on; else *ret_status is the end. */
 static int parse_arguments(struct arguments *a, int argc, char **argv, int *ret_status)
@@ -386,6 +458,7 @@ static int parse_arguments(struct arguments *a, int argc, char **argv, int *ret_
         {"layers", required_argument, NULL, OPT_LAYERS},
         {"ffn", required_argument, NULL, OPT_FFN},
         {"license", required_argument, NULL, OPT_LICENSE},
+        {"sandbox", required_argument, NULL, OPT_SANDBOX},
         {"verify", no_argument, NULL, OPT_VERIFY},
         {"version", no_argument, NULL, OPT_VERSION},
         {"force", no_argument, NULL, 'f'},
@@ -422,6 +495,13 @@ static int parse_arguments(struct arguments *a, int argc, char **argv, int *ret_
             break;
         case OPT_LICENSE:
             a->license = optarg;
+            break;
+        case OPT_SANDBOX:
+            if (sandbox_parse_mode(optarg, &a->sandbox) < 0) {
+                *ret_status =
+                    usage_error(program, "--sandbox %s: not one of strict, report, off", optarg);
+                return -1;
+            }
             break;
         case OPT_VERIFY:
             a->verify = true;
@@ -476,7 +556,9 @@ int main(int argc, char **argv)
     if (parse_arguments(&a, argc, argv, &status) < 0)
         return status;
     catch_signals();
-    r = a.verify ? verify(&a, &err) : import(&a, &err);
+    r = confine(&a, &err);
+    if (r == 0)
+        r = a.verify ? verify(&a, &err) : import(&a, &err);
     if (r < 0) {
         fail(&err);
         return stop_signal ? 128 + stop_signal : EXIT_FAILURE;
