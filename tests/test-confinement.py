@@ -1,0 +1,149 @@
+#!/usr/bin/python3
+# SPDX-FileCopyrightText: the llmd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The programs themselves are in their sandboxes, whoever starts them and with all their threads.
+
+  test-confinement.py LLMD LLMCTL LLM_IMPORT MAKE_CHAT_MODEL DEMO_MODEL
+"""
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
+from daemon_client import Broker, Daemon, SystemDaemon, until
+
+LLMD, LLMCTL, LLM_IMPORT, MAKE_CHAT_MODEL, DEMO_MODEL = map(os.path.abspath, sys.argv[1:])
+
+
+def status_of(path):
+    with open(path) as f:
+        return dict(line.rstrip("\n").split(":\t", 1) for line in f if ":\t" in line)
+
+
+def check_confined(pid, confined=True):
+    """Each thread: a filter, no capabilities, no way to new ones."""
+    n = 0
+    for tid in os.listdir(f"/proc/{pid}/task"):
+        s = status_of(f"/proc/{pid}/task/{tid}/status")
+        assert (s["Seccomp"] == "2") == confined, s
+        assert (s["NoNewPrivs"] == "1") == confined, s
+        if confined:
+            assert all(int(s[k], 16) == 0 for k in ("CapInh", "CapPrm", "CapEff", "CapAmb")), s
+        n += 1
+    assert n > 1, "threads compute"
+
+
+def private_daemon(folder, model):
+    with Daemon(LLMD, model, folder + "/s") as d:
+        check_confined(d.process.pid)
+        assert "sandbox" not in d.log(), d.log()
+
+
+def system_daemon(folder, model):
+    with Broker(folder) as broker, SystemDaemon(LLMD, folder, broker, model=model) as d:
+        d.wait_named()
+        check_confined(d.process.pid)
+        assert "sandbox" not in d.log(), d.log()
+        assert os.stat(d.socket).st_mode & 0o777 == 0o666
+
+
+def names_of_users_on_a_reload(folder, model):
+    with Broker(folder) as broker, SystemDaemon(LLMD, folder, broker, model=model) as d:
+        new = d.config + ".new"
+        with open(new, "w") as f:
+            f.write("[User daemon]\nMaxSessions=1\n[User nobody-has-this-name]\nMaxSessions=1\n")
+        os.rename(new, d.config)
+        d.process.send_signal(signal.SIGHUP)
+        until(lambda: "left as it was" in d.log())
+        assert "nobody-has-this-name" in d.log() and "'daemon'" not in d.log(), d.log()
+        with open(new, "w") as f:
+            f.write("[User daemon]\nMaxSessions=1\n")
+        os.rename(new, d.config)
+        d.process.send_signal(signal.SIGHUP)
+        until(lambda: "was read again" in d.log())
+        assert "sandbox" not in d.log(), d.log()
+
+
+def daemon_of_llmctl(folder, model):
+    env = dict(os.environ, XDG_RUNTIME_DIR=folder, LLMD_BINARY=LLMD, HOME=folder,
+               DBUS_SESSION_BUS_ADDRESS="unix:path=/nonexistent", DBUS_SYSTEM_BUS_ADDRESS="unix:path=/nonexistent")
+    subprocess.run([LLMCTL, "run", "--private", "--model", model, "--max-tokens", "1", "Hello"], env=env, check=True,
+                   stdout=subprocess.DEVNULL)
+    lock = os.stat(folder + "/llmd/private.sock.lock")
+    inode = f":{lock.st_ino} "
+    with open("/proc/locks") as f:
+        pids = [line.split()[4] for line in f if inode in line]
+    assert len(pids) == 1, pids
+    check_confined(int(pids[0]))
+    os.kill(int(pids[0]), signal.SIGTERM)
+    until(lambda: not os.path.exists(folder + "/llmd/private.sock"))
+
+
+def the_other_modes(folder, model):
+    with Daemon(LLMD, model, folder + "/a", "--sandbox=off") as d:
+        check_confined(d.process.pid, confined=False)
+        assert "the sandbox is off: " in d.log()
+    with Daemon(LLMD, model, folder + "/b", "--sandbox=report") as d:
+        assert "only reports" in d.log()
+        with d.connect() as c:
+            c.create()
+    assert "would refuse the" not in d.log(), d.log()
+    with open(folder + "/conf", "w") as f:
+        f.write("[Daemon]\nSandbox=off\n")
+    with Daemon(LLMD, model, folder + "/c", "--config", folder + "/conf") as d:
+        assert "the sandbox is off: " in d.log()
+    with Daemon(LLMD, model, folder + "/d", "--config", folder + "/conf", "--sandbox=strict") as d:
+        check_confined(d.process.pid)
+    p = subprocess.run([LLMD, "--private", "--sandbox=none"], capture_output=True, text=True)
+    assert p.returncode == 2 and "strict, report or off" in p.stderr, p
+
+
+def models_and_links(folder, model):
+    """A link in a folder of models leads elsewhere; what is not named there is out of reach."""
+    elsewhere, models, own = folder + "/elsewhere", folder + "/models", folder + "/own"
+    for name in elsewhere, models, own:
+        os.mkdir(name)
+    subprocess.run(["cp", model, elsewhere + "/real.llmd"], check=True)
+    os.symlink("../elsewhere/real.llmd", models + "/linked.llmd")
+    with Broker(own) as broker, \
+            SystemDaemon(LLMD, own, broker, config=f"[Model]\nFolder={models}\nDefault=linked\n") as d:
+        assert "serving " + models + "/linked.llmd" in d.log(), d.log()
+        subprocess.run(["cp", model, elsewhere + "/other.llmd"], check=True)
+        os.symlink("../elsewhere/other.llmd", models + "/later.llmd")
+        d.process.send_signal(signal.SIGHUP)
+        until(lambda: "was read again" in d.log())
+        out = subprocess.run([LLMCTL, "--socket", d.socket, "model", "list"], capture_output=True, text=True)
+        later = [line for line in out.stdout.splitlines() if line.startswith("later")]
+        assert len(later) == 1 and " failed " in later[0], out
+
+
+def importer(folder, model):
+    p = subprocess.Popen([LLM_IMPORT, "--verify", DEMO_MODEL], stdout=subprocess.DEVNULL)
+    confined = 0
+    while p.poll() is None:
+        try:
+            s = status_of(f"/proc/{p.pid}/status")
+        except OSError:
+            continue
+        if s.get("Seccomp") == "2":
+            confined += 1
+            assert s["NoNewPrivs"] == "1" and int(s["CapEff"], 16) == 0, s
+    assert p.returncode == 0 and confined > 0
+    p = subprocess.run([LLM_IMPORT, "--verify", "--sandbox", "report", DEMO_MODEL], capture_output=True, text=True)
+    assert p.returncode == 0 and p.stderr == "", p
+
+
+def main():
+    with tempfile.TemporaryDirectory(prefix="llmd-confinement-") as top:
+        model = os.path.join(top, "model.llmd")
+        subprocess.run([MAKE_CHAT_MODEL, model], check=True)
+        for t in (private_daemon, system_daemon, names_of_users_on_a_reload, daemon_of_llmctl, the_other_modes,
+                  models_and_links, importer):
+            with tempfile.TemporaryDirectory(dir=top) as folder:
+                print(t.__name__, end=" ", flush=True)
+                t(folder, model)
+                print("ok", flush=True)
+
+
+main()
