@@ -392,6 +392,45 @@ def kill_and_restart(m):
 
 
 @test
+def conversations_outlive_the_daemon(m):
+    """The service manager holds them, and what is unread of an answer: nothing is lost, nothing comes twice."""
+    asked = ("llmctl", "--json", "run", "--no-stdin", "--temperature=0", "--ignore-end", "--logprobs", "--top-logprobs=20", "--max-tokens=400")
+
+    def text(out):
+        records = [json.loads(line) for line in out.splitlines()]
+        assert (records[-1]["type"], records[-1]["reason"]) == ("end", "length"), records[-1]
+        return "".join(r["text"] for r in records if r["type"] == "delta")
+
+    def kept(id_):
+        return json.loads(m.run("llmctl", "--json", "session", "show", id_, user="alice").stdout)["context_used"]
+
+    def kill(result):
+        """As if that had been the end."""
+        m.write(UNIT_DROP_IN, f"[Service]\nExecStopPost=\nExecStopPost=env SERVICE_RESULT={result} /usr/bin/llmd --after-stop\n")
+        m.run("systemctl", "daemon-reload")
+        pid = main_pid(m)
+        m.run("kill", "-KILL", pid)
+        wait_for(lambda: main_pid(m) not in ("0", pid) and m.show("llmd.service", "SubState") == "running")
+        os.unlink(m.root + UNIT_DROP_IN)
+        m.run("systemctl", "daemon-reload")
+
+    whole = text(m.run(*asked, "Count.", user="bob").stdout)
+    id_ = m.run("llmctl", "session", "create", user="alice").stdout.strip()
+    for end in lambda: kill("signal"), lambda: kill("oom-kill"):
+        p = m.popen(*asked, "Count.", user="bob", text=False, bufsize=0)
+        first = p.stdout.read(1)  # and no more: it is not over, since there is no room for all of it
+        m.run("llmctl", "run", "--no-stdin", "--session", id_, QUESTION, user="alice")
+        before, pid = kept(id_), main_pid(m)
+        end()
+        assert main_pid(m) != pid and kept(id_) == before > 0
+        out, err = p.communicate(timeout=60)
+        assert p.returncode == 0 and text((first + out).decode()) == whole, (p.returncode, err, out[-300:])
+    said = [e["MESSAGE"] for e in journal(m, "_SYSTEMD_UNIT=llmd.service", "PRIORITY=4")]
+    assert sum(line.startswith("killed for lack of memory") for line in said) == 1, said
+    m.run("llmctl", "session", "close", id_, user="alice")
+
+
+@test
 def no_restart_where_none_helps(m):
     """Until somebody wants it again."""
     m.run("systemctl", "stop", "llmd.service")
@@ -461,6 +500,13 @@ def service_that_does_not_answer(m):
     m.run("systemctl", "mask", "llmd.service", "llmd.socket")
     assert ask(m, "alice") == ""
     assert m.run("llmctl", "--system", "status", user="alice", check=False).returncode == 3
+
+
+@test
+def its_own_sandbox_refused_nothing(m):
+    """In all that was done here; a refusal is told of with this id."""
+    assert not journal(m, "MESSAGE_ID=bbeb82e44517460f9428aefdbe10ba61")
+    assert not [line for line in messages(m) if "sandbox" in line.lower()], messages(m)
 
 
 def main():
