@@ -22,6 +22,7 @@
 #include "daemon/authority.h"
 #include "daemon/bus.h"
 #include "daemon/client.h"
+#include "daemon/former-owner.h"
 #include "daemon/log.h"
 #include "daemon/service.h"
 #include "ipc/names.h"
@@ -118,6 +119,7 @@ static int on_name(sd_bus_message *m, void *userdata, sd_bus_error *error)
         if (h->service->recovered.took_back && !h->told_restarted)
             bus_tell_restarted(h->bus);
         h->told_restarted = true;
+        former_owners_bus_is_there(h->service->former, h->bus);
         return 0;
     }
     sd_event_source_set_enabled(h->drop_source, SD_EVENT_ONESHOT);
@@ -188,6 +190,11 @@ int bus_host_new(struct bus_host **ret, struct service *s)
     try_now(h);
     *ret = TAKE_PTR(h);
     return 0;
+}
+
+sd_bus *bus_host_bus(const struct bus_host *h)
+{
+    return h->has_name ? h->bus : NULL;
 }
 
 bool bus_host_leave(struct bus_host *h)

@@ -9,6 +9,7 @@
  */
 
 #include <stdbool.h>
+#include <systemd/sd-bus.h>
 
 struct bus_host;
 struct service;
@@ -17,6 +18,9 @@ struct service;
 int bus_host_new(struct bus_host **ret, struct service *s);
 struct bus_host *bus_host_free(struct bus_host *h);
 void bus_host_freep(struct bus_host **h);
+
+/* The bus where the name is ours, or NULL; borrowed, until the next turn of the loop. */
+sd_bus *bus_host_bus(const struct bus_host *h);
 
 /*
  * Gives the name up, and answers what had come before: true. false: somebody came meanwhile, and

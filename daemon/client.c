@@ -13,6 +13,7 @@
 #include "base/cleanup.h"
 #include "base/clock.h"
 #include "daemon/connection.h"
+#include "daemon/former-owner.h"
 #include "daemon/log.h"
 #include "daemon/service.h"
 #include "daemon/users.h"
@@ -77,8 +78,10 @@ void clients_drop_bus(struct clients *c, const sd_bus *bus)
 
     for (struct client *client = c->list; client; client = next) {
         next = client->next;
-        if (client->bus == bus && client->name)
-            client_free(client);
+        if (client->bus != bus || !client->name)
+            continue;
+        former_owners_keep(c->service->former, client);
+        client_free(client);
     }
 }
 

@@ -71,7 +71,8 @@ struct client *client_free(struct client *c);
 int clients_of_message(struct clients *c, sd_bus_message *m, struct client *p2p,
                        struct client **ret);
 
-/* Those on this bus are gone: the broker is, or the connection to it. */
+/* Those on this bus are gone: the broker is, or the connection to it. What they own is kept for
+ * them (former-owner.h). */
 void clients_drop_bus(struct clients *c, const sd_bus *bus);
 
 /*

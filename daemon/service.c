@@ -37,6 +37,7 @@
 #include "daemon/engine-thread.h"
 #include "daemon/fd-store.h"
 #include "daemon/file-transfer.h"
+#include "daemon/former-owner.h"
 #include "daemon/log.h"
 #include "daemon/memory-pressure.h"
 #include "daemon/model-loader.h"
@@ -48,6 +49,7 @@
 #include "daemon/recovery.h"
 #include "daemon/saved-session.h"
 #include "daemon/server.h"
+#include "daemon/unit-job.h"
 #include "daemon/users.h"
 #include "engine/model-fault.h"
 #include "engine/model-file.h"
@@ -77,6 +79,8 @@ struct service_private {
     sd_event_source *idle_timer, *grace_timer, *exchange_timer;
     sd_event_source *status_source; /* post: NULL where nobody wants to know */
     sd_event_source *end_source;    /* deferred: the loop ends */
+    struct unit_job *job;           /* asked for, after a signal to stop */
+    int signal;                     /* that one */
     sd_event_source *fault_source;  /* a model's file has changed */
     struct numbers told;            /* in the last status line */
     unsigned pressure_said;
@@ -450,6 +454,7 @@ static int open_doors(struct service *s, struct error *err)
     if (p->open)
         return 0;
     p->open = true;
+    former_owners_begin(s->former);
     r = server_start(s->server, err);
     if (r < 0 || s->scope == SCOPE_PRIVATE || s->arguments->no_bus)
         return r;
@@ -744,6 +749,7 @@ void service_something_went(struct service *s)
     }
     if (!s->private->idle_timer)
         return; /* not yet complete */
+    former_owners_something_went(s->former);
     server_something_went(s->server);
     try_exchange(s);
     consider_idleness(s);
@@ -800,19 +806,58 @@ static void stop_with_grace(struct service *s)
     service_something_went(s);
 }
 
+static void stop_by_signal(struct service *s)
+{
+    log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_STOPPING}, "stopping (signal %d)",
+             s->private->signal);
+    stop_with_grace(s);
+}
+
+/*
+ * What a kill would leave is all that the next process needs, at any instruction: so an orderly
+ * restart goes the same way, and there is only one.
+ */
+static _Noreturn void leave_to_the_next(struct service *s)
+{
+    fd_store_leave(s->store);
+    log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_STOPPING},
+             "stopping to be started again; %u sessions go on then",
+             session_set_n_sessions(s->sessions));
+    notify_stopping(s->private->notify);
+    _exit(EXIT_SUCCESS);
+}
+
+static void on_unit_job(void *userdata, bool restarts)
+{
+    struct service *s = userdata;
+
+    s->private->job = NULL;
+    if (service_is_stopping(s))
+        return;
+    if (restarts)
+        leave_to_the_next(s);
+    stop_by_signal(s);
+}
+
 static int on_stop_signal(sd_event_source *source, const struct signalfd_siginfo *info,
                           void *userdata)
 {
     struct service *s = userdata;
+    struct service_private *p = s->private;
+    sd_bus *bus = s->bus ? bus_host_bus(s->bus) : NULL;
 
     (void)source;
     if (service_is_stopping(s)) {
         session_set_cut_streams(s->sessions); /* asked twice: no grace */
         return 0;
     }
-    log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_STOPPING}, "stopping (signal %u)",
-             info->ssi_signo);
-    stop_with_grace(s);
+    p->signal = (int)info->ssi_signo;
+    if (p->job) /* asked twice: nor is it waited for what systemd says */
+        p->job = unit_job_free(p->job);
+    else if (p->signal == SIGTERM && session_set_n_sessions(s->sessions) > 0 && bus &&
+             unit_job_ask(&p->job, s->event, bus, on_unit_job, s) >= 0)
+        return 0;
+    stop_by_signal(s);
     return 0;
 }
 
@@ -1060,7 +1105,7 @@ static int new_parts(struct service *s, struct error *err)
         (session_set_keep(s->sessions, s->store), r = users_new(&s->users, &s->config->limits)) <
             0 ||
         (r = authority_new(&s->authority, s->scope == SCOPE_SYSTEM)) < 0 ||
-        (r = clients_new(&s->clients, s)) < 0 ||
+        (r = clients_new(&s->clients, s)) < 0 || (r = former_owners_new(&s->former, s)) < 0 ||
         (r = sd_event_add_defer(s->event, &p->end_source, on_end, s)) < 0 ||
         (r = sd_event_source_set_enabled(p->end_source, SD_EVENT_OFF)) < 0 ||
         (r = new_timer(s, &p->grace_timer, on_grace_over)) < 0 ||
@@ -1144,6 +1189,7 @@ struct service *service_free(struct service *s)
     }
     bus_host_free(s->bus);
     server_free(s->server);
+    former_owners_free(s->former);
     if (s->sessions)
         session_set_close_all(s->sessions);
     clients_free(s->clients);
@@ -1162,6 +1208,7 @@ struct service *service_free(struct service *s)
     }
     if (p) {
         notify_free(p->notify);
+        unit_job_free(p->job);
         sd_event_source_disable_unref(p->status_source);
         sd_event_source_disable_unref(p->end_source);
         sd_event_source_disable_unref(p->fault_source);

@@ -24,6 +24,7 @@ struct config;
 struct engine_thread;
 struct memory_pressure;
 struct fd_store;
+struct former_owners;
 struct model;
 struct model_store;
 struct server;
@@ -64,6 +65,7 @@ struct service {
     struct session_set *sessions;
     struct users *users;
     struct clients *clients;
+    struct former_owners *former; /* of what was recovered; NULL: a test has none */
     struct authority *authority;
     struct server *server;
     struct bus_host *bus;

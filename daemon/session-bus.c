@@ -15,6 +15,7 @@
 #include "base/cleanup.h"
 #include "daemon/bus-objects.h"
 #include "daemon/file-transfer.h"
+#include "daemon/former-owner.h"
 #include "daemon/options.h"
 #include "daemon/users.h"
 #include "engine/model.h"
@@ -147,7 +148,8 @@ static int may_adopt(const struct found_session *f, struct error *err)
 {
     if (client_session_lingers(f->session))
         return error_set(err, EOPNOTSUPP, "the session lingers: it does not end with anybody");
-    if (client_session_owner(f->session) == &f->client->sessions)
+    if (client_session_owner(f->session) == &f->client->sessions ||
+        former_owners_may_adopt(f->service->former, client_session_owner(f->session)) >= 0)
         return 0;
     return error_set(err, EBUSY, "the session ends with another client, which is here");
 }
@@ -163,6 +165,9 @@ static int adopt(sd_bus_message *m, void *userdata, sd_bus_error *error)
         r = may_adopt(f, &err);
     if (r < 0)
         return bus_error_set(error, r, &err);
+    if (client_session_owner(f->session) != &f->client->sessions)
+        client_session_set_owner(f->session, &f->client->sessions);
+    former_owners_something_went(f->service->former);
     return sd_bus_reply_method_return(m, NULL);
 }
 
