@@ -204,8 +204,7 @@ static int make_named(struct client **ret, struct clients *clients, sd_bus_messa
         c->who.pid = 0;
     c->name = strdup(name);
     c->who.bus_name = c->name;
-    c->sessions.name.kind = OWNER_NAME;
-    strncpy(c->sessions.name.name, name, sizeof(c->sessions.name.name) - 1);
+    former_owner_name(c->bus, name, &c->sessions.name);
     r = c->name ? sd_bus_track_new(c->bus, &c->track, on_gone, c) : -ENOMEM;
     if (r >= 0)
         r = sd_bus_track_add_name(c->track, name);
@@ -213,6 +212,7 @@ static int make_named(struct client **ret, struct clients *clients, sd_bus_messa
         client_free(c);
         return r;
     }
+    former_owners_return(c->service->former, c);
     *ret = c;
     return 0;
 }
