@@ -42,7 +42,11 @@ int bus_new(struct llm_connection *c, const char *path, const char *interface, c
 
 /* ---- waiting ---- */
 
-static bool has_ended; /* the daemon of bus_watch_end() */
+/* The daemon of bus_watch_end(): the connection on which it is watched, who it is, and whether it
+ * has left. */
+static sd_bus *watched; /* a reference */
+static char watched_name[256];
+static bool has_ended;
 
 /* Waits for what the bus waits for, and for the descriptor. */
 static int wait_once(sd_bus *bus, int fd, int timer_fd, uint64_t deadline_usec, bool *ret_readable)
@@ -117,6 +121,51 @@ int bus_wait(struct llm_connection *c, const bool *done, int fd, uint64_t usec)
     return r < 0 ? complain_of_loss(r) : complain_of_end(r);
 }
 
+/* ---- another daemon in the place of the one before ---- */
+
+/*
+ * libllm does it, and adopts our sessions, as with each call of its own. It may wait for some
+ * seconds: Ctrl-C ends us meanwhile.
+ */
+static int reconnect(struct llm_connection *c, struct llm_error *err)
+{
+    bool was_held = deadlines_are_held();
+    struct llm_status s;
+    int r;
+
+    deadlines_release();
+    r = llm_get_status(c, &s, err);
+    if (was_held)
+        deadlines_hold();
+    has_ended = false;
+    return r;
+}
+
+int bus_wait_again(struct llm_connection *c, const bool *done, int fd, uint64_t usec)
+{
+    int r = wait_until(llm_connection_bus(c), done, fd, usec);
+    struct llm_error err;
+
+    if (r != -ENOTCONN && r != -ECONNRESET && r != -EPIPE)
+        return r < 0 ? complain_of_loss(r) : complain_of_end(r);
+    r = reconnect(c, &err);
+    if (r == -ENOTCONN)
+        return complain_of_loss(r);
+    return r < 0 ? complain(status_of(r), "%s", err.message) : BUS_AGAIN;
+}
+
+/* Not an answer that took too long, which has the same name. */
+static bool is_departure(int r, const sd_bus_error *e, uint64_t since_usec)
+{
+    if (!e->name)
+        return r == -ENOTCONN || r == -ECONNRESET || r == -EPIPE;
+    return (strcmp(e->name, SD_BUS_ERROR_NO_REPLY) == 0 ||
+            strcmp(e->name, SD_BUS_ERROR_DISCONNECTED) == 0 ||
+            strcmp(e->name, SD_BUS_ERROR_SERVICE_UNKNOWN) == 0 ||
+            strcmp(e->name, SD_BUS_ERROR_NAME_HAS_NO_OWNER) == 0) &&
+           now_usec() - since_usec < CALL_TIMEOUT_USEC;
+}
+
 /* ---- calls ---- */
 
 struct reply {
@@ -134,7 +183,8 @@ static int on_reply(sd_bus_message *m, void *userdata, sd_bus_error *e)
     return 1;
 }
 
-int bus_try(struct llm_connection *c, sd_bus_message *m, sd_bus_message **ret, sd_bus_error *e)
+static int call_once(struct llm_connection *c, sd_bus_message *m, sd_bus_message **ret,
+                     sd_bus_error *e)
 {
     CLEANUP(sd_bus_message_unrefpp) sd_bus_message *answer = NULL;
     sd_bus *bus = llm_connection_bus(c);
@@ -158,6 +208,46 @@ int bus_try(struct llm_connection *c, sd_bus_message *m, sd_bus_message **ret, s
     if (ret)
         *ret = TAKE_PTR(answer);
     return 0;
+}
+
+/* The same call, on the connection that is there now. */
+static int copy_call(struct llm_connection *c, sd_bus_message *m, sd_bus_message **ret)
+{
+    CLEANUP(sd_bus_message_unrefpp) sd_bus_message *copy = NULL;
+    int r;
+
+    r = sd_bus_message_new_method_call(
+        llm_connection_bus(c), &copy, llm_connection_destination(c), sd_bus_message_get_path(m),
+        sd_bus_message_get_interface(m), sd_bus_message_get_member(m));
+    if (r < 0)
+        return r;
+    r = sd_bus_message_rewind(m, true);
+    if (r == -EPERM) { /* it was never sent */
+        r = sd_bus_message_seal(m, 1, 0);
+        if (r >= 0)
+            r = sd_bus_message_rewind(m, true);
+    }
+    if (r >= 0)
+        r = sd_bus_message_copy(copy, m, true);
+    if (r >= 0)
+        *ret = TAKE_PTR(copy);
+    return r;
+}
+
+int bus_try(struct llm_connection *c, sd_bus_message *m, sd_bus_message **ret, sd_bus_error *e)
+{
+    CLEANUP(sd_bus_message_unrefpp) sd_bus_message *copy = NULL;
+    uint64_t since = now_usec();
+    int r = call_once(c, m, ret, e);
+
+    /* All that is called here may be done twice: at worst the second one says that it is so. */
+    if (r >= 0 || !is_departure(r, e, since))
+        return r;
+    sd_bus_error_free(e); /* its number may be that of an answer that takes too long */
+    if (reconnect(c, NULL) < 0)
+        return -ENOTCONN;
+    r = copy_call(c, m, &copy);
+    return r < 0 ? r : call_once(c, copy, ret, e);
 }
 
 int status_of_call(int r, const sd_bus_error *e)
@@ -213,8 +303,28 @@ static int on_owner_changed(sd_bus_message *m, void *userdata, sd_bus_error *e)
 
     (void)userdata;
     (void)e;
-    if (sd_bus_message_read(m, "sss", &name, &before, &after) >= 0 && before[0])
+    if (sd_bus_message_read(m, "sss", &name, &before, &after) >= 0 &&
+        strcmp(before, watched_name) == 0)
         has_ended = true;
+    return 0;
+}
+
+/* Whoever has the name now. */
+static int find_watched(sd_bus *bus, const char *name)
+{
+    CLEANUP(sd_bus_message_unrefpp) sd_bus_message *reply = NULL;
+    CLEANUP(sd_bus_error_free) sd_bus_error e = SD_BUS_ERROR_NULL;
+    const char *owner = "";
+    int r;
+
+    r = sd_bus_call_method(bus, "org.freedesktop.DBus", "/org/freedesktop/DBus",
+                           "org.freedesktop.DBus", "GetNameOwner", &e, &reply, "s", name);
+    if (r >= 0)
+        r = sd_bus_message_read(reply, "s", &owner);
+    if (r < 0 && !sd_bus_error_has_name(&e, SD_BUS_ERROR_NAME_HAS_NO_OWNER))
+        return r;
+    snprintf(watched_name, sizeof(watched_name), "%s", owner);
+    has_ended = !owner[0];
     return 0;
 }
 
@@ -226,11 +336,18 @@ int bus_watch_end(struct llm_connection *c)
 
     if (!name)
         return STATUS_OK;
-    snprintf(rule, sizeof(rule),
-             "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
-             "member='NameOwnerChanged',arg0='%s'",
-             name);
-    r = sd_bus_add_match(llm_connection_bus(c), NULL, rule, on_owner_changed, NULL);
+    if (watched != llm_connection_bus(c)) {
+        snprintf(rule, sizeof(rule),
+                 "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
+                 "member='NameOwnerChanged',arg0='%s'",
+                 name);
+        r = sd_bus_add_match(llm_connection_bus(c), NULL, rule, on_owner_changed, NULL);
+        if (r < 0)
+            return complain_of_loss(r);
+        sd_bus_unref(watched);
+        watched = sd_bus_ref(llm_connection_bus(c));
+    }
+    r = find_watched(llm_connection_bus(c), name);
     return r < 0 ? complain_of_loss(r) : STATUS_OK;
 }
 

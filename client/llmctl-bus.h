@@ -19,7 +19,8 @@
 int bus_new(struct llm_connection *c, const char *path, const char *interface, const char *member,
             sd_bus_message **ret);
 
-/* Sends it and waits. ret may be NULL. */
+/* Sends it and waits. Where the daemon is started again meanwhile, it is sent again. ret may be
+ * NULL. */
 int bus_call(struct llm_connection *c, sd_bus_message *m, sd_bus_message **ret);
 /* The same without a complaint: 0, or a negative errno and *e; status_of_call() tells of both. */
 int bus_try(struct llm_connection *c, sd_bus_message *m, sd_bus_message **ret, sd_bus_error *e);
@@ -34,12 +35,20 @@ int complain_of_answer(void);
  */
 int bus_wait(struct llm_connection *c, const bool *done, int fd, uint64_t usec);
 
+/*
+ * The same; but where the daemon is started again meanwhile, it goes on with that one and returns
+ * BUS_AGAIN: what was set up, by bus_match(), bus_watch_end() and Subscribe, is to be set up anew.
+ */
+#define BUS_AGAIN (-1)
+int bus_wait_again(struct llm_connection *c, const bool *done, int fd, uint64_t usec);
+
 /* Has the callback called for signals of the daemon below a path (namespace); for all of them when
  * interface or member is NULL. Until the connection ends. */
 int bus_match(struct llm_connection *c, const char *path_namespace, const char *interface,
               const char *member, sd_bus_message_handler_t callback, void *userdata);
 
-/* On a bus, has waits and calls fail when the daemon leaves it; a socket tells of that itself. */
+/* On a bus, has waits and calls fail when the daemon of now leaves it; a socket tells of that
+ * itself. */
 int bus_watch_end(struct llm_connection *c);
 
 /* ---- properties ---- */

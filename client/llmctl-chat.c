@@ -17,10 +17,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <systemd/sd-bus.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "client/llmctl-bus.h"
 #include "client/llmctl-editor.h"
 #include "client/llmctl-exchange.h"
 #include "client/llmctl-output.h"
@@ -93,15 +93,23 @@ static int parse_arguments(struct chat *c, struct chat_arguments *a, int argc, c
 
 static int get_number(struct chat *c, const char *property, uint32_t *ret)
 {
+    CLEANUP(sd_bus_message_unrefpp) sd_bus_message *m = NULL, *reply = NULL;
     CLEANUP(sd_bus_error_free) sd_bus_error e = SD_BUS_ERROR_NULL;
-    int r;
+    int r, status;
 
-    r = sd_bus_get_property_trivial(
-        llm_connection_bus(c->connection), llm_connection_destination(c->connection),
-        llm_session_path(c->session), LLM_SESSION_INTERFACE, property, &e, 'u', ret);
+    status = bus_new(c->connection, llm_session_path(c->session), "org.freedesktop.DBus.Properties",
+                     "Get", &m);
+    if (status != STATUS_OK)
+        return status;
+    r = sd_bus_message_append(m, "ss", LLM_SESSION_INTERFACE, property);
     if (r < 0)
-        return complain(status_of(r), "%s", e.message ? e.message : strerror(-r));
-    return STATUS_OK;
+        return complain(STATUS_FAILED, "%s", strerror(-r));
+    r = bus_try(c->connection, m, &reply, &e);
+    if (sd_bus_error_has_name(&e, LLM_ERROR_PREFIX "NoSuchSession"))
+        c->lost = true;
+    if (r != 0)
+        return status_of_call(r, &e);
+    return sd_bus_message_read(reply, "v", "u", ret) < 0 ? complain_of_answer() : STATUS_OK;
 }
 
 int chat_context(struct chat *c, uint32_t *ret_used, uint32_t *ret_max)
@@ -154,6 +162,7 @@ static int turn(struct chat *c, const char *text, size_t n, struct answer *a)
         r = llm_session_generate(c->session, options, &fd, NULL, &err);
         if (r < 0)
             status = complain(status_of(r), "%s", answer_refusal_text(&err, a->hint));
+        c->lost = r == -ESTALE;
     }
     deadlines_hold();
     if (status == STATUS_OK)
@@ -187,7 +196,7 @@ static bool say(struct chat *c, const char *text, struct answer *a)
              status == STATUS_TIMEOUT ? "out of time" : "cancelled");
     else if (status == STATUS_INTERRUPTED && a->reason[0] == 0)
         return false; /* twice, and the daemon has not said that it ended */
-    return !has_ended(status) && !a->broken && strcmp(a->reason, "shutdown") != 0 &&
+    return !has_ended(status) && !c->lost && !a->broken && strcmp(a->reason, "shutdown") != 0 &&
            strcmp(a->reason, "closed") != 0;
 }
 

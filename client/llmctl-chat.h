@@ -15,6 +15,7 @@ struct chat {
     struct llm_connection *connection;
     struct llm_session *session;
     bool begun; /* the session holds something */
+    bool lost;  /* the daemon that was started since does not have it */
     bool leave;
 
     uint32_t *marks; /* [n_marks]: tokens before each of our turns */

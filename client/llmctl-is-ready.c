@@ -43,6 +43,14 @@ static int get_state(struct llm_connection *c, char *out, size_t n)
     return status;
 }
 
+static int set_up(struct llm_connection *c, bool *changed)
+{
+    int status = bus_match(c, LLM_ROOT_PATH, properties_interface, "PropertiesChanged", on_changed,
+                           changed);
+
+    return status == STATUS_OK ? bus_watch_end(c) : status;
+}
+
 static int find_state(bool wait, char *out, size_t n)
 {
     CLEANUP(llm_disconnectp) struct llm_connection *c = NULL;
@@ -50,22 +58,18 @@ static int find_state(bool wait, char *out, size_t n)
     int status;
 
     status = connect_running(&c);
+    if (status == STATUS_OK && wait)
+        status = set_up(c, &changed);
     if (status != STATUS_OK)
         return status;
-    if (wait) {
-        status = bus_match(c, LLM_ROOT_PATH, properties_interface, "PropertiesChanged", on_changed,
-                           &changed);
-        if (status == STATUS_OK)
-            status = bus_watch_end(c);
-        if (status != STATUS_OK)
-            return status;
-    }
     for (;;) {
         changed = false; /* first, so that what comes meanwhile is looked at */
         status = get_state(c, out, n);
         if (status != STATUS_OK || !wait || strcmp(out, "loading") != 0)
             return status;
-        status = bus_wait(c, &changed, -1, 0);
+        status = bus_wait_again(c, &changed, -1, 0);
+        if (status == BUS_AGAIN)
+            status = set_up(c, &changed);
         if (status != STATUS_OK)
             return status;
     }

@@ -356,28 +356,72 @@ static int on_signal(sd_bus_message *m, void *userdata, sd_bus_error *e)
 
 /* ---- the verb ---- */
 
-static int watch(struct llm_connection *c, bool all)
+static int subscribe(struct llm_connection *c, bool all)
 {
     CLEANUP(sd_bus_message_unrefpp) sd_bus_message *m = NULL;
-    struct monitor monitor = {0};
     int r, status;
 
-    status = bus_match(c, LLM_ROOT_PATH, NULL, NULL, on_signal, &monitor);
-    if (status == STATUS_OK)
-        status = bus_watch_end(c);
-    if (status == STATUS_OK)
-        status = bus_new(c, LLM_ROOT_PATH, LLM_MANAGER_INTERFACE, "Subscribe", &m);
+    status = bus_new(c, LLM_ROOT_PATH, LLM_MANAGER_INTERFACE, "Subscribe", &m);
     if (status != STATUS_OK)
         return status;
     r = all ? sd_bus_message_append(m, "a{sv}", 1, "all", "b", 1)
             : sd_bus_message_append(m, "a{sv}", 0);
     if (r < 0)
         return complain(STATUS_FAILED, "%s", strerror(-r));
-    status = bus_call(c, m, NULL);
-    if (status != STATUS_OK)
-        return status;
-    note("watching; Ctrl-C ends it");
-    status = bus_wait(c, &monitor.stop, -1, 0);
+    return bus_call(c, m, NULL);
+}
+
+/* *matched: the connection on which it is all there already, or NULL; a reference. */
+static int set_up(struct llm_connection *c, bool all, struct monitor *monitor, sd_bus **matched)
+{
+    int status = STATUS_OK;
+    sd_bus *bus;
+
+    do { /* the calls themselves may lead to another connection */
+        bus = llm_connection_bus(c);
+        if (bus != *matched)
+            status = bus_match(c, LLM_ROOT_PATH, NULL, NULL, on_signal, monitor);
+        if (status != STATUS_OK)
+            return status;
+        sd_bus_unref(*matched);
+        *matched = sd_bus_ref(bus);
+        status = bus_watch_end(c);
+        if (status == STATUS_OK)
+            status = subscribe(c, all);
+    } while (status == STATUS_OK && llm_connection_bus(c) != bus);
+    return status;
+}
+
+/* On a socket nobody signals it, since whoever would hear it has to connect first. */
+static void tell_restarted(struct monitor *monitor)
+{
+    CLEANUP(json_object_putp) struct json_object *o = json_object_new_object();
+
+    if (!o || add_number(o, "time_usec", clock_usec(CLOCK_REALTIME)) < 0 ||
+        add_event(o, LLM_ROOT_PATH, "restarted") < 0)
+        monitor->status = complain(STATUS_FAILED, "out of memory");
+    else
+        monitor->status = print_event(o);
+    monitor->stop = monitor->status != STATUS_OK;
+}
+
+static int watch(struct llm_connection *c, bool all)
+{
+    struct monitor monitor = {0};
+    sd_bus *matched = NULL;
+    int status;
+
+    status = set_up(c, all, &monitor, &matched);
+    if (status == STATUS_OK)
+        note("watching; Ctrl-C ends it");
+    while (status == STATUS_OK && !monitor.stop) {
+        status = bus_wait_again(c, &monitor.stop, -1, 0);
+        if (status != BUS_AGAIN)
+            break;
+        tell_restarted(&monitor);
+        status = set_up(c, all, &monitor, &matched);
+    }
+    sd_bus_unref(matched);
     return status == STATUS_OK ? monitor.status : status;
 }
 

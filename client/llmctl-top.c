@@ -429,7 +429,9 @@ static int wait_for_round(struct llm_connection *c, const struct top *top, bool 
 
         if (now >= until)
             return STATUS_OK;
-        status = bus_wait(c, NULL, keys_taken ? STDIN_FILENO : -1, until - now);
+        status = bus_wait_again(c, NULL, keys_taken ? STDIN_FILENO : -1, until - now);
+        if (status == BUS_AGAIN)
+            status = bus_watch_end(c);
         if (status != STATUS_OK)
             return status;
         if (!keys_taken || poll(&p, 1, 0) <= 0)
@@ -529,6 +531,7 @@ int verb_top(int argc, char **argv)
     deadlines_hold();
     if (top.screen) {
         before_message = screen_leave; /* or it would vanish with the screen */
+        before_exit = screen_leave;
         screen_begin();
     }
     status = watch(c, &top);

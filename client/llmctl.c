@@ -183,6 +183,11 @@ void deadlines_release(void)
     sigprocmask(SIG_SETMASK, &mask_while_waiting, NULL);
 }
 
+bool deadlines_are_held(void)
+{
+    return held;
+}
+
 int deadlines_poll(struct pollfd *fds, nfds_t n)
 {
     if (ppoll(fds, n, NULL, held ? &mask_while_waiting : NULL) < 0) {

@@ -138,6 +138,7 @@ void deadlines_restart(uint64_t timeout_usec);
 void deadlines_hold(void);
 /* ...until here. */
 void deadlines_release(void);
+bool deadlines_are_held(void);
 /* poll()s. 0, STATUS_INTERRUPTED, STATUS_TIMEOUT, or a complaint was made */
 int deadlines_poll(struct pollfd *fds, nfds_t n);
 int deadlines_wait(int fd, short events); /* the same for one */
