@@ -20,7 +20,7 @@ HIGH = 2000  # descriptors are moved there, out of the way of those that the chi
 class Manager:
     """FDSTORE=1, FDSTOREREMOVE=1, FDNAME=; sockets whose peer has gone are dropped. llmd runs between start() and kill()."""
 
-    def __init__(self, llmd, folder, model, *options, config="", env=None):
+    def __init__(self, llmd, folder, model, *options, config="", env=None, broker=None):
         self.folder, self.llmd, self.model, self.options = folder, llmd, model, options
         self.socket = os.path.join(folder, "llmd.socket")
         self.listener = socket.socket(socket.AF_UNIX)
@@ -41,7 +41,9 @@ class Manager:
             f.write(config)
         os.makedirs(os.path.join(folder, "state"), exist_ok=True)
         self.env = dict(os.environ if env is None else env, STATE_DIRECTORY=os.path.join(folder, "state"),
-                        DBUS_SYSTEM_BUS_ADDRESS="unix:path=/nonexistent", NOTIFY_SOCKET=self.notify_path)
+                        DBUS_SYSTEM_BUS_ADDRESS=broker.address if broker else "unix:path=/nonexistent",
+                        NOTIFY_SOCKET=self.notify_path)
+        self.no_bus = [] if broker else ["--no-bus"]
         self.poll = select.epoll()
         self.poll.register(self.notify.fileno(), select.EPOLLIN)
         threading.Thread(target=self.run, daemon=True).start()
@@ -138,8 +140,8 @@ class Manager:
 
         # Numbers matter, so close_fds= would be in the way: everything of ours is close-on-exec.
         self.process = subprocess.Popen(
-            ["/bin/sh", "-c", "LISTEN_PID=$$; export LISTEN_PID; exec \"$@\"", "sh", self.llmd, "--system", "--no-bus", "--model", self.model,
-             "--config", self.config, *self.options], env=env, preexec_fn=arrange, close_fds=False)
+            ["/bin/sh", "-c", "LISTEN_PID=$$; export LISTEN_PID; exec \"$@\"", "sh", self.llmd, "--system", *self.no_bus,
+             "--model", self.model, "--config", self.config, *self.options], env=env, preexec_fn=arrange, close_fds=False)
         for fd in (*sources, log, null):
             os.close(fd)
         self.n_starts += 1
