@@ -11,7 +11,6 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
@@ -36,19 +35,25 @@ struct model_loader {
     struct error error;
 };
 
+/* It begins to read before the rest of the file is looked at. What fails there it says itself. */
+static void tell_reader(const struct model_loader *l, const struct model_file *f)
+{
+    CLEANUP(read_order_done) struct read_order order = {0};
+
+    if (l->reader && model_read_order(&order, f, PREFETCH_PIECE_BYTES) == 0)
+        (void)prefetch_child_open(l->reader, model_file_fd(f), &order);
+}
+
 static int open_model(struct model_loader *l)
 {
-    CLEANUP(closep) int fd = -EBADF;
-    struct stat st;
+    struct model_file *f;
     int r;
 
-    r = model_file_descriptor(&fd, l->path, &l->error);
+    r = model_file_open(&f, l->path, &l->error);
     if (r < 0)
         return r;
-    /* It then says itself that it could not, if it could not. */
-    if (l->reader && fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
-        (void)prefetch_child_open(l->reader, fd);
-    return model_open_fd(&l->model, TAKE_FD(fd), l->path, &l->error);
+    tell_reader(l, f);
+    return model_open_file(&l->model, f, &l->error);
 }
 
 static void *loader_run(void *userdata)

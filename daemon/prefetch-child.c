@@ -7,12 +7,12 @@
  *
  * What is queued is MADV_POPULATE_READ: it reads as fast as anything (llm-bench load), brings any
  * length whatever the device's read-ahead is, and leaves huge pages in the page cache where the
- * mapping asks for them, which WILLNEED does not. A fault in such a mapping fetches two huge pages,
- * so a piece is that; four of them keep the device busy.
+ * mapping asks for them, which WILLNEED does not. A piece is one of those: of what is wanted first
+ * no more is read than that and what the kernel adds to a fault, another one.
  *
- * The front of the file is read while the daemon still opens it, which takes as long as reading
- * some hundred megabytes: opening touches the small tensors of all layers. The socket keeps the
- * borders of what is told.
+ * The file is read while the daemon still opens it. Opening looks at small tensors of all layers;
+ * if each of them were a fault behind what is being read ahead, it would last as long as reading
+ * half of the file. So they come first.
  */
 
 #include "daemon/prefetch-child.h"
@@ -34,16 +34,16 @@
 #include "daemon/log.h"
 #include "daemon/prefetch-ring.h"
 #include "daemon/sandbox.h"
+#include "engine/model.h"
 
-#define PIECE_BYTES ((size_t)4 << 20)
-#define DEPTH 4
-#define FRONT_BYTES ((uint64_t)1 << 30)
+#define DEPTH 8
 #define TELL_BYTES ((uint64_t)16 << 20)
+#define MOST_FIRST 8192 /* a message's; of what is beyond, nothing comes first */
 
-/* To the child. The first one comes with the file's descriptor, and is not final. */
+/* To the child, with the file's descriptor; n_first numbers of pieces follow. */
 struct order {
-    uint64_t size, skip_from, skip_to;
-    bool is_final;
+    uint64_t size, not_from, not_to;
+    uint32_t n_first;
 };
 
 /* From the child. */
@@ -55,7 +55,6 @@ struct report {
 struct prefetch_child {
     pid_t pid;
     int fd;
-    uint64_t size; /* the file's, once it is open */
 };
 
 /* ---- in the child ---- */
@@ -65,7 +64,11 @@ struct reader {
     struct prefetch_ring *ring;
     const char *map;
     struct order order;
-    uint64_t next, done, told; /* bytes: begun up to here; read; of which the daemon knows */
+    uint32_t first[MOST_FIRST];
+    uint32_t n_taken;    /* of those */
+    uint64_t next;       /* piece, front to back */
+    bool *is_taken;      /* [pieces] */
+    uint64_t done, told; /* bytes: read; of which the daemon knows */
 };
 
 /* Progress that nobody takes is not waited for, the end is. */
@@ -115,17 +118,17 @@ static int enter_sandbox(void)
     return sandbox_enter(s, NULL, NULL);
 }
 
-/* Waits, or looks only. The descriptor that comes with an order, else -EBADF. */
-static int take_order(struct reader *r, bool wait)
+/* The descriptor that comes with the order. */
+static int take_order(struct reader *r)
 {
     union {
         struct cmsghdr header;
         char space[CMSG_SPACE(sizeof(int))];
     } control;
-    struct order order;
-    struct iovec iov = {.iov_base = &order, .iov_len = sizeof(order)};
-    struct msghdr message = {.msg_iov = &iov,
-                             .msg_iovlen = 1,
+    struct iovec iov[] = {{.iov_base = &r->order, .iov_len = sizeof(r->order)},
+                          {.iov_base = r->first, .iov_len = sizeof(r->first)}};
+    struct msghdr message = {.msg_iov = iov,
+                             .msg_iovlen = 2,
                              .msg_control = &control,
                              .msg_controllen = sizeof(control)};
     const struct cmsghdr *c;
@@ -133,17 +136,21 @@ static int take_order(struct reader *r, bool wait)
     ssize_t n;
 
     do
-        n = recvmsg(r->fd, &message, MSG_CMSG_CLOEXEC | (wait ? 0 : MSG_DONTWAIT));
+        n = recvmsg(r->fd, &message, MSG_CMSG_CLOEXEC);
     while (n < 0 && errno == EINTR);
-    if (n < 0 && errno == EAGAIN)
-        return -EBADF;
-    if (n != sizeof(order))
-        end_unheard();
-    r->order = order;
     c = CMSG_FIRSTHDR(&message);
-    if (c && c->cmsg_type == SCM_RIGHTS)
-        memcpy(&fd, CMSG_DATA(c), sizeof(fd));
+    if (n < (ssize_t)sizeof(r->order) || !c || c->cmsg_type != SCM_RIGHTS)
+        end_unheard();
+    memcpy(&fd, CMSG_DATA(c), sizeof(fd));
     return fd;
+}
+
+/* Whether the daemon still wants it. */
+static bool is_wanted(const struct reader *r)
+{
+    char byte;
+
+    return recv(r->fd, &byte, 1, MSG_DONTWAIT) < 0;
 }
 
 static void map_file(struct reader *r, int fd)
@@ -157,26 +164,52 @@ static void map_file(struct reader *r, int fd)
     r->map = map;
 }
 
-/* The next piece of what is to be read; false: there is none now. */
+static bool next_number(struct reader *r, uint64_t *ret)
+{
+    while (r->n_taken < r->order.n_first) {
+        uint64_t n = r->first[r->n_taken++];
+
+        if (n * PREFETCH_PIECE_BYTES < r->order.size && !r->is_taken[n]) {
+            *ret = n;
+            return true;
+        }
+    }
+    while (r->next * PREFETCH_PIECE_BYTES < r->order.size) {
+        uint64_t n = r->next++;
+
+        if (!r->is_taken[n]) {
+            *ret = n;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The next bytes to be read; false: that was all. */
 static bool next_piece(struct reader *r, uint64_t *ret_from, uint64_t *ret_to)
 {
     const struct order *o = &r->order;
-    uint64_t limit = o->is_final ? o->size : MIN(o->size, FRONT_BYTES);
-    uint64_t from = r->next, to;
+    uint64_t n;
 
-    if (from >= o->skip_from && from < o->skip_to)
-        from = o->skip_to;
-    if (from >= limit)
-        return false;
-    to = MIN((from / PIECE_BYTES + 1) * PIECE_BYTES, limit);
-    if (from < o->skip_from && o->skip_from < o->skip_to)
-        to = MIN(to, o->skip_from);
-    *ret_from = from;
-    *ret_to = to;
-    return true;
+    while (next_number(r, &n)) {
+        uint64_t from = n * PREFETCH_PIECE_BYTES, to = MIN(from + PREFETCH_PIECE_BYTES, o->size);
+
+        r->is_taken[n] = true;
+        /* Of a piece in the middle of which the part to be left out lies, all is read. */
+        if (from >= o->not_from && from < o->not_to)
+            from = o->not_to;
+        else if (to > o->not_from && to <= o->not_to)
+            to = o->not_from;
+        if (from < to) {
+            *ret_from = from;
+            *ret_to = to;
+            return true;
+        }
+    }
+    return false;
 }
 
-static void read_pieces(struct reader *r)
+static _Noreturn void read_pieces(struct reader *r)
 {
     uint64_t from, to;
     int k;
@@ -186,14 +219,9 @@ static void read_pieces(struct reader *r)
             k = prefetch_ring_begin(r->ring, r->map, -EBADF, from, to - from);
             if (k < 0)
                 end(r, k);
-            r->next = to;
         }
-        if (prefetch_ring_n(r->ring) == 0) {
-            if (r->order.is_final)
-                end(r, 0);
-            take_order(r, /* wait= */ true);
-            continue;
-        }
+        if (prefetch_ring_n(r->ring) == 0)
+            end(r, 0);
         k = prefetch_ring_wait(r->ring);
         if (k < 0)
             end(r, k);
@@ -202,30 +230,33 @@ static void read_pieces(struct reader *r)
             r->told = r->done;
             tell(r, 1);
         }
-        take_order(r, /* wait= */ false);
+        if (!is_wanted(r))
+            end_unheard();
     }
 }
 
 static _Noreturn void run(int fd)
 {
-    struct reader r = {.fd = fd};
+    static struct reader r;
     int k, file;
+
+    r.fd = fd;
 
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* the socket's end tells it too, but not within a piece */
     prctl(PR_SET_NAME, "prefetch");
-    k = prefetch_ring_new(&r.ring, RING_POPULATE, DEPTH, PIECE_BYTES);
+    k = prefetch_ring_new(&r.ring, RING_POPULATE, DEPTH, PREFETCH_PIECE_BYTES);
     if (k < 0)
         end(&r, k);
     close_others(fd, prefetch_ring_fd(r.ring));
     k = enter_sandbox();
     if (k < 0)
         end(&r, k);
-    file = take_order(&r, /* wait= */ true);
-    if (file < 0)
-        end_unheard();
+    file = take_order(&r);
+    r.is_taken = calloc(r.order.size / PREFETCH_PIECE_BYTES + 1, sizeof(*r.is_taken));
+    if (!r.is_taken)
+        end(&r, -ENOMEM);
     map_file(&r, file);
     read_pieces(&r);
-    end_unheard();
 }
 
 /* ---- in the daemon ---- */
@@ -271,41 +302,30 @@ void prefetch_child_freep(struct prefetch_child **c)
     *c = prefetch_child_free(*c);
 }
 
-static int send_order(const struct prefetch_child *c, const struct order *order, int fd)
+int prefetch_child_open(struct prefetch_child *c, int fd, const struct read_order *o)
 {
+    struct order order = {.not_from = o->not_from,
+                          .not_to = o->not_to,
+                          .n_first = (uint32_t)MIN(o->n_first, (size_t)MOST_FIRST)};
     union {
         struct cmsghdr header;
         char space[CMSG_SPACE(sizeof(int))];
     } control = {.space = {0}};
-    struct iovec iov = {.iov_base = (void *)order, .iov_len = sizeof(*order)};
-    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1};
-
-    if (fd >= 0) {
-        message.msg_control = &control;
-        message.msg_controllen = sizeof(control);
-        control.header = (struct cmsghdr){
-            .cmsg_len = CMSG_LEN(sizeof(fd)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
-        memcpy(CMSG_DATA(&control.header), &fd, sizeof(fd));
-    }
-    return sendmsg(c->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? -errno : 0;
-}
-
-int prefetch_child_open(struct prefetch_child *c, int fd)
-{
+    struct iovec iov[] = {{.iov_base = &order, .iov_len = sizeof(order)},
+                          {.iov_base = o->first, .iov_len = order.n_first * sizeof(*o->first)}};
+    struct msghdr message = {.msg_iov = iov,
+                             .msg_iovlen = 2,
+                             .msg_control = &control,
+                             .msg_controllen = sizeof(control)};
     struct stat st;
 
     if (fstat(fd, &st) < 0)
         return -errno;
-    c->size = (uint64_t)st.st_size;
-    return send_order(c, &(struct order){.size = c->size}, fd);
-}
-
-int prefetch_child_go_on(struct prefetch_child *c, uint64_t skip_from, uint64_t skip_to)
-{
-    struct order order = {
-        .size = c->size, .skip_from = skip_from, .skip_to = skip_to, .is_final = true};
-
-    return send_order(c, &order, -EBADF);
+    order.size = (uint64_t)st.st_size;
+    control.header = (struct cmsghdr){
+        .cmsg_len = CMSG_LEN(sizeof(fd)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+    memcpy(CMSG_DATA(&control.header), &fd, sizeof(fd));
+    return sendmsg(c->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? -errno : 0;
 }
 
 int prefetch_child_fd(const struct prefetch_child *c)

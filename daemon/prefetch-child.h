@@ -14,7 +14,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define PREFETCH_PIECE_BYTES ((uint64_t)2 << 20) /* a huge page */
+
 struct prefetch_child;
+struct read_order;
 
 /*
  * Forks; while the process has one thread, and before it confines itself. Whether there can be a
@@ -25,22 +28,15 @@ struct prefetch_child *prefetch_child_free(struct prefetch_child *c); /* ends it
 void prefetch_child_freep(struct prefetch_child **c);
 
 /*
- * Which file: it begins with the front, although nobody knows yet whether the file is a model. fd,
- * of a regular file, stays the caller's. Once; any thread, but none beside another call. 0, -errno
+ * Which file, and in which order, in pieces of PREFETCH_PIECE_BYTES; it begins at once. fd, of a
+ * regular file, and o stay the caller's. Once; any thread, but none beside another call. 0, -errno
  */
-int prefetch_child_open(struct prefetch_child *c, int fd);
-
-/*
- * The rest too, but for [skip_from, skip_to), which begins and ends with a page. Once, after
- * prefetch_child_open(). 0, -errno
- */
-int prefetch_child_go_on(struct prefetch_child *c, uint64_t skip_from, uint64_t skip_to);
+int prefetch_child_open(struct prefetch_child *c, int fd, const struct read_order *o);
 
 int prefetch_child_fd(const struct prefetch_child *c); /* readable: prefetch_child_read() */
 
 /*
- * Takes what it has told. *ret_bytes: read so far, the part to be skipped included if the front
- * has some of it. 1: it goes on; 0: all is read; -EPIPE: it died; -ENOSYS, -EPERM: there is no
- * ring for us; -EFAULT: the file ends earlier than it did; -errno
+ * Takes what it has told. *ret_bytes: read so far. 1: it goes on; 0: all is read; -EPIPE: it died;
+ * -ENOSYS, -EPERM: there is no ring for us; -EFAULT: the file ends earlier than it did; -errno
  */
 int prefetch_child_read(struct prefetch_child *c, uint64_t *ret_bytes);

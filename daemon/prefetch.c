@@ -35,8 +35,8 @@ struct prefetch {
     void *userdata;
     sd_event_source *source; /* of the child's socket, or of wake_fd */
     const char *map;
-    size_t size, skip_from, skip_to; /* bytes; the part between the last two is left out */
-    size_t page;
+    size_t size;
+    uint64_t skip_from, skip_to; /* bytes; the part between is left out */
     struct prefetch_child *child;
     uint64_t child_bytes;
 
@@ -169,26 +169,13 @@ static int on_child(sd_event_source *source, int fd, uint32_t revents, void *use
     return 0;
 }
 
-static int watch_child(struct prefetch *p, sd_event *event)
-{
-    int r;
-
-    r = sd_event_add_io(event, &p->source, prefetch_child_fd(p->child), EPOLLIN, on_child, p);
-    if (r < 0)
-        return r;
-    /* One that is gone already is found out by reading. */
-    (void)prefetch_child_go_on(p->child, p->skip_from, p->skip_to);
-    return 0;
-}
-
 /* ---- the whole ---- */
 
 int prefetch_new(struct prefetch **ret, sd_event *event, const struct model *m,
                  struct prefetch_child *child, prefetch_handler handler, void *userdata)
 {
     CLEANUP(prefetch_freep) struct prefetch *p = calloc(1, sizeof(*p));
-    const struct model_file *file = model_get_file(m);
-    const struct weight *table = &model_weights(m)->ple_embed;
+    CLEANUP(read_order_done) struct read_order order = {0};
     int r;
 
     if (!p) {
@@ -199,21 +186,16 @@ int prefetch_new(struct prefetch **ret, sd_event *event, const struct model *m,
     p->wake_fd = -EBADF;
     p->handler = handler;
     p->userdata = userdata;
-    p->map = model_file_map(file, &p->size);
-    p->page = (size_t)sysconf(_SC_PAGESIZE);
-    p->skip_from = p->skip_to = p->size;
-    for (size_t i = 0; i < model_file_n_tensors(file); i++) {
-        const struct model_tensor *t = model_file_tensor(file, i);
-
-        if (t->weight.data != table->data)
-            continue;
-        /* The pages that lie within it alone. */
-        p->skip_from = ALIGN_UP((size_t)t->offset, p->page);
-        p->skip_to = (size_t)(t->offset + t->bytes) & ~(p->page - 1);
-        if (p->skip_to <= p->skip_from)
-            p->skip_from = p->skip_to = p->size;
-    }
-    r = child ? watch_child(p, event) : start_thread(p, event);
+    p->map = model_file_map(model_get_file(m), &p->size);
+    r = model_read_order(&order, model_get_file(m), POPULATE_BYTES);
+    if (r < 0)
+        return r;
+    p->skip_from = order.not_from;
+    p->skip_to = order.not_to;
+    if (child)
+        r = sd_event_add_io(event, &p->source, prefetch_child_fd(child), EPOLLIN, on_child, p);
+    else
+        r = start_thread(p, event);
     if (r < 0)
         return r;
     *ret = TAKE_PTR(p);

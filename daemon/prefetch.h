@@ -3,8 +3,8 @@
 #pragma once
 
 /*
- * prefetch: reads a model's pages into memory, front to back, which is the order in which they are
- * needed: by a process with a ring (prefetch-child.h), or by a thread. The table of per-layer
+ * prefetch: reads a model's pages into memory, in the order in which they are needed: by a process
+ * with a ring (prefetch-child.h), or, front to back, by a thread. The table of per-layer
  * embeddings is left out: a row of it per token is read when it is wanted. Failing to read ahead
  * costs speed and nothing else. Loop thread.
  */

@@ -474,23 +474,19 @@ int model_file_open_fd(struct model_file **ret, int fd, const char *path, struct
     return 0;
 }
 
-int model_file_descriptor(int *ret, const char *path, struct error *err)
+int model_file_open(struct model_file **ret, const char *path, struct error *err)
 {
     /* Not waiting for the writer of a fifo that bears a model's name; files do not mind. */
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
 
     if (fd < 0)
         return error_set(err, errno, "%s: cannot open: %s", path, strerror(errno));
-    *ret = fd;
-    return 0;
+    return model_file_open_fd(ret, fd, path, err);
 }
 
-int model_file_open(struct model_file **ret, const char *path, struct error *err)
+int model_file_fd(const struct model_file *f)
 {
-    int fd, r;
-
-    r = model_file_descriptor(&fd, path, err);
-    return r < 0 ? r : model_file_open_fd(ret, fd, path, err);
+    return f->fd;
 }
 
 struct model_file *model_file_free(struct model_file *f)

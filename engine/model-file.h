@@ -43,9 +43,7 @@ struct model_tensor {
 int model_file_open(struct model_file **ret, const char *path, struct error *err);
 int model_file_open_fd(struct model_file **ret, int fd, const char *path, struct error *err);
 
-/* The first half of model_file_open(): *ret for model_file_open_fd(). 0, -errno of open */
-int model_file_descriptor(int *ret, const char *path, struct error *err);
-
+int model_file_fd(const struct model_file *f); /* borrowed */
 struct model_file *model_file_free(struct model_file *f);
 void model_file_freep(struct model_file **f);
 

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
@@ -34,6 +35,7 @@ struct model {
 };
 
 static const char *const layer_format = "layers.%u.%s";
+static const char *const embed_name = "embed_tokens.weight";
 static const char *const ple_table_name = "embed_tokens_per_layer.weight";
 
 static int no_memory(struct error *err)
@@ -186,8 +188,7 @@ static int look_up_all(struct model *m, struct error *err)
     r = look_up(m, &w->final_norm, LAYOUT_PLAIN, 1, hidden, 0, err, "norm.weight");
     if (r < 0)
         return r;
-    r = look_up(m, &w->embed, LAYOUT_TILE16, c->vocab_size, hidden, UINT32_MAX, err,
-                "embed_tokens.weight");
+    r = look_up(m, &w->embed, LAYOUT_TILE16, c->vocab_size, hidden, UINT32_MAX, err, embed_name);
     if (r < 0)
         return r;
     return look_up(m, &w->ple_embed, LAYOUT_ROWS, c->vocab_size_ple, ple, 0, err, "%s",
@@ -283,6 +284,57 @@ static int read_tokenizer(struct model *m, struct error *err)
     return 0;
 }
 
+/* ---- reading ahead ---- */
+
+/* Pieces of [begin, end) that are not the last one there is already. */
+static void add_pieces(struct read_order *o, uint64_t begin, uint64_t end, uint64_t piece_bytes)
+{
+    for (uint64_t p = begin / piece_bytes; p * piece_bytes < end; p++)
+        if (o->n_first == 0 || o->first[o->n_first - 1] < p)
+            o->first[o->n_first++] = (uint32_t)p;
+}
+
+int model_read_order(struct read_order *ret, const struct model_file *f, uint64_t piece_bytes)
+{
+    const struct model_tensor *table = model_file_find(f, ple_table_name);
+    const struct model_tensor *embed = model_file_find(f, embed_name);
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    struct read_order o;
+    size_t size;
+
+    model_file_map(f, &size);
+    o = (struct read_order){.not_from = size, .not_to = size};
+    if (table) {
+        uint64_t from = ALIGN_UP(table->offset, page);
+        uint64_t to = (table->offset + table->bytes) & ~(page - 1);
+
+        if (from < to) {
+            o.not_from = from;
+            o.not_to = to;
+        }
+    }
+    o.first = calloc(size / piece_bytes + 1, sizeof(*o.first));
+    if (!o.first)
+        return -ENOMEM;
+    /* Tensors come in file order, and the vocabulary before them. */
+    if (model_file_n_tensors(f) > 0)
+        add_pieces(&o, 0, model_file_tensor(f, 0)->offset, piece_bytes);
+    for (size_t i = 0; i < model_file_n_tensors(f); i++) {
+        const struct model_tensor *t = model_file_tensor(f, i);
+
+        if (t == embed || t->weight.layout == LAYOUT_PLAIN)
+            add_pieces(&o, t->offset, t->offset + t->bytes, piece_bytes);
+    }
+    *ret = o;
+    return 0;
+}
+
+void read_order_done(struct read_order *o)
+{
+    free(o->first);
+    *o = (struct read_order){0};
+}
+
 /* Looking tensors up reads the small ones all over the file; how is said before. */
 static void advise(const struct model *m)
 {
@@ -294,8 +346,7 @@ static void advise(const struct model *m)
                              table ? table->bytes : 0);
 }
 
-/* Takes over f. */
-static int model_new(struct model **ret, struct model_file *f, struct error *err)
+int model_open_file(struct model **ret, struct model_file *f, struct error *err)
 {
     CLEANUP(model_file_freep) struct model_file *file = f;
     CLEANUP(model_freep) struct model *m = calloc(1, sizeof(*m));
@@ -326,7 +377,7 @@ int model_open(struct model **ret, const char *path, struct error *err)
     struct model_file *f;
     int r = model_file_open(&f, path, err);
 
-    return r < 0 ? r : model_new(ret, f, err);
+    return r < 0 ? r : model_open_file(ret, f, err);
 }
 
 int model_open_fd(struct model **ret, int fd, const char *path, struct error *err)
@@ -334,7 +385,7 @@ int model_open_fd(struct model **ret, int fd, const char *path, struct error *er
     struct model_file *f;
     int r = model_file_open_fd(&f, fd, path, err);
 
-    return r < 0 ? r : model_new(ret, f, err);
+    return r < 0 ? r : model_open_file(ret, f, err);
 }
 
 struct model *model_free(struct model *m)

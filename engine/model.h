@@ -61,6 +61,7 @@ int model_generation_parse(struct model_generation *ret, const char *json, uint3
 /* 0, -errno, -EINVAL: err names file and field; -ENOTRECOVERABLE: the file changed meanwhile */
 int model_open(struct model **ret, const char *path, struct error *err);
 int model_open_fd(struct model **ret, int fd, const char *path, struct error *err);
+int model_open_file(struct model **ret, struct model_file *f, struct error *err); /* takes f over */
 struct model *model_free(struct model *m);
 void model_freep(struct model **m);
 
@@ -68,6 +69,22 @@ const struct model_config *model_config(const struct model *m);
 const struct model_weights *model_weights(const struct model *m);
 const struct model_file *model_get_file(const struct model *m);
 const struct model_generation *model_generation(const struct model *m);
+
+/*
+ * In which order a model's file is wanted in memory, in pieces of the same size: at first those of
+ * which opening it touches a bit (the small tensors of all layers, the vocabulary) and those that
+ * any token of a prompt may touch before the first layer (the embeddings), then front to back.
+ * Never [not_from, not_to), the pages that the table of per-layer embeddings has to itself.
+ */
+struct read_order {
+    uint64_t not_from, not_to; /* bytes; both the file's size where there is no such table */
+    uint32_t *first;           /* [n_first] numbers of pieces, each once */
+    size_t n_first;
+};
+
+/* 0, -ENOMEM */
+int model_read_order(struct read_order *ret, const struct model_file *f, uint64_t piece_bytes);
+void read_order_done(struct read_order *o);
 
 /* NULL when the file carries none (a test model): such a model takes and gives only ids. */
 const struct tokenizer *model_tokenizer(const struct model *m);
