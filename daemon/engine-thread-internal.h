@@ -81,6 +81,7 @@ struct engine_thread {
     bool has_closed;            /* some of them are */
     struct adoption *adoptions; /* [n_adoptions], to be done before anything else; NULL: none */
     size_t n_adoptions;
+    bool is_loading;
     struct weight_change *weights, **weights_end;
     unsigned relief;   /* the level of the last event; 0: none to be looked at */
     bool has_released; /* some timelines are */

@@ -176,6 +176,7 @@ static bool take_in(struct engine_thread *t, bool idle)
     t->submitted_end = &t->submitted;
     quit = t->quit;
     set_weights(t);
+    scheduler_set_loading(t->scheduler, t->is_loading);
     adopts = t->adoptions;
     pthread_mutex_unlock(&t->mutex);
 
@@ -392,6 +393,13 @@ void engine_thread_relieve(struct engine_thread *t, unsigned level)
     pthread_mutex_lock(&t->mutex);
     t->relief = MAX(t->relief, level);
     wake(t);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+void engine_thread_set_loading(struct engine_thread *t, bool is_loading)
+{
+    pthread_mutex_lock(&t->mutex);
+    t->is_loading = is_loading; /* seen before the next step */
     pthread_mutex_unlock(&t->mutex);
 }
 

@@ -64,6 +64,9 @@ void engine_thread_set_spill_folder(struct engine_thread *t, int fd);
  */
 void engine_thread_relieve(struct engine_thread *t, unsigned level);
 
+/* Whether the model's file is still being read (engine/scheduler.h); false at first. */
+void engine_thread_set_loading(struct engine_thread *t, bool is_loading);
+
 /* The account's share in comparison with others' (engine/scheduler.h). 1 to 10000; 100 if not set.
  * 0, -ENOMEM */
 int engine_thread_set_weight(struct engine_thread *t, uint64_t account, uint32_t weight);

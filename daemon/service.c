@@ -330,6 +330,7 @@ static void on_prefetch(void *userdata)
         return;
     }
     p->prefetch = prefetch_free(p->prefetch);
+    engine_thread_set_loading(s->engine, false);
     if (s->state == SERVICE_LOADING)
         loaded(s);
 }
@@ -487,6 +488,7 @@ static void begin_serving(struct service *s)
     r = -EOPNOTSUPP;
     if (s->config->prefetch)
         r = prefetch_new(&p->prefetch, s->event, s->model, TAKE_PTR(p->reader), on_prefetch, s);
+    engine_thread_set_loading(s->engine, r >= 0);
     if (r < 0 || s->scope == SCOPE_PRIVATE || p->ready) {
         /* What is not in memory yet comes when it is wanted; nobody waits for all of it. */
         if (r < 0)

@@ -123,6 +123,7 @@ struct rate_slot {
 
 struct scheduler {
     uint32_t max_rows, max_logits, max_running;
+    bool is_loading;
     struct account *accounts;
     struct scheduler_entry **running, **queued; /* [n_allocated] */
     struct scheduler_entry **sorted;            /* [n_allocated], scratch */
@@ -349,6 +350,11 @@ static struct flow *get_flow(struct account *a, uint64_t id)
     f->next = a->flows;
     a->flows = f;
     return f;
+}
+
+void scheduler_set_loading(struct scheduler *s, bool is_loading)
+{
+    s->is_loading = is_loading;
 }
 
 int scheduler_set_weight(struct scheduler *s, uint64_t account, uint32_t weight)
@@ -804,6 +810,8 @@ static uint32_t rows_for(const struct scheduler *s, enum situation situation, si
     double limit = BESIDE_FACTOR * (n_decoding > 0 ? step : token_usec(s));
     double cost = prompt_row_usec(s, situation), n = s->cost[situation].most_rows;
 
+    if (s->is_loading)
+        return s->max_rows;
     if (situation == ALONE)
         limit = MAX(limit, STEP_USEC);
     if (cost == 0)
@@ -895,7 +903,7 @@ size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_
         picks[i] = (struct scheduler_pick){e->task, 1};
     }
     m = &s->measured[MIN(n_picks, (size_t)MEASURED - 1)];
-    if (n_picks > 0 && (m->usec == 0 || s->n_steps - m->at > MEASURE_AGAIN))
+    if (n_picks > 0 && !s->is_loading && (m->usec == 0 || s->n_steps - m->at > MEASURE_AGAIN))
         return n_picks;
     return choose_prompts(s, prompts, n_prompts, picks, n_picks, max_picks,
                           s->max_logits - (uint32_t)n_picks);
@@ -948,6 +956,22 @@ static void note_rate(struct scheduler *s, uint64_t usec, uint32_t prompt_rows, 
     }
 }
 
+/* for_prompts: rows of prompts, with those that were picked as if they decoded. */
+static void learn(struct scheduler *s, size_t n_decoding, uint32_t prompt_rows,
+                  uint32_t for_prompts, uint64_t took_usec)
+{
+    if (prompt_rows > 0)
+        learn_prompts(s, n_decoding, prompt_rows, (double)took_usec);
+    else
+        learn_decoding(s, n_decoding, (double)took_usec);
+    if (n_decoding > 0) {
+        double usec = (double)took_usec * MAX(s->n_decoding, 1u) / (double)n_decoding;
+
+        s->token_usec += s->token_usec > 0 ? 0.1 * (usec - s->token_usec) : usec;
+    }
+    note_rate(s, took_usec, for_prompts, (uint32_t)n_decoding + prompt_rows - for_prompts);
+}
+
 /* What a row of a prompt costs in tokens. */
 static double prompt_price(const struct scheduler *s)
 {
@@ -977,16 +1001,8 @@ void scheduler_account(struct scheduler *s, const struct scheduler_pick *picks, 
         return;
     s->n_steps++;
     s->is_ranked = false;
-    if (prompt_rows > 0)
-        learn_prompts(s, n_decoding, prompt_rows, (double)took_usec);
-    else
-        learn_decoding(s, n_decoding, (double)took_usec);
-    if (n_decoding > 0) {
-        double usec = (double)took_usec * MAX(s->n_decoding, 1u) / (double)n_decoding;
-
-        s->token_usec += s->token_usec > 0 ? 0.1 * (usec - s->token_usec) : usec;
-    }
-    note_rate(s, took_usec, for_prompts, (uint32_t)n_decoding + prompt_rows - for_prompts);
+    if (!s->is_loading)
+        learn(s, n_decoding, prompt_rows, for_prompts, took_usec);
 
     price = prompt_price(s);
     for (size_t i = 0; i < n_picks; i++) {

@@ -73,6 +73,13 @@ void scheduler_freep(struct scheduler **s);
 /* Weight of an account, 1 to 10000; those never told have 100. 0, -ENOMEM */
 int scheduler_set_weight(struct scheduler *s, uint64_t account, uint32_t weight);
 
+/*
+ * While the model is still being read into memory (true; false at first), a step takes as long as
+ * its pages do, whatever is in it: prompts get all the rows there are, and nothing is learnt from
+ * how long steps take.
+ */
+void scheduler_set_loading(struct scheduler *s, bool is_loading);
+
 /* Queues it. The task must stay where it is until removed. 0, -ENOMEM */
 int scheduler_add(struct scheduler *s, struct scheduler_task *task);
 void scheduler_remove(struct scheduler *s, struct scheduler_task *task); /* queued or running */

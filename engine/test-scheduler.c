@@ -620,6 +620,32 @@ static void check_alone(void)
     }
 }
 
+/* A model that is still being read: every step takes a second, and says nothing about later ones. */
+static void check_loading(void)
+{
+    static const struct machine disk = {.base = 1000000, .decode = 100, .prompt = 100};
+    struct scheduler_statistics statistics;
+    struct world w;
+
+    world_init(&w, &disk, 256, 16);
+    scheduler_set_loading(w.s, true);
+    client(&w, 1, CLASS_INTERACTIVE, 2000, 1, 0);
+    client(&w, 2, CLASS_INTERACTIVE, 1, 0, 0);
+    for (int i = 0; i < 5; i++) {
+        step(&w);
+        assert(w.n_decoding == 1 && w.n_prompt == 255);
+    }
+    scheduler_get_statistics(w.s, &statistics);
+    assert(statistics.prefill_rate == 0 && statistics.decode_rate == 0);
+    scheduler_set_loading(w.s, false);
+    w.m = &fast;
+    step(&w); /* what decoding takes is to be found out, as by a new one */
+    assert(w.n_decoding == 1 && w.n_prompt == 0);
+    step(&w);
+    assert(w.n_decoding == 1 && w.n_prompt > 0 && w.n_prompt <= 4);
+    world_done(&w);
+}
+
 /* A slow step now and then, as by another program, changes no more than itself. */
 static void check_disturbed(void)
 {
@@ -1084,6 +1110,7 @@ int main(void)
     check_cold(&fast);
     check_cold(&reading);
     check_alone();
+    check_loading();
     check_disturbed();
     for (uint64_t seed = 1; seed <= 40; seed++)
         check_random(seed);
