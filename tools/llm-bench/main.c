@@ -4,7 +4,7 @@
 /*
  * llm-bench: how fast a model computes, beside what the machine would allow. The options become a
  * list of cases (measure.h), what was measured becomes tables or JSON (report.h), and is compared
- * with an earlier run (compare.h). 'serve' is another program in the same file.
+ * with an earlier run (compare.h). 'serve' and 'load' are other programs in the same file.
  */
 
 #include <errno.h>
@@ -23,6 +23,7 @@
 #include "tools/common/program.h"
 #include "tools/llm-bench/compare.h"
 #include "tools/llm-bench/json.h"
+#include "tools/llm-bench/load.h"
 #include "tools/llm-bench/measure.h"
 #include "tools/llm-bench/report.h"
 #include "tools/llm-bench/serve.h"
@@ -33,10 +34,12 @@ static const char help[] =
     "Usage: llm-bench [OPTION]... MODEL\n"
     "       llm-bench --compare OLD.json [OPTION]... MODEL|NEW.json\n"
     "       llm-bench serve [OPTION]... MODEL\n"
+    "       llm-bench load [OPTION]... MODEL\n"
     "Measures how fast a model computes: prefill (reading a prompt) and decoding (one token\n"
     "for each session and step), what the time is spent on, and how near that is to what the\n"
     "machine's memory and multipliers allow. Ctrl-C ends it and shows what there is.\n"
     "With 'serve': what clients of the daemon feel; see llm-bench serve --help.\n"
+    "With 'load': how long a model takes to come from the disk; see llm-bench load --help.\n"
     "\n"
     "  --prompt LIST            tokens of the prompts (128,512,2048,8192, as the context allows)\n"
     "  --depth LIST             tokens a session has before it decodes (128,2048,8192, likewise)\n"
@@ -357,6 +360,12 @@ int main(int argc, char **argv)
 
         argv[1] = subcommand;
         return serve_main(argc - 1, argv + 1);
+    }
+    if (argc > 1 && strcmp(argv[1], "load") == 0) {
+        char subcommand[] = "llm-bench load";
+
+        argv[1] = subcommand;
+        return load_main(argc - 1, argv + 1);
     }
     r = parse_options(&a, argc, argv);
     if (r == EXIT_USAGE)
