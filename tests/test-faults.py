@@ -25,8 +25,9 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import dbus
-    from daemon_client import (PATIENCE, Child, Client, Daemon, SystemDaemon, error_of, make_endless_model, options_of,
+    from daemon_client import (PATIENCE, Child, Client, Daemon, Session, SystemDaemon, error_of, make_endless_model, options_of,
                                read_all, until)
+    from kept_daemon import Manager
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
@@ -371,6 +372,27 @@ def others_go_on_while_sessions_go_to_disk_and_back():
                 said += read_some(f, 10)
             assert figure(c, "kv-restored") == 24
         assert len(said) > 10 and (streamed.startswith(said) or said.startswith(streamed))
+
+
+@test
+def a_kill_loses_no_session_that_is_on_disk():
+    """The file went with the process, and what it held is computed again."""
+    right = undisturbed_talks(2)
+    short = Short()
+    with Manager(LLMD, tempfile.mkdtemp(dir=folder), chat, env=short.env) as m:
+        with Client(m.socket) as c:
+            sessions = [c.create(linger=True) for _ in range(2)]
+            assert [talk(s, i * 10) for i, s in enumerate(sessions)] == right[0]
+            short.event(c)
+            short.event(c)
+            until(lambda: figure(c, "kv-spilled") == 2)
+            m.kill()
+        m.begin()
+        with Client(m.socket) as c:
+            assert figure(c, "kv-bytes-spilled") == 0 and c.manager("Sessions") == 2
+            sessions = [Session(c, s.path) for s in sessions]
+            for k, prompt in ((1, "And then?"), (2, "At last?")):
+                assert [talk(s, i * 10 + k, prompt) for i, s in enumerate(sessions)] == right[k]
 
 
 @test
