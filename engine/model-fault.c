@@ -18,6 +18,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define MODELS_MAX 64 /* open at once; a daemon has two while it exchanges them */
@@ -40,6 +41,19 @@ void model_fault_report(struct model_fault *f)
         (void)!write(wake_fd, &one, sizeof(one)); /* full: it is readable anyway */
 }
 
+/* Not by mmap(), which ThreadSanitizer takes for a write to all that others are reading. */
+static bool map_zeros(uintptr_t start, size_t size)
+{
+#ifdef SYS_mmap2
+    const long number = SYS_mmap2;
+#else
+    const long number = SYS_mmap;
+#endif
+
+    return syscall(number, start, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+                   0L) == (long)start;
+}
+
 /* Whether nothing is missing any more. Async-signal-safe. */
 static bool replace(uintptr_t at)
 {
@@ -50,8 +64,7 @@ static bool replace(uintptr_t at)
 
         if (size == 0 || at < start || at - start >= size)
             continue;
-        if (mmap((void *)start, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
-            MAP_FAILED)
+        if (!map_zeros(start, size))
             return false;
         model_fault_report(f);
         return true;

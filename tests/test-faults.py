@@ -135,7 +135,9 @@ def no_thread_blocks_what_its_own_faults_raise():
         for tid in os.listdir(f"/proc/{d.process.pid}/task"):
             with open(f"/proc/{d.process.pid}/task/{tid}/status") as f:
                 lines = dict(line.split(":", 1) for line in f)
-            blocked[lines["Name"].strip()] = int(lines["SigBlk"], 16)
+            name = lines["Name"].strip()
+            if name != "llmd" or int(tid) == d.process.pid:  # else a sanitizer's own
+                blocked[name] = int(lines["SigBlk"], 16)
         assert {"llmd-engine", "llmd-compute"} <= set(blocked), blocked
         for name, mask in blocked.items():
             assert not mask & 1 << signal.SIGBUS - 1, (name, hex(mask))
@@ -705,6 +707,7 @@ def a_fork_bomb_of_clients():
         os.chmod(d.where, 0o711)
         read, write = os.pipe()
         with d.connect() as c:
+            c.manager("State")  # who says nothing is thrown out
             children = [Child(evil, bomb, d.socket, read, i % 2 == 0) for i in range(300)]
 
             def ask(child, path):
