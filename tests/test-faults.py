@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -307,6 +308,72 @@ def memory_gets_short_and_is_not_any_more():
         c.create()
         for line in ("goes back to the system", "go to disk", "no new sessions"):
             assert line in d.log(), d.log()
+
+
+def shared_memory(d):
+    """What of the KV pool is in memory."""
+    with open(f"/proc/{d.process.pid}/status") as f:
+        return next(1024 * int(line.split()[1]) for line in f if line.startswith("RssShmem:"))
+
+
+@test
+def memory_goes_back_to_the_system():
+    """By the first event what is free, by the second what idle sessions hold."""
+    short = Short()
+    with Kept(short=short) as d, d.connect() as c:
+        keeps, goes = c.create(), c.create()
+        for s in (keeps, goes):
+            s.append(prompt="x" * 4000, raw=True)
+        both = shared_memory(d)
+        used = figure(c, "kv-bytes-used")
+        goes.call("Close")
+        until(lambda: figure(c, "kv-bytes-used") <= used // 2 + 65536)
+        short.event(c)
+        until(lambda: shared_memory(d) < both - used // 3)
+        one = shared_memory(d)
+        assert figure(c, "kv-bytes-used") >= used // 3
+        short.event(c)
+        until(lambda: shared_memory(d) < one - used // 3)
+
+
+@test
+def the_service_manager_is_told_that_memory_is_short():
+    short = Short()
+    path = os.path.join(tempfile.mkdtemp(dir=folder), "notify")
+    heard = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(path)
+
+        def hear():  # always: who notifies waits while the socket is full
+            while True:
+                data, _, _, _ = notify.recvmsg(65536)
+                if not data:
+                    return
+                heard.append(data.decode())
+
+        thread = threading.Thread(target=hear)
+        thread.start()
+
+        def told(what):
+            until(lambda: any(what in h for h in heard), lambda: heard)
+            heard.clear()
+
+        with Kept(short=short, env={"NOTIFY_SOCKET": path}) as d, d.connect() as c:
+            s = c.create()
+            s.append(prompt="x" * 8000, raw=True)
+            mib = figure(c, "kv-bytes-used") >> 20
+            assert mib > 0
+            short.event(c)
+            told("; memory is short, level 1 of 3")
+            short.event(c)
+            told(f"; memory is short, level 2 of 3; {mib} MiB of KV on disk")
+            s.append(prompt="x", raw=True)
+            told("0 queued; memory is short, level 2 of 3")
+            until(lambda: figure(c, "memory-pressure") == 0)
+            until(lambda: heard and heard[-1].endswith("0 queued"), lambda: heard)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+            end.sendto(b"", path)
+        thread.join()
 
 
 @test
