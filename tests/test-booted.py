@@ -416,7 +416,7 @@ def conversations_outlive_the_daemon(m):
 
     whole = text(m.run(*asked, "Count.", user="bob").stdout)
     id_ = m.run("llmctl", "session", "create", user="alice").stdout.strip()
-    for end in lambda: kill("signal"), lambda: kill("oom-kill"):
+    for end in lambda: kill("signal"), lambda: m.run("systemctl", "restart", "llmd.service"), lambda: kill("oom-kill"):
         p = m.popen(*asked, "Count.", user="bob", text=False, bufsize=0)
         first = p.stdout.read(1)  # and no more: it is not over, since there is no room for all of it
         m.run("llmctl", "run", "--no-stdin", "--session", id_, QUESTION, user="alice")
