@@ -418,8 +418,9 @@ static int watch(struct llm_connection *c, bool all)
         status = bus_wait_again(c, &monitor.stop, -1, 0);
         if (status != BUS_AGAIN)
             break;
-        tell_restarted(&monitor);
         status = set_up(c, all, &monitor, &matched);
+        if (status == STATUS_OK) /* not before: now nothing that follows is missed */
+            tell_restarted(&monitor);
     }
     sd_bus_unref(matched);
     return status == STATUS_OK ? monitor.status : status;

@@ -172,13 +172,15 @@ struct client *client_free(struct client *c)
     return NULL;
 }
 
-/* Its name has left the bus. */
+/* Its name has left the bus; or the bus has left us, then all are said to have gone. */
 static int on_gone(sd_bus_track *track, void *userdata)
 {
     struct client *c = userdata;
     struct service *s = c->service;
 
     (void)track;
+    if (sd_bus_is_open(c->bus) <= 0)
+        former_owners_keep(s->former, c);
     client_free(c);
     service_something_went(s);
     return 0;
