@@ -326,13 +326,13 @@ def the_bus_comes_and_goes(folder, model):
             assert c.manager("Sessions") == 2
             broker.stop()
             wait_log(d, "system bus: the connection is lost")
-            while c.manager("Sessions") != 1:  # its clients are gone
-                pass
+            assert c.manager("Sessions") == 2  # its clients may come back with it
             assert s.run(prompt="a", max_tokens=dbus.UInt32(1))
             broker = Broker(folder)
             wait_for(lambda: d.log().count("serving on the system bus as") == 2)
             second = BusClient(broker.address)
             assert second.create().run(prompt="a", max_tokens=dbus.UInt32(1))
+            wait_for(lambda: c.manager("Sessions") == 2)  # nobody on this bus is who was on the other
             # A second one on another socket does not get the name, and says so.
             other = os.path.join(folder, "other")
             os.mkdir(other)
