@@ -143,7 +143,7 @@ struct sparse_ffn_args {
     void *work;                    /* sparse_ffn_work_bytes(), aligned to 64 */
     float *y;                      /* [n][down->n_out] */
     size_t ld_y;
-    uint64_t *ret_neurons; /* whose weights were read, those of several rows counted once */
+    uint64_t *ret_neurons; /* NULL, or whose weights were read, of several rows counted once */
 };
 
 static inline size_t sparse_ffn_work_bytes(uint32_t n, uint32_t ffn)

@@ -44,7 +44,6 @@ struct forward_buffers {
     struct forward_row *rows;   /* [max_rows] */
     struct kv_row *kv_rows;     /* [max_rows] */
     uint32_t *ids;              /* [max_rows] */
-    uint64_t *neurons;          /* [n_layers]: read by the sparse ones in this pass */
 };
 
 struct engine {
@@ -61,7 +60,6 @@ struct engine {
     void *scratch;       /* backend memory behind the buffers */
     size_t scratch_bytes;
     struct forward_buffers buf;
-    struct engine_sparse sparse;
     char description[128];
 };
 

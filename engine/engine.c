@@ -184,11 +184,6 @@ uint64_t engine_give_back(struct engine *e)
     return kv_pool_give_back(e->pool);
 }
 
-void engine_sparse(const struct engine *e, struct engine_sparse *ret)
-{
-    *ret = e->sparse;
-}
-
 struct backend *engine_backend(const struct engine *e)
 {
     return e->backend;

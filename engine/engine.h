@@ -88,17 +88,6 @@ void engine_adopted(struct engine *e);
 uint64_t engine_give_back(struct engine *e);
 
 /*
- * What the steps so far did in layers with activation sparsity: neurons whose weights (their row of
- * up, their column of down) were read, those of several rows of a step once, and the bytes of these
- * weights; beside all there were, each step and layer counted.
- */
-struct engine_sparse {
-    uint64_t neurons_read, neurons;
-    uint64_t bytes_read, bytes;
-};
-void engine_sparse(const struct engine *e, struct engine_sparse *ret);
-
-/*
  * For whoever measures: what executes the operations, and another one that does from now on, by
  * giving each to the first. Memory stays the first one's, which must be back before engine_free().
  */

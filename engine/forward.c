@@ -80,7 +80,6 @@ static void lay_out(struct engine *e, struct arena *a)
     b->rows = take(a, n, 1, sizeof(*b->rows));
     b->kv_rows = take(a, n, 1, sizeof(*b->kv_rows));
     b->ids = take(a, n, 1, sizeof(*b->ids));
-    b->neurons = take(a, c->n_layers, 1, sizeof(*b->neurons));
 }
 
 int forward_init(struct engine *e)
@@ -358,7 +357,6 @@ static void feed_forward(struct engine *e, uint32_t l, struct activations *x)
                                         .work = b->up,
                                         .y = b->t,
                                         .ld_y = e->config->hidden,
-                                        .ret_neurons = &b->neurons[l],
                                     });
         return;
     }
@@ -567,35 +565,14 @@ static void head(struct engine *e, uint32_t n)
                 b->logits[(size_t)i * c->vocab_size + k] = NAN;
 }
 
-/* What the sparse layers of this pass read. */
-static void count_neurons(struct engine *e, uint32_t n_layers)
-{
-    const struct model_config *c = e->config;
-
-    for (uint32_t l = 0; l < n_layers; l++) {
-        const struct layer_weights *w = &e->weights->layers[l];
-        size_t bytes;
-
-        if (!(c->layers[l].sparsity_z > 0))
-            continue;
-        bytes = weight_row_bytes(w->up.type, w->up.n_in) +
-                weight_col_block_bytes(w->down.type, w->down.n_out) / WEIGHT_BLOCK;
-        e->sparse.neurons_read += e->buf.neurons[l];
-        e->sparse.neurons += c->layers[l].ffn_width;
-        e->sparse.bytes_read += e->buf.neurons[l] * bytes;
-        e->sparse.bytes += c->layers[l].ffn_width * (uint64_t)bytes;
-    }
-}
-
 int forward(struct engine *e, uint32_t n)
 {
-    uint32_t l;
     int r;
 
     assert(n >= 1 && n <= e->max_rows);
     fill_rope(e, n);
     begin(e, n);
-    for (l = 0; l < e->config->n_layers; l++) {
+    for (uint32_t l = 0; l < e->config->n_layers; l++) {
         struct activations xn = layer_begin(e, l, n);
 
         if (l == e->config->n_layers_kv - 1) {
@@ -613,7 +590,5 @@ int forward(struct engine *e, uint32_t n)
     r = backend_finish(e->backend);
     if (r == 0 && !model_file_is_intact(model_get_file(e->model)))
         r = -ENOTRECOVERABLE;
-    if (r == 0)
-        count_neurons(e, l);
     return r;
 }

@@ -562,7 +562,8 @@ static void ref_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a)
             i++;
         neurons += i < n;
     }
-    *a->ret_neurons = neurons;
+    if (a->ret_neurons)
+        *a->ret_neurons = neurons;
 }
 
 static void route(const struct router_weights *w, uint32_t hidden, uint32_t n_streams,

@@ -203,5 +203,6 @@ void cpu_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a,
                   ? SPARSE_OUTPUTS
                   : ALIGN_UP(DIV_ROUND_UP(n_out, c->n_threads * PANELS_PER_THREAD), 128u);
     cpu_parallel(c, DIV_ROUND_UP(n_out, t.panel), entries * t.panel / 8, down_panels, &t);
-    *a->ret_neurons = neurons;
+    if (a->ret_neurons)
+        *a->ret_neurons = neurons;
 }
