@@ -508,9 +508,20 @@ static void work_with_marks(uint64_t seed, uint64_t n)
     backend.ops = &marking_ops;
     engine_set_backend(w.e, &backend);
     work(&w, 60); /* so that there is something to lose */
+    for (uint32_t i = 0; i < 2; i++) {
+        intend(i, 0);
+        w.s[i] = session_free(w.s[i]);
+        clear(memory[i]);
+        done(i);
+    }
+    assert(session_new(&w.s[0], w.e, context, memory[0]) == 0);
+    while (session_n_tokens(w.s[0]) < 150 || session_n_tokens(w.s[0]) % KV_PAGE == 0)
+        work_step(&w, 0);
     assert(ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0);
     traced = true;
     raise(SIGSTOP);
+    work_fork(&w, 0, 1); /* within a page, which the next step copies */
+    work_step(&w, 1);
     work(&w, n);
     _exit(0);
 }
