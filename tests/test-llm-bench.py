@@ -106,6 +106,40 @@ class Test:
         assert got["limits"] == [] and got["prefill"][0]["multiply_share"] is None and got["decode"][0]["read_share"] is None
         assert got["engine"]["kv"] == "f32"
 
+    def test_load(self):
+        """All ways, and a cold start; as nobody the kernel forgets this file only."""
+        out, err = run(self.bench, "load", "--rounds", "2", "--prompt", "3", "--json", self.demo, "--", "--threads", "1")
+        got = json.loads(out)
+        assert got["format"] == "llm-bench load 1" and got["rounds"] == 2 and got["prompt_words"] == 3
+        assert got["model"]["bytes"] == os.path.getsize(self.demo) >= got["model"]["read_bytes"] > 0
+        assert got["everything_forgotten"] == (os.geteuid() == 0)
+        ways = {x["method"]: x for x in got["reading"]}
+        missing = [line for line in err.splitlines() if "is left out" in line]
+        assert len(ways) + len(missing) == 8 and {"faults", "faults_huge_pages", "read"} <= set(ways), (out, err)
+        for x in ways.values():
+            assert x["bytes_per_second"] >= x["bytes_per_second_median"] > 0 and x["processor_seconds"] >= 0
+        best = max(x["bytes_per_second"] for x in ways.values() if x["method"] != "direct")
+        for x in ways.values():
+            share = None if x["method"] == "direct" else x["bytes_per_second"] / best
+            assert (share is None) == (x["share_of_best"] is None) and (share is None or close(share, x["share_of_best"]))
+        assert got["method"] in ("ring_populate", "populate_thread")
+        assert close(got["share_of_best"], ways[got["method"]]["share_of_best"])
+        start = {x["what"]: x for x in got["start"]}
+        assert list(start) == ["cold_ready", "cold_first_token", "warm_ready", "warm_first_token", "warm_request"]
+        assert all(0 < x["seconds_least"] <= x["seconds"] for x in start.values())
+        assert start["cold_ready"]["seconds_least"] < start["cold_first_token"]["seconds_least"]
+        read = got["model"]["read_bytes"] / best
+        assert close(got["first_token_ratio"],
+                     start["cold_first_token"]["seconds_least"] / max(read, start["warm_first_token"]["seconds_least"]))
+
+        out, err = run(self.bench, "load", "--rounds", "1", "--no-start", self.demo)
+        assert "OF BEST" in out and "which llmd uses, reaches" in out and "first token" not in out
+        for wrong, status in (([], 2), (["--rounds", "0", self.demo], 2), ([self.demo, self.demo], 2), (["--no-start", "--llmd", "x", self.demo], 2),
+                              (["/nonexistent"], 1), ([__file__], 1), (["--no-start", self.demo, "--", "--threads"], 2),
+                              (["--llmd", "/nonexistent", self.demo], 1)):
+            out, err = run(self.bench, "load", *wrong, status=status)
+            assert out == "" and len([x for x in err.splitlines() if "is left out" not in x]) <= 2, err
+
     def test_threads(self):
         if len(os.sched_getaffinity(0)) < 2:
             return
@@ -244,6 +278,7 @@ def main():
         t.test_refusals()
         report = t.test_json()
         t.test_exact()
+        t.test_load()
         t.test_threads()
         t.test_tables()
         t.test_compare(report)
