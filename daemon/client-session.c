@@ -78,6 +78,7 @@ struct request {
     uint64_t id;
     uint64_t prompt_bytes;           /* of the job's text */
     bool is_kept;                    /* in the store */
+    bool is_unanswered;              /* session_set_answered() is yet to come */
     struct job *job;                 /* NULL: has come back */
     struct stream *stream;           /* NULL: gone */
     struct request *previous, *next; /* session_set::requests */
@@ -195,7 +196,7 @@ void session_set_linger_usec(struct session_set *set, uint64_t usec)
 
 static void request_put(struct request *q)
 {
-    if (q->job || q->stream)
+    if (q->job || q->stream || q->is_unanswered)
         return;
     if (q->is_kept)
         fd_store_remove_id(q->set->store, "request", q->id);
@@ -450,8 +451,11 @@ void session_set_cut_streams(struct session_set *set)
 
     for (struct request *q = set->requests; q; q = next) {
         next = q->next;
+        q->is_unanswered = false;
         if (q->stream)
             stream_abandon(q->stream);
+        else
+            request_put(q);
     }
 }
 
@@ -721,7 +725,7 @@ static int new_session(struct client_session **ret, struct session_set *set, str
     s->class = options->class;
     s->linger = options->linger;
     s->context_max = options->context;
-    s->created_usec = clock_usec(CLOCK_REALTIME);
+    s->created_usec = session_record_facts(timeline_record(timeline))->created_usec;
     s->used_usec = now_usec();
     if (!s->label || !s->path) {
         engine_thread_close(set->engine, timeline);
@@ -1061,6 +1065,7 @@ int client_session_generate(struct client_session *s, struct job_request *reques
     if (r < 0)
         return error_set(err, -r, "cannot make a stream: %s", strerror(-r));
     keep_request(set, q, j->record);
+    q->is_unanswered = true;
     set->n_streams++;
     s->user->n_streams++;
     list_request(set, TAKE_PTR(q), s->user, j);
@@ -1121,14 +1126,18 @@ int session_set_measure(struct session_set *set, struct user *user, struct job_r
     return 0;
 }
 
-void session_set_replied(struct session_set *set, uint64_t request_id)
+void session_set_answered(struct session_set *set, uint64_t request_id, bool sent)
 {
     struct request *q = set->requests;
 
     while (q && q->id != request_id)
         q = q->next;
-    if (q && q->stream)
+    if (!q)
+        return;
+    if (sent && q->stream)
         request_record_set_replied(stream_record(q->stream));
+    q->is_unanswered = false;
+    request_put(q);
 }
 
 /* ---- what another process left ---- */
@@ -1165,7 +1174,6 @@ int session_set_take_back(struct client_session **ret, struct session_set *set, 
     if (r < 0)
         return r;
     session_record_close_fd(record);
-    (*ret)->created_usec = facts->created_usec;
     if (former->kind != OWNER_NONE)
         (*ret)->former = TAKE_PTR(former);
     return 0;

@@ -170,11 +170,11 @@ int client_session_new_forked(struct client_session **ret, struct client_session
                               struct error *err);
 
 /*
- * The caller of client_session_generate() has its answer, and with it its end of the stream. Until
- * then the next process takes back all that the request did, should nobody hold that end: the
- * caller will ask again.
+ * After each client_session_generate(): whoever asked has its answer, and with it its end of the
+ * stream; or will never have it. Until then the next process would take back all that the request
+ * did, even when it is over: who has no answer asks again.
  */
-void session_set_replied(struct session_set *set, uint64_t request_id);
+void session_set_answered(struct session_set *set, uint64_t request_id, bool sent);
 
 /* ---- what another process left (recovery.c) ---- */
 

@@ -529,8 +529,10 @@ void engine_thread_close(struct engine_thread *t, struct timeline *tl)
 int engine_thread_prepare(struct engine_thread *t, struct job *j)
 {
     struct timeline *tl = j->timeline;
-    struct request_facts facts = {
-        .id = j->id, .session = tl->options.flow, .n_ctx = tl->options.n_ctx};
+    struct request_facts facts = {.id = j->id,
+                                  .session = tl->options.flow,
+                                  .uid = (uid_t)tl->options.account,
+                                  .n_ctx = tl->options.n_ctx};
     struct request_before before;
 
     pthread_mutex_lock(&t->mutex);

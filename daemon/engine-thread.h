@@ -77,7 +77,7 @@ struct engine_statistics {
     uint64_t requests_cancelled, requests_failed;
     uint64_t prompt_tokens, completion_tokens;
     uint64_t steps, preemptions;
-    uint64_t kv_given_back; /* sessions whose KV was given up for others */
+    uint64_t kv_given_back;           /* sessions whose KV was given up for others */
     uint64_t kv_spilled, kv_restored; /* sessions whose KV went to a file, came back from one */
     /* now */
     uint32_t queued, running;

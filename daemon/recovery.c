@@ -305,21 +305,23 @@ static void flush_request(struct recovery *c, struct kept_request *q, struct use
 }
 
 /* What it did to its session is not to be gone on with, and the client hears so. */
-static void lose_request(struct recovery *c, struct kept_request *q, const struct error *why,
-                         struct user *user)
+static void lose_request(struct recovery *c, struct kept_request *q, const struct error *why)
 {
     struct record last = lost_record(why->text);
-    uint64_t session = q->record ? request_record_facts(q->record)->session : 0;
+    CLEANUP(user_unrefp) struct user *user = NULL;
+    int r = -EBADMSG;
 
-    say_request_lost(c, session, q->id, why);
-    if (q->record && user && request_record_end(q->record, &last) >= 0) {
+    say_request_lost(c, q->record ? request_record_facts(q->record)->session : 0, q->id, why);
+    if (q->record)
+        r = request_record_end(q->record, &last);
+    else if (q->record_fd >= 0)
+        r = request_record_salvage(&q->record, q->record_fd, &last);
+    if (r >= 0)
+        r = users_ref(c->service->users, request_record_facts(q->record)->uid, &user);
+    if (r >= 0)
         flush_request(c, q, user);
-        return;
-    }
-    if (q->socket >= 0 && (q->record_fd >= 0 || q->record))
-        request_record_end_unsound(q->record ? request_record_fd(q->record) : q->record_fd,
-                                   q->socket, &last);
-    forget_request(c, q);
+    else
+        forget_request(c, q); /* a stream without an end is an error as well */
 }
 
 static bool same(const struct request_before *a, const struct session_state *b)
@@ -356,14 +358,6 @@ static void apply_end(struct kept_session *s, const struct kept_request *q)
     state->last_request = q->id;
 }
 
-static struct user *user_of(struct recovery *c, const struct kept_session *s)
-{
-    struct user *user;
-
-    return users_ref(c->service->users, session_record_facts(s->record)->uid, &user) < 0 ? NULL
-                                                                                         : user;
-}
-
 static void decide_request(struct recovery *c, struct kept_request *q)
 {
     struct kept_session *s;
@@ -371,7 +365,7 @@ static void decide_request(struct recovery *c, struct kept_request *q)
 
     if (!q->record) {
         if (q->error.text[0])
-            lose_request(c, q, &q->error, NULL);
+            lose_request(c, q, &q->error);
         else
             forget_request(c, q); /* a socket alone: its record never came to the manager */
         return;
@@ -379,7 +373,7 @@ static void decide_request(struct recovery *c, struct kept_request *q)
     s = session_of(c, request_record_facts(q->record)->session);
     if (!s) {
         error_set(&err, ESTALE, "its session is lost");
-        lose_request(c, q, &err, NULL);
+        lose_request(c, q, &err);
         return;
     }
     if (q->commit.phase != REQUEST_RUNS) {
@@ -388,10 +382,8 @@ static void decide_request(struct recovery *c, struct kept_request *q)
     }
     if (s->state.last_request >= q->id || s->request ||
         !same(request_record_before(q->record), &s->state)) {
-        CLEANUP(user_unrefp) struct user *user = user_of(c, s);
-
         error_set(&err, ESTALE, "it does not fit to its session");
-        lose_request(c, q, &err, user);
+        lose_request(c, q, &err);
         return;
     }
     if (q->socket < 0) { /* that is how one is cancelled */
@@ -481,15 +473,14 @@ static void go_on(struct recovery *c, struct kept_session *s, const struct adopt
 
     if (!s->session) {
         error_set(&err, ESTALE, "its session is lost");
-        lose_request(c, q, &err, NULL);
+        lose_request(c, q, &err);
         return;
     }
     user = client_session_user(s->session);
     n = request_record_count_recovery(q->record, (uint64_t)q->commit.n_sampled + a->n_tokens);
     if (n > RECOVERIES_MAX && q->stop == JOB_GOES_ON) {
         q->stop = JOB_LOST;
-        error_set(&err, ESTALE, "llmd ended %u times in a row while it was at work on it",
-                  n);
+        error_set(&err, ESTALE, "llmd ended %u times in a row while it was at work on it", n);
         say_request_lost(c, s->id, q->id, &err);
     }
     r = session_set_take_back_request(c->service->sessions, user, s->session, TAKE_PTR(q->record),
@@ -580,6 +571,6 @@ void recovery_give_up(struct service *s, struct recovery_result *ret)
     while (fd_store_next_id(s->store, "request", &id, &fd) > 0)
         read_request(&c, id, fd);
     for (size_t i = 0; i < c.n_requests; i++)
-        lose_request(&c, &c.requests[i], &err, NULL);
+        lose_request(&c, &c.requests[i], &err);
     done(&c);
 }

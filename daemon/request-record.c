@@ -27,7 +27,6 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/sendfile.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "base/checked.h"
@@ -58,8 +57,9 @@ struct head {
     uint64_t asked_at, asked_bytes, asked_check;
     uint64_t log_at, log_max;
     uint32_t n_tokens, position, has_tail, tail; /* before */
-    uint64_t is_text;                            /* of its format, no records */
-    uint64_t check;                              /* of all before */
+    uint32_t is_text;                            /* of its format, no records */
+    uint32_t uid;
+    uint64_t check; /* of all before */
 };
 
 struct slot {
@@ -131,7 +131,8 @@ static int map(struct request_record *r, const struct head *h)
     if (!r->page)
         return -ENOMEM;
     r->ids = (uint32_t *)((char *)r->page + KEPT_ALIGN);
-    r->facts = (struct request_facts){.id = h->id, .session = h->session, .n_ctx = h->n_ctx};
+    r->facts = (struct request_facts){
+        .id = h->id, .session = h->session, .uid = h->uid, .n_ctx = h->n_ctx};
     r->before = (struct request_before){.n_tokens = h->n_tokens,
                                         .position = (enum chat_position)h->position,
                                         .has_tail = h->has_tail,
@@ -207,6 +208,7 @@ static int fill(struct request_record *r, const struct request_facts *facts,
         .n_ctx = facts->n_ctx,
         .id = facts->id,
         .session = facts->session,
+        .uid = facts->uid,
         .asked_check = kept_check(0, asked->data, asked->n),
         .n_tokens = before->n_tokens,
         .position = (uint32_t)before->position,
@@ -505,32 +507,57 @@ int request_record_end(struct request_record *r, const struct record *last)
     return 0;
 }
 
-/* The rest of a line of which the client has the beginning. False: there is no telling. */
-static bool end_line(int fd, int socket, const struct head *h)
+/* The rest of a line of which the client has the beginning. 0, -EBADMSG: there is no telling */
+static int rest_of_line(int fd, const struct head *h, struct buffer *line)
 {
     off_t at = lseek(fd, 0, SEEK_CUR);
-    uint64_t n = 0;
     char c = 0;
+    int e;
 
     if (at < 0 || (uint64_t)at < h->log_at)
-        return false;
+        return -EBADMSG;
     if ((uint64_t)at == h->log_at || (read_all(fd, &c, 1, (uint64_t)at - 1) == 0 && c == '\n'))
-        return true;
-    for (c = 0; c != '\n'; n++)
-        if (n == RECORD_BYTES_MAX || read_all(fd, &c, 1, (uint64_t)at + n) < 0 || c == 0)
-            return false;
-    return sendfile(socket, fd, NULL, n) == (ssize_t)n;
+        return 0;
+    for (c = 0; c != '\n'; at++) {
+        if (line->n == RECORD_BYTES_MAX || read_all(fd, &c, 1, (uint64_t)at) < 0 || c == 0)
+            return -EBADMSG;
+        e = buffer_append(line, &c, 1);
+        if (e < 0)
+            return e;
+    }
+    return 0;
 }
 
-void request_record_end_unsound(int fd, int socket, const struct record *last)
+int request_record_salvage(struct request_record **ret, int fd, const struct record *last)
 {
+    CLEANUP(request_record_freep) struct request_record *r = NULL;
     CLEANUP(buffer_done) struct buffer line = {0};
     struct head h;
+    int e;
 
-    /* What cannot be made out is cut: a stream without an end is an error as well. */
-    if (read_head(fd, &h, NULL) >= 0 && !h.is_text && end_line(fd, socket, &h) &&
-        record_write(&line, last) >= 0)
-        (void)send(socket, line.data, line.n, MSG_NOSIGNAL | MSG_DONTWAIT);
+    e = read_head(fd, &h, NULL);
+    if (e >= 0 && !h.is_text)
+        e = rest_of_line(fd, &h, &line);
+    if (e >= 0 && !h.is_text)
+        e = record_write(&line, last);
+    if (e < 0)
+        return e;
+    r = calloc(1, sizeof(*r));
+    if (!r)
+        return -ENOMEM;
+    r->fd = -EBADF;
+    e = fill(
+        r,
+        &(struct request_facts){.id = h.id, .session = h.session, .uid = h.uid, .n_ctx = h.n_ctx},
+        &(struct request_before){.n_tokens = 0}, h.is_text, &(struct buffer){.n = 0});
+    if (e >= 0 && line.n > 0)
+        e = request_record_append(r, 0, line.data, line.n);
+    if (e < 0)
+        return e;
+    r->commit = (struct request_commit){.log_bytes = line.n, .phase = REQUEST_UNDONE};
+    request_record_commit(r, &r->commit);
+    *ret = TAKE_PTR(r);
+    return 0;
 }
 
 /* Whole pages that the client has read: what it has not lies in the socket, as these very pages. */

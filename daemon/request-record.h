@@ -16,6 +16,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "base/error.h"
 #include "engine/chat.h"
@@ -26,6 +27,7 @@ struct request_record;
 
 struct request_facts {
     uint64_t id, session;
+    uid_t uid;
     uint32_t n_ctx; /* of the session: no more tokens are ever sampled */
 };
 
@@ -109,8 +111,12 @@ uint64_t request_record_log_bytes(const struct request_record *r);
  */
 struct record;
 int request_record_end(struct request_record *r, const struct record *last);
-/* The same, as well as can be, for what could not be opened. Takes neither descriptor. */
-void request_record_end_unsound(int fd, int socket, const struct record *last);
+/*
+ * Of one that could not be opened, a new one that stands for it: its log is the rest of a line of
+ * which the client has the beginning, and the last record. fd stays the caller's. 0; -EBADMSG:
+ * there is no telling what the client has; -errno
+ */
+int request_record_salvage(struct request_record **ret, int fd, const struct record *last);
 
 /* Of the log, that the client has been given. */
 uint64_t request_record_sent(const struct request_record *r);

@@ -84,11 +84,11 @@ struct service_private {
     sd_event_source *fault_source;  /* a model's file has changed */
     struct numbers told;            /* in the last status line */
     unsigned pressure_said;
-    bool recovered;                 /* what another process left was looked at */
-    bool open;                      /* clients are let in */
-    bool ready;                     /* READY=1 was said */
-    bool failed;                    /* a private daemon that cannot serve */
-    bool model_changed;             /* why it stops */
+    bool recovered;     /* what another process left was looked at */
+    bool open;          /* clients are let in */
+    bool ready;         /* READY=1 was said */
+    bool failed;        /* a private daemon that cannot serve */
+    bool model_changed; /* why it stops */
     struct error failure;
 };
 
@@ -391,10 +391,12 @@ static void recover(struct service *s)
     if (p->recovered)
         return;
     p->recovered = true;
-    if (!s->engine)
+    if (!s->engine) {
         recovery_give_up(s, &s->recovered);
-    else
+        fd_store_drop(s->store, "kv");
+    } else {
         recovery_run(s, &s->recovered);
+    }
     if (!s->engine || s->recovered.n_sessions == 0)
         fd_store_drop(s->store, "instance"); /* who was here before finds nothing of its own */
     if (recovery_instance(s->store, s->instance, &inherited) < 0)

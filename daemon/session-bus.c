@@ -56,10 +56,9 @@ static int on_post(sd_event_source *source, void *userdata)
 {
     struct unsent_reply *u = userdata;
 
-    if (is_sent(u->bus))
-        session_set_replied(u->service->sessions, u->request);
-    else if (sd_bus_is_open(u->bus) > 0)
+    if (!is_sent(u->bus) && sd_bus_is_open(u->bus) > 0)
         return 0;
+    session_set_answered(u->service->sessions, u->request, is_sent(u->bus));
     sd_event_source_set_floating(source, false);
     sd_event_source_disable_unref(source);
     return 0;
@@ -67,21 +66,17 @@ static int on_post(sd_event_source *source, void *userdata)
 
 static void watch_reply(struct service *s, sd_bus *bus, uint64_t request)
 {
-    struct unsent_reply *u;
+    struct unsent_reply *u = NULL;
     sd_event_source *source;
 
-    if (is_sent(bus)) {
-        session_set_replied(s->sessions, request);
-        return;
-    }
-    u = malloc(sizeof(*u));
-    if (!u)
-        return; /* it is then taken for unanswered, should the client be gone after a crash */
-    *u = (struct unsent_reply){.service = s, .bus = bus, .request = request};
-    if (sd_event_add_post(s->event, &source, on_post, u) < 0) {
+    if (!is_sent(bus))
+        u = malloc(sizeof(*u));
+    if (!u || sd_event_add_post(s->event, &source, on_post, u) < 0) {
         free(u);
+        session_set_answered(s->sessions, request, true);
         return;
     }
+    *u = (struct unsent_reply){.service = s, .bus = bus, .request = request};
     sd_bus_ref(bus);
     sd_event_source_set_destroy_callback(source, unsent_reply_free);
     sd_event_source_set_floating(source, true);
@@ -100,7 +95,9 @@ static int start_stream(sd_bus_message *m, struct found_session *f, struct job_r
     if (r < 0)
         return bus_fail(f->service, error, r, &err);
     r = sd_bus_reply_method_return(m, "ht", fd, id); /* sends a duplicate */
-    if (r >= 0)
+    if (r < 0)
+        session_set_answered(f->service->sessions, id, false);
+    else
         watch_reply(f->service, sd_bus_message_get_bus(m), id);
     return r;
 }

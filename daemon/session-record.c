@@ -166,9 +166,8 @@ static int read_head(struct session_record *r, uint64_t size,
         return unsound(err, "the head is damaged");
     if (memcmp(h.model, model, sizeof(h.model)) != 0)
         return error_set(err, ESTALE, "the session is of another model");
-    if (h.id == 0 || h.context == 0 || h.context > c->context_max ||
-        h.class > CLASS_IDLE || h.linger > 1 || h.label_bytes > LLM_LABEL_BYTES_MAX ||
-        memchr(h.label, 0, h.label_bytes))
+    if (h.id == 0 || h.context == 0 || h.context > c->context_max || h.class > CLASS_IDLE ||
+        h.linger > 1 || h.label_bytes > LLM_LABEL_BYTES_MAX || memchr(h.label, 0, h.label_bytes))
         return unsound(err, "the head has a value that cannot be");
     if (h.engine_bytes != session_memory_bytes_of(c, h.context) ||
         size_for(h.engine_bytes, &want) < 0 || size != want)

@@ -76,7 +76,7 @@ struct session_record *session_record_free(struct session_record *r);
 void session_record_freep(struct session_record **r);
 
 const struct session_facts *
-session_record_facts(const struct session_record *r);        /* a copy of ours */
+session_record_facts(const struct session_record *r);  /* a copy of ours */
 int session_record_fd(const struct session_record *r); /* borrowed */
 /* Once the service manager has it, a mapping is all that is needed here. */
 void session_record_close_fd(struct session_record *r);

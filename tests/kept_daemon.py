@@ -3,6 +3,7 @@
 """A service manager for tests: it holds llmd's listening socket and what llmd gives it to keep, as systemd does, and starts it again."""
 import array
 import fcntl
+import json
 import os
 import select
 import signal
@@ -12,7 +13,8 @@ import subprocess
 import threading
 import time
 
-from daemon_client import PATIENCE
+from daemon_client import ERROR, MANAGER, PATIENCE, ROOT, SESSION
+from raw_bus import BusError, RawBus
 
 HIGH = 2000  # descriptors are moved there, out of the way of those that the child gets
 
@@ -85,15 +87,20 @@ class Manager:
     def drop(self, which):
         for entry in [e for e in self.store if which(*e)]:
             self.store.remove(entry)
-            os.close(entry[1])  # epoll forgets it
+            if stat.S_ISSOCK(os.fstat(entry[1]).st_mode):
+                self.poll.unregister(entry[1])  # it would forget it only when nobody holds the socket
+            os.close(entry[1])
 
     def wait(self, condition, what):
         end = time.monotonic() + PATIENCE
         with self.lock:
             while not condition():
-                assert self.process.poll() is None, f"llmd ended with {self.process.returncode}: {self.log()}"
+                self.check()
                 assert time.monotonic() < end, what
                 self.lock.wait(0.05)
+
+    def check(self):
+        assert self.process.poll() is None, f"llmd ended with {self.process.returncode}: {self.log()}"
 
     def settle(self):
         """All that has been told so far is heard."""
@@ -118,6 +125,13 @@ class Manager:
         """Descriptors of that name: the manager's own."""
         with self.lock:
             return [fd for held, fd in self.store if held == name]
+
+    def wait_held(self, name, n):
+        """Until n descriptors of that name are held: the others were dropped."""
+        end = time.monotonic() + PATIENCE
+        while len(self.held(name)) != n:
+            assert time.monotonic() < end, (name, self.names())
+            time.sleep(0.01)
 
     # ---- llmd ----
 
@@ -174,3 +188,179 @@ class Manager:
         self.listener.close()
         if kind is None:
             assert status == 0, f"llmd ended with {status}: {self.log()}"
+
+
+class Client:
+    """A client on the socket that connects again, and takes its sessions with it, when the daemon has gone.
+
+    Methods that may be asked for twice are, when there was no answer (docs/dbus-api.md).
+    """
+
+    def __init__(self, manager):
+        self.manager, self.bus, self.paths = manager, None, set()
+        self.n_connects = 0
+        self.connect()
+
+    def connect(self):
+        before = self.bus
+        while True:
+            try:
+                self.bus = RawBus(self.manager.socket)
+                for path in sorted(self.paths):
+                    self.adopt(path)
+                break
+            except OSError:  # killed meanwhile
+                pass
+        self.n_connects += 1
+        if before:
+            before.close()
+
+    def adopt(self, path):
+        try:
+            self.bus.call(path, SESSION, "Adopt", "a{sv}", {})
+        except BusError as e:
+            assert e.name in (ERROR + "NoSuchSession", ERROR + "NotSupported"), e
+
+    def call(self, path, interface, method, signature="", *args):
+        while True:
+            try:
+                return self.bus.call(path, interface, method, signature, *args)
+            except OSError:
+                self.connect()
+
+    def create(self, **options):
+        path, = self.call(ROOT, MANAGER, "CreateSession", "a{sv}", variants(options))
+        self.paths.add(path)
+        return Session(self, path)
+
+    def manager_property(self, name):
+        return self.call(ROOT, "org.freedesktop.DBus.Properties", "Get", "ss", MANAGER, name)[0][1]
+
+    def close(self):
+        self.bus.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+TYPES = {bool: "b", str: "s", float: "d", int: "u"}
+
+
+def variants(options):
+    """a{sv}; in keywords _ stands for -. Whole numbers are u, the seed t."""
+    return {k.replace("_", "-"): ("t" if k == "seed" else TYPES[type(v)], v) for k, v in options.items()}
+
+
+class Session:
+    def __init__(self, client, path):
+        self.client, self.path = client, path
+
+    @property
+    def id(self):
+        return int(self.path.rsplit("/", 1)[1])
+
+    def get(self, name):
+        return self.client.call(self.path, "org.freedesktop.DBus.Properties", "Get", "ss", SESSION, name)[0][1]
+
+    def call(self, method, signature="", *args):
+        return self.client.call(self.path, SESSION, method, signature, *args)
+
+    def generate(self, **options):
+        """The stream, a socket; its request's number."""
+        fd, number = self.call("Generate", "a{sv}", variants(options))
+        return socket.socket(fileno=fd), number
+
+    def run(self, **options):
+        stream, _ = self.generate(**options)
+        return read_all(stream)
+
+    def close(self):
+        self.client.paths.discard(self.path)
+        try:
+            self.call("Close")
+        except BusError as e:
+            assert e.name == ERROR + "NoSuchSession", e  # the first one was carried out, and not answered
+
+    def wait_state(self, *states):
+        end = time.monotonic() + PATIENCE
+        while (state := self.get("State")) not in states:
+            assert time.monotonic() < end, f"state {state}, not {states}"
+
+
+def read_all(stream, told=None):
+    """All bytes of a stream. told(): after each that came."""
+    said = bytearray()
+    with stream:
+        while got := stream.recv(65536):
+            said += got
+            if told:
+                told()
+    return bytes(said)
+
+
+def what_was_said(said):
+    """Without the records that tell of waiting, which depend on the others."""
+    return b"".join(line for line in said.splitlines(keepends=True) if not line.startswith((b'{"type":"queued"', b'{"type":"progress"')))
+
+
+def last_record(said):
+    return json.loads(said.splitlines()[-1])
+
+
+class Load:
+    """n clients, each with conversations of two turns, until stopped; every answer is compared with the undisturbed one."""
+
+    PROMPTS = ["Tell me about the sea.", "Why is the sky blue?", "Count to ten.", "What is a daemon?", "Write a poem."]
+
+    def __init__(self, manager, n, seed, tokens=60):
+        self.manager, self.tokens = manager, tokens
+        self.expected, self.deviations, self.n_answers = {}, [], 0
+        self.lock = threading.Lock()
+        self.heard = threading.Event()  # something came out of a stream
+        self.stopping = False
+        self.cases = [(prompt, 100 * seed + i, form) for i, prompt in enumerate(self.PROMPTS) for form in ("records", "text", "logprobs")]
+        with Client(manager) as c:
+            for case in self.cases:
+                self.expected[case] = self.converse(c, case)
+        self.threads = [threading.Thread(target=self.run, args=(i,)) for i in range(n)]
+
+    def converse(self, c, case, told=None):
+        prompt, seed, form = case
+        options = {"format": "text"} if form == "text" else {"logprobs": True, "top_logprobs": 2} if form == "logprobs" else {}
+        s = c.create()
+        said = []
+        for turn in range(2):
+            stream, _ = s.generate(prompt=prompt, seed=seed + turn, temperature=1.0, max_tokens=self.tokens, ignore_end=turn == 0, **options)
+            out = read_all(stream, told)
+            said.append(out if form == "text" else what_was_said(out))
+        s.close()
+        return said
+
+    def run(self, i):
+        try:
+            with Client(self.manager) as c:
+                n = i
+                while not self.stopping:
+                    case = self.cases[n % len(self.cases)]
+                    said = self.converse(c, case, self.heard.set)
+                    with self.lock:
+                        self.n_answers += 2
+                        if said != self.expected[case]:
+                            self.deviations.append((case, self.expected[case], said))
+                    n += 1
+        except Exception as e:  # pylint: disable=broad-except
+            with self.lock:
+                self.deviations.append((i, "a client ended", repr(e)))
+
+    def __enter__(self):
+        for t in self.threads:
+            t.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopping = True
+        for t in self.threads:
+            t.join()
