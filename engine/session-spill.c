@@ -205,11 +205,20 @@ static int spill(struct session *s, int fd, uint64_t n_bytes)
     return r;
 }
 
+/* What has been written so far is there: whoever gave up may come again with another file. */
+static bool goes_on(const struct session_transfer *t, int fd)
+{
+    struct stat st;
+
+    return t->writes && fstat(fd, &st) == 0 && st.st_size >= 0 &&
+           (uint64_t)st.st_size == page_at(t, t->n_done);
+}
+
 int session_spill(struct session *s, int fd, uint64_t n_bytes)
 {
     int r;
 
-    if (s->transfer && !s->transfer->writes)
+    if (s->transfer && !goes_on(s->transfer, fd))
         session_end_transfer(s);
     r = s->transfer ? 0 : begin_spill(s, fd);
     if (r == 0)

@@ -400,6 +400,55 @@ static void check_pool(void)
     engine_free(e);
 }
 
+static int new_file(void)
+{
+    int fd = memfd_create("spilled", MFD_CLOEXEC);
+
+    assert(fd >= 0);
+    return fd;
+}
+
+/* K and V in a file, in pieces; who gives up in between and comes with another file begins anew. */
+static void check_spilled(void)
+{
+    struct engine *e = engine_with(-1), *fresh = engine_with(-1);
+    struct session *s = session_in(e, NULL);
+    int given_up = new_file(), full = open("/dev/full", O_WRONLY | O_CLOEXEC), fd = new_file();
+    uint8_t byte;
+    int r, n = 0;
+
+    feed(s, 300, 1);
+    assert(session_spill(s, given_up, 1) == 1 && session_spill(s, given_up, 1) == 1);
+    assert(full >= 0 && session_spill(s, full, 1) < 0 && session_n_missing(s) == 0);
+    assert(session_spill(s, given_up, 1) == 1);
+    while ((r = session_spill(s, fd, 1)) == 1)
+        n++;
+    assert(r == 0 && n > 2 && session_n_missing(s) == 300 && used(e) == 0);
+    while ((r = session_unspill(s, fd, 1)) == 1)
+        ;
+    assert(r == 0 && session_n_missing(s) == 0 && used(e) > 0);
+    check_bits(s, fresh);
+
+    /* One bit of it, and nothing is taken. */
+    assert(ftruncate(fd, 0) == 0);
+    while ((r = session_spill(s, fd, UINT64_MAX)) == 1)
+        ;
+    assert(r == 0 && pread(fd, &byte, 1, 2000) == 1);
+    byte ^= 1;
+    assert(pwrite(fd, &byte, 1, 2000) == 1);
+    while ((r = session_unspill(s, fd, 1)) == 1)
+        ;
+    assert(r == -EBADMSG && session_n_missing(s) == session_n_tokens(s) && used(e) == 0);
+    check_bits(s, fresh);
+
+    close(given_up);
+    close(full);
+    close(fd);
+    session_free(s);
+    engine_free(e);
+    engine_free(fresh);
+}
+
 int main(int argc, char **argv)
 {
     struct model_builder b = {.type = WEIGHT_F32, .seed = 1};
@@ -416,6 +465,7 @@ int main(int argc, char **argv)
     check_left();
     check_damage();
     check_pool();
+    check_spilled();
     model_free(model);
     unlink(argv[1]);
     return 0;
