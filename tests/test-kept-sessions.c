@@ -248,8 +248,10 @@ static void check_damage(void)
     size_t bytes = session_memory_bytes(e, CONTEXT);
     uint32_t *memory = new_memory(e), *copy = new_memory(e);
     struct session *s = session_in(e, memory);
-    int fd = fcntl(engine_kv_fd(e), F_DUPFD_CLOEXEC, 3), n_refused = 0, n_missing = 0, n_none = 0;
+    int fd = fcntl(engine_kv_fd(e), F_DUPFD_CLOEXEC, 3), n_refused = 0, n_missing = 0, n_none = 0,
+        other_fd;
     CLEANUP(freep) uint32_t *tokens = calloc(CONTEXT, sizeof(*tokens));
+    const _Atomic uint64_t *tables = s->memory.tables;
     struct error err;
 
     feed(s, 200, 4);
@@ -265,7 +267,7 @@ static void check_damage(void)
         if (memory[i] == 0 && i % 97 > 0) /* of what was never written, some */
             continue;
         memcpy(copy, memory, bytes);
-        copy[i] ^= (uint32_t)1 << (i % 32);
+        copy[i] ^= (uint32_t)1 << ((i + 3 * (i / 32)) % 32);
         err.text[0] = 0;
         r = session_adopt(&got, e, CONTEXT, copy, &err);
         if (r < 0) {
@@ -277,12 +279,12 @@ static void check_damage(void)
         assert(memcmp(session_tokens(got), tokens, 200 * sizeof(*tokens)) == 0);
         if (session_n_missing(got) == 0) {
             for (uint32_t l = 0; l < got->kv.n_layers; l++) /* the same pages, so the same bits */
-                for (uint32_t p = 0; p < got->kv.layers[l].n; p++)
-                    assert(kv_entry(got->kv.layers[l].data[p]
-                                        ? kv_pool_page_of(e->pool, got->kv.layers[l].data[p])
-                                        : 0,
-                                    l, p) == got->memory.tables[l * got->memory.n_entries + p] ||
-                           !got->kv.layers[l].data[p]);
+                for (uint32_t p = 0; p < got->kv.layers[l].n; p++) {
+                    const void *data = got->kv.layers[l].data[p];
+
+                    assert((data ? kv_entry(kv_pool_page_of(e->pool, data), l, p) : 0) ==
+                           tables[l * got->memory.n_entries + p]);
+                }
             n_none++;
         } else {
             assert(session_n_missing(got) == 200 && session_kv_bytes(got) == 0);
@@ -301,6 +303,22 @@ static void check_damage(void)
     assert(session_adopt(&s, e, CONTEXT, copy, &err) == -EBADMSG);
     memset(copy, 0xff, bytes);
     assert(session_adopt(&s, e, CONTEXT, copy, &err) == -EBADMSG);
+    memset(copy, 0, bytes);
+    engine_free(e);
+
+    /* Of another pool, just like its own. */
+    e = engine_with(-1);
+    s = session_in(e, copy);
+    feed(s, 300, 9);
+    session_leave(s);
+    other_fd = fcntl(engine_kv_fd(e), F_DUPFD_CLOEXEC, 3);
+    engine_free(e);
+    e = engine_with(other_fd);
+    close(other_fd);
+    memcpy(copy, memory, bytes);
+    s = adopt(e, copy);
+    assert(engine_kv_adopted(e) && session_n_missing(s) == 200 && used(e) == 0);
+    session_free(s);
     engine_free(e);
 
     /* Two sessions that cannot both be right about a page: the second goes without. */
