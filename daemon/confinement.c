@@ -12,8 +12,10 @@
 #include <errno.h>
 #include <openssl/crypto.h>
 #include <pwd.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/un.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
@@ -93,25 +95,109 @@ static int allow_models(struct sandbox *b, const struct service *s, const struct
     return r;
 }
 
-static bool is_abstract(const char *address)
+static int digit(char c)
 {
-    return address && (address[0] == '@' || strstr(address, "unix:abstract="));
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                  : -1;
+}
+
+/* The sockets of a list of D-Bus addresses, "unix:path=/a%20b,guid=...;unix:abstract=c". */
+static int allow_bus(struct sandbox *b, const char *list)
+{
+    int r = 0;
+
+    while (list && *list && r >= 0) {
+        const char *end = strchrnul(list, ';'), *at = list;
+        char path[sizeof(((struct sockaddr_un *)NULL)->sun_path) + 1];
+        bool abstract = false, found = false;
+        size_t n = 0;
+
+        if (strncmp(at, "unix:", 5) == 0)
+            for (at += 5; at < end && !found; at = MIN(end, strchrnul(at, ',') + 1)) {
+                abstract = strncmp(at, "abstract=", 9) == 0;
+                found = abstract || strncmp(at, "path=", 5) == 0;
+                if (found)
+                    break;
+            }
+        if (found) {
+            if (abstract)
+                path[n++] = '@';
+            for (at += abstract ? 9 : 5; at < end && *at != ',' && n < sizeof(path) - 1; at++) {
+                if (*at == '%' && digit(at[1]) >= 0 && digit(at[2]) >= 0) {
+                    path[n++] = (char)(digit(at[1]) * 16 + digit(at[2]));
+                    at += 2;
+                } else {
+                    path[n++] = *at;
+                }
+            }
+            path[n] = 0;
+            if (abstract)
+                sandbox_allow_abstract_sockets(b);
+            r = sandbox_allow_connect(b, path);
+        }
+        list = *end ? end + 1 : end;
+    }
+    return r;
+}
+
+/* As sd-bus finds them. */
+static int allow_buses(struct sandbox *b, enum service_scope scope)
+{
+    const char *runtime = getenv("XDG_RUNTIME_DIR"), *list;
+    CLEANUP(freep) char *path = NULL;
+    int r;
+
+    list = getenv(scope == SCOPE_SYSTEM ? "DBUS_SYSTEM_BUS_ADDRESS" : "DBUS_SESSION_BUS_ADDRESS");
+    if (list)
+        return allow_bus(b, list);
+    if (scope == SCOPE_SYSTEM) {
+        r = sandbox_allow_connect(b, "/run/dbus/system_bus_socket");
+        return r < 0 ? r : sandbox_allow_connect(b, "/var/run/dbus/system_bus_socket");
+    }
+    if (!runtime)
+        return 0;
+    if (asprintf(&path, "%s/bus", runtime) < 0) {
+        path = NULL;
+        return -ENOMEM;
+    }
+    return sandbox_allow_connect(b, path);
+}
+
+/* Of those that the C library asks for the names of users. */
+static int allow_name_services(struct sandbox *b)
+{
+    static const char *const paths[] = {
+        "/run/systemd/userdb/io.systemd.Multiplexer",
+        "/run/systemd/userdb/io.systemd.NameServiceSwitch",
+        "/run/systemd/userdb/io.systemd.DynamicUser",
+        "/run/systemd/userdb/io.systemd.Home",
+        "/run/systemd/userdb/io.systemd.Machine",
+        "/run/systemd/userdb/io.systemd.DropIn",
+        "/var/run/nscd/socket",
+        "/var/lib/sss/pipes/nss",
+        "/var/run/nslcd/socket",
+    };
+    int r = 0;
+
+    for (size_t i = 0; i < ARRAY_SIZE(paths) && r >= 0; i++)
+        r = sandbox_allow_connect(b, paths[i]);
+    return r;
 }
 
 static int allow_sockets(struct sandbox *b, const struct service *s, const struct places *places)
 {
-    bool abstract = is_abstract(getenv("NOTIFY_SOCKET"));
+    const char *notify = getenv("NOTIFY_SOCKET");
     int r;
 
-    if (s->scope == SCOPE_USER)
-        abstract = abstract || is_abstract(getenv("DBUS_SESSION_BUS_ADDRESS"));
-    else if (s->scope == SCOPE_SYSTEM)
-        abstract = abstract || is_abstract(getenv("DBUS_SYSTEM_BUS_ADDRESS"));
-    if (abstract)
+    if (notify && notify[0] == '@')
         sandbox_allow_abstract_sockets(b);
     r = allow_folder_of(b, places->socket, SANDBOX_SOCKET);
     if (r >= 0 && s->scope != SCOPE_PRIVATE)
-        r = sandbox_allow_calls(b, &seccomp_llmd_bus);
+        r = allow_buses(b, s->scope);
+    if (r >= 0 && s->scope != SCOPE_PRIVATE)
+        r = allow_name_services(b);
     return r;
 }
 

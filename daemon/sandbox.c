@@ -24,6 +24,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "daemon/landlock.h"
+#include "daemon/reachable-sockets.h"
 #include "daemon/system-call-filter.h"
 
 #define JOURNAL_SOCKET "/run/systemd/journal/socket"
@@ -145,6 +146,13 @@ int sandbox_allow_path(struct sandbox *s, const char *path, enum sandbox_access 
     s->paths = more;
     more[s->n_paths++] = (struct allowed_path){.path = real, .access = access};
     return 0;
+}
+
+int sandbox_allow_connect(struct sandbox *s, const char *path)
+{
+    int r = s->mode == SANDBOX_OFF ? 0 : reachable_sockets_add(path);
+
+    return r == -ENOMEM ? r : 0; /* nobody can connect to one whose path is too long */
 }
 
 /* ---- entering ---- */

@@ -63,6 +63,12 @@ int sandbox_allow_path(struct sandbox *s, const char *path, enum sandbox_access 
 /* The list stays the caller's. seccomp_process is always allowed. 0, -ENOMEM */
 int sandbox_allow_calls(struct sandbox *s, const struct seccomp_list *list);
 
+/*
+ * A Unix socket that may be connected to, by the very path that is used then; "@name": one without
+ * a path. For the process. 0, -ENOMEM
+ */
+int sandbox_allow_connect(struct sandbox *s, const char *path);
+
 /* Unix sockets of processes outside that have no path, "@name". */
 void sandbox_allow_abstract_sockets(struct sandbox *s);
 

@@ -33,7 +33,6 @@ struct seccomp_list {
 
 extern const struct seccomp_list seccomp_process;  /* what every process needs */
 extern const struct seccomp_list seccomp_llmd;     /* the daemon, besides */
-extern const struct seccomp_list seccomp_llmd_bus; /* one that is on a bus, besides */
 extern const struct seccomp_list seccomp_llm_import;
 extern const struct seccomp_list seccomp_prefetch;   /* the child that reads the model ahead */
 extern const struct seccomp_list seccomp_sanitizers; /* what ASan, LSan, UBSan and TSan call */

@@ -36,6 +36,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "daemon/reachable-sockets.h"
 
 #define CALLS 1024 /* numbers; more than there are */
 #define QUIET_SECONDS 10
@@ -260,6 +261,19 @@ static void on_refused(int number, siginfo_t *info, void *context)
     if (info->si_code != SYS_SECCOMP) /* somebody's kill() */
         return;
     get_arguments(context, arguments);
+    if (info->si_syscall == SYS_connect) {
+        socklen_t length;
+        const struct sockaddr_un *known = reachable_sockets_find(
+            (const void *)(uintptr_t)arguments[1], (socklen_t)arguments[2], &length);
+
+        if (known) { /* the same, from where the filter knows it */
+            int r = connect((int)arguments[0], (const struct sockaddr *)known, length);
+
+            set_result(context, r < 0 ? -errno : 0);
+            errno = saved;
+            return;
+        }
+    }
     tell((unsigned)info->si_syscall, arguments, "refused", NULL);
     set_result(context, -EPERM);
     errno = saved;
@@ -310,6 +324,15 @@ static struct {
     struct seccomp_notif_resp *response;
     bool listed[ARRAY_SIZE(path_calls)]; /* allowed as calls: only the path is to be looked at */
 } report = {.notify_fd = -EBADF};
+
+/* What the process has at an address, which may be none; how much of it there is. */
+static size_t peek(unsigned long long address, void *ret, size_t n)
+{
+    struct iovec here = {ret, n}, there = {(void *)(uintptr_t)address, n};
+    ssize_t got = process_vm_readv(getpid(), &here, 1, &there, 1, 0);
+
+    return got < 0 ? 0 : (size_t)got;
+}
 
 static bool is_below(const char *path, const char *folder)
 {
@@ -407,7 +430,14 @@ static void *report_run(void *userdata)
         for (size_t i = 0; i < ARRAY_SIZE(path_calls); i++)
             if (path_calls[i].call == call->nr && report.listed[i])
                 c = &path_calls[i];
-        if (c)
+        if (call->nr == SYS_connect) {
+            struct sockaddr_un address = {0};
+            socklen_t length;
+
+            peek(call->args[1], &address, MIN((size_t)call->args[2], sizeof(address)));
+            if (!reachable_sockets_find(&address, (socklen_t)call->args[2], &length))
+                tell(SYS_connect, call->args, "would refuse", NULL);
+        } else if (c)
             report_path(c, call);
         else
             tell((unsigned)call->nr, call->args, "would refuse", NULL);
@@ -471,6 +501,22 @@ static int add_rules(scmp_filter_ctx filter, const struct filter_options *o)
     return 0;
 }
 
+/* Where the handler cannot look at the call, all sockets have to be. 0, -errno */
+static int add_connects(scmp_filter_ctx filter)
+{
+    const struct sockaddr_un *address;
+    socklen_t length;
+    int r = 0;
+
+    if (!KNOWS_REGISTERS && reachable_sockets_get(0, &length))
+        return seccomp_rule_add(filter, SCMP_ACT_ALLOW, SYS_connect, 0);
+    for (size_t i = 0; r == 0 && (address = reachable_sockets_get(i, &length)); i++)
+        r = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SYS_connect, 2,
+                             SCMP_A1_64(SCMP_CMP_EQ, (uint64_t)(uintptr_t)address),
+                             SCMP_A2_64(SCMP_CMP_EQ, (uint64_t)length));
+    return r;
+}
+
 static int load_reporting(scmp_filter_ctx filter, const struct filter_options *o)
 {
     static int go_fd;
@@ -524,6 +570,10 @@ int system_call_filter_enter(const struct filter_options *o, struct error *err)
         r = seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2); /* a tree, not a list */
     if (r == 0)
         r = add_rules(filter, o);
+    if (r == 0)
+        r = reachable_sockets_seal();
+    if (r == 0 && !o->report)
+        r = add_connects(filter);
     if (r == 0 && !o->report)
         catch_refusals();
     if (r == 0)

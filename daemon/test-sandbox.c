@@ -78,7 +78,7 @@ struct run {
     char said[SAID_BYTES];
 };
 
-static void enter(enum sandbox_mode mode, bool bus)
+static void enter(enum sandbox_mode mode, const char *reachable)
 {
     CLEANUP(sandbox_freep) struct sandbox *s = NULL;
     struct error lacks, err = {0};
@@ -86,7 +86,7 @@ static void enter(enum sandbox_mode mode, bool bus)
     assert(sandbox_new(&s, mode) == 0);
     sandbox_tell_stderr(s, "test", false);
     assert(sandbox_allow_calls(s, &seccomp_llmd) == 0);
-    assert(!bus || sandbox_allow_calls(s, &seccomp_llmd_bus) == 0);
+    assert(!reachable || sandbox_allow_connect(s, reachable) == 0);
     assert(sandbox_allow_path(s, in_folder("models"), SANDBOX_READ, NULL) == 0);
     assert(sandbox_allow_path(s, in_folder("state"), SANDBOX_WRITE, NULL) == 0);
     assert(sandbox_allow_path(s, in_folder("run"), SANDBOX_SOCKET, NULL) == 0);
@@ -181,14 +181,19 @@ static int try_netlink(void)
     return result(socket(AF_NETLINK, SOCK_RAW, 0));
 }
 
-static int try_connect(void)
+static int connects(const char *name)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     CLEANUP(closep) int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
     assert(fd >= 0);
-    snprintf(address.sun_path, sizeof(address.sun_path), "%s", in_folder("outside/socket"));
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", in_folder(name));
     return result(connect(fd, (struct sockaddr *)&address, sizeof(address)));
+}
+
+static int try_connect(void)
+{
+    return connects("outside/socket");
 }
 
 static int try_ptrace(void)
@@ -337,7 +342,7 @@ static void refused_child(const void *argument)
     const struct attempt *a = argument;
     int r;
 
-    enter(SANDBOX_STRICT, false);
+    enter(SANDBOX_STRICT, NULL);
     r = a->function();
     if (r != -EPERM) {
         fprintf(stderr, "%s: %s\n", a->call, strerror(-r));
@@ -393,7 +398,7 @@ static void test_possible_outside(void)
 static void often_child(const void *argument)
 {
     (void)argument;
-    enter(SANDBOX_STRICT, false);
+    enter(SANDBOX_STRICT, NULL);
     for (int i = 0; i < 1000; i++)
         assert(try_internet() == -EPERM && try_bpf() == -EPERM);
 }
@@ -422,7 +427,7 @@ static void threads_child(const void *argument)
     pthread_t threads[3];
 
     (void)argument;
-    enter(SANDBOX_STRICT, false);
+    enter(SANDBOX_STRICT, NULL);
     thread_signals_for_others(&for_others);
     pthread_sigmask(SIG_SETMASK, &for_others, &before);
     for (size_t i = 0; i < ARRAY_SIZE(threads); i++)
@@ -448,7 +453,7 @@ static void paths_child(const void *argument)
     DIR *d;
 
     (void)argument;
-    enter(SANDBOX_STRICT, false);
+    enter(SANDBOX_STRICT, NULL);
     assert(opens(in_folder("models/a.llmd"), O_RDONLY) == 0);
     assert(opens(in_folder("models/a.llmd"), O_WRONLY) == -EACCES);
     assert(opens(in_folder("models/a.llmd"), O_RDONLY | O_TRUNC) == -EACCES);
@@ -471,7 +476,7 @@ static void paths_child(const void *argument)
     assert(result(rename(in_folder("state/models/x"), in_folder("state/models/y"))) == 0);
     assert(opens(in_folder("state/models/y"), O_WRONLY | O_TRUNC) == 0);
     assert(result(unlink(in_folder("state/models/y"))) == 0);
-    assert(result(rmdir(in_folder("state/models"))) == 0);
+    assert(result(rmdir(in_folder("state/models"))) == -EPERM);
     assert(result(rename(in_folder("state/link"), in_folder("outside/link"))) < 0);
 
     assert(opens(in_folder("run/file"), O_WRONLY | O_CREAT) == -EACCES);
@@ -484,7 +489,7 @@ static void test_paths(void)
 
     run(&r, paths_child, NULL);
     must_pass(&r, "paths");
-    assert(lines(&r) == 0);
+    assert(lines(&r) == 1 && strstr(r.said, " rmdir(")); /* landlock says nothing */
 }
 
 /* ---- what a daemon does ---- */
@@ -502,7 +507,7 @@ static void allowed_child(const void *argument)
     void *p;
 
     (void)argument;
-    enter(SANDBOX_STRICT, true);
+    enter(SANDBOX_STRICT, in_folder("outside/socket"));
     assert(pthread_create(&thread, NULL, nothing, NULL) == 0 && pthread_join(thread, NULL) == 0);
 
     snprintf(address.sun_path, sizeof(address.sun_path), "%s", in_folder("run/socket"));
@@ -525,7 +530,25 @@ static void allowed_child(const void *argument)
     assert(fd >= 0 && close(fd) == 0);
     assert(prctl(PR_SET_NAME, "renamed") == 0);
     free(malloc(64 << 20));
-    assert(try_connect() == -ECONNREFUSED || try_connect() == 0);
+    assert(connects("outside/socket") == 0);
+}
+
+static void reachable_child(const void *argument)
+{
+    (void)argument;
+    enter(SANDBOX_STRICT, in_folder("outside/socket"));
+    assert(connects("outside/socket") == 0 && connects("outside/socket") == 0);
+    assert(connects("outside/socket2") == -EPERM && connects("outside/socke") == -EPERM);
+    assert(connects("models/../outside/socket") == -EPERM); /* by its very path only */
+}
+
+static void test_reachable(void)
+{
+    struct run r;
+
+    run(&r, reachable_child, NULL);
+    must_pass(&r, "reachable");
+    assert(lines(&r) == 1 && strstr(r.said, " connect("));
 }
 
 static void test_allowed(void)
@@ -552,7 +575,7 @@ static void capabilities_child(const void *argument)
 
     (void)header;
     (void)data;
-    enter(SANDBOX_STRICT, false);
+    enter(SANDBOX_STRICT, NULL);
     f = fopen("/proc/self/status", "re");
     assert(f);
     while (fgets(line, sizeof(line), f)) {
@@ -591,7 +614,7 @@ static void test_capabilities(void)
 static void report_child(const void *argument)
 {
     (void)argument;
-    enter(SANDBOX_REPORT, false);
+    enter(SANDBOX_REPORT, NULL);
     assert(try_internet() == 0);
     assert(try_memory_to_code() == 0);
     assert(opens(in_folder("models/a.llmd"), O_RDONLY) == 0);
@@ -621,7 +644,7 @@ static void test_report(void)
 static void off_child(const void *argument)
 {
     (void)argument;
-    enter(SANDBOX_OFF, false);
+    enter(SANDBOX_OFF, NULL);
     assert(try_internet() == 0 && try_memory_to_code() == 0);
     assert(opens(in_folder("outside/file"), O_RDONLY) == 0);
     assert(prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 0);
@@ -639,7 +662,7 @@ static void test_off(void)
 static void stray_child(const void *argument)
 {
     (void)argument;
-    enter(SANDBOX_STRICT, false);
+    enter(SANDBOX_STRICT, NULL);
     raise(SIGSYS);
     assert(try_internet() == -EPERM);
 }
@@ -679,6 +702,7 @@ int main(void)
     test_threads();
     test_paths();
     test_allowed();
+    test_reachable();
     test_capabilities();
     test_report();
     test_off();

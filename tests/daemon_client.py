@@ -65,7 +65,9 @@ class Daemon:
         """Its exit status; 0 is what every test wants (sanitizers have their say there)."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+        status = self.process.wait(PATIENCE)
+        assert "the sandbox refused" not in self.log(), self.log()
+        return status
 
     def __enter__(self):
         assert self.ready, self.log()
