@@ -44,8 +44,8 @@ static char folder[64]; /* with models/, state/, run/ and outside/ */
 /* Until a few more calls. */
 static char *in_folder(const char *name)
 {
-    static char paths[8][128];
-    static unsigned n;
+    static _Thread_local char paths[8][128];
+    static _Thread_local unsigned n;
     char *path = paths[n++ % ARRAY_SIZE(paths)];
 
     snprintf(path, sizeof(paths[0]), "%s/%s", folder, name);
