@@ -114,6 +114,11 @@ int landlock_allow(int ruleset_fd, int fd, enum sandbox_access access)
     case SANDBOX_READ:
         a.allowed = FS_READ_FILE | FS_READ_DIR;
         break;
+    case SANDBOX_READ_FILE:
+        if (S_ISDIR(st.st_mode))
+            return 0;
+        a.allowed = FS_READ_FILE;
+        break;
     case SANDBOX_READ_FILES:
         a.allowed = FS_READ_FILE;
         break;

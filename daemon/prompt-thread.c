@@ -15,7 +15,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "base/checked.h"
@@ -191,7 +190,7 @@ static void *lane_run(void *userdata)
 
     pthread_setname_np(pthread_self(), l->is_big ? "llmd-prompts" : "llmd-prompt");
     if (l->is_big) /* the thread's own, on Linux; where it is refused nothing is lost */
-        (void)setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), BIG_NICE);
+        (void)setpriority(PRIO_PROCESS, 0, BIG_NICE); /* of this thread */
     pthread_mutex_lock(&p->mutex);
     for (;;) {
         struct job *j = take_next(l);

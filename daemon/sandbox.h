@@ -31,6 +31,7 @@ enum sandbox_mode {
 enum sandbox_access {
     SANDBOX_READ, /* files and lists of what is there; as all of these, for what is below too */
     SANDBOX_READ_FILES, /* files whose names one knows */
+    SANDBOX_READ_FILE,  /* this file; a folder is not opened, nor anything below it */
     SANDBOX_WRITE,      /* besides SANDBOX_READ: make, change, rename, remove files and folders */
     SANDBOX_SOCKET,     /* make sockets, remove files */
 };

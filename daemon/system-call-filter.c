@@ -50,10 +50,11 @@
 /* ---- telling ---- */
 
 static const struct refusal_teller *teller;
-static const char *names[CALLS];         /* NULL: unknown */
-static unsigned char shown[CALLS];       /* bit mask of the arguments that the lists look at */
-static _Atomic(uint64_t) told_at[CALLS]; /* seconds + 1; 0: never */
-static _Atomic(uint32_t) n_untold[CALLS];
+static const char *names[CALLS];   /* NULL: unknown */
+static unsigned char shown[CALLS]; /* bit mask of the arguments that the lists look at */
+static _Atomic(uint64_t)
+    told_at[CALLS + 1]; /* seconds + 1; 0: never; the last: of all that are no call */
+static _Atomic(uint32_t) n_untold[CALLS + 1];
 
 struct text {
     char bytes[512];
@@ -94,8 +95,7 @@ static bool is_to_be_told(unsigned call, uint32_t *ret_untold)
     uint64_t last;
 
     *ret_untold = 0;
-    if (call >= CALLS)
-        return true;
+    call = MIN(call, (unsigned)CALLS);
     clock_gettime(CLOCK_MONOTONIC, &now);
     last = told_at[call];
     if ((last > 0 && (uint64_t)now.tv_sec + 1 - last < QUIET_SECONDS) ||
@@ -346,7 +346,8 @@ static bool is_below(const char *path, const char *folder)
 static bool is_allowed_path(const char *path, bool changes)
 {
     for (size_t i = 0; i < report.n_paths; i++)
-        if (is_below(path, report.paths[i].path) &&
+        if ((report.paths[i].access == SANDBOX_READ_FILE ? strcmp(path, report.paths[i].path) == 0
+                                                         : is_below(path, report.paths[i].path)) &&
             (!changes || report.paths[i].access == SANDBOX_WRITE ||
              report.paths[i].access == SANDBOX_SOCKET))
             return true;

@@ -24,6 +24,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -90,6 +91,8 @@ static void enter(enum sandbox_mode mode, const char *reachable)
     assert(sandbox_allow_path(s, in_folder("models"), SANDBOX_READ, NULL) == 0);
     assert(sandbox_allow_path(s, in_folder("state"), SANDBOX_WRITE, NULL) == 0);
     assert(sandbox_allow_path(s, in_folder("run"), SANDBOX_SOCKET, NULL) == 0);
+    assert(sandbox_allow_path(s, in_folder("single"), SANDBOX_READ_FILE, NULL) == 0);
+    assert(sandbox_allow_path(s, in_folder("single/link"), SANDBOX_READ_FILE, NULL) == 0);
     assert(sandbox_allow_path(s, "/proc", SANDBOX_READ_FILES, NULL) == 0);
     if (sandbox_enter(s, &lacks, &err) < 0) {
         fprintf(stderr, "%s\n", err.text);
@@ -303,6 +306,31 @@ static int try_owner(void)
     return result(fcntl(STDIN_FILENO, F_SETOWN, getppid()));
 }
 
+static int try_lent_user(void)
+{
+    CLEANUP(closep) int fd = open(in_folder("state/lent"), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+
+    assert(fd >= 0);
+    return result(fchmod(fd, 04755));
+}
+
+static int try_created_lent_user(void)
+{
+    CLEANUP(closep) int fd = open(in_folder("state/lent2"), O_WRONLY | O_CREAT | O_CLOEXEC, 06755);
+
+    return result(fd);
+}
+
+static int try_others_priority(void)
+{
+    return result(setpriority(PRIO_PROCESS, (id_t)getppid(), 0));
+}
+
+static int try_all_priorities(void)
+{
+    return result(setpriority(PRIO_USER, 0, 0));
+}
+
 struct attempt {
     const char *call;
     int (*function)(void);
@@ -335,6 +363,10 @@ static const struct attempt attempts[] = {
     {"prlimit64", try_limit, true},
     {"ioctl", try_typing, true},
     {"fcntl", try_owner, false},
+    {"fchmod", try_lent_user, false},
+    {"openat", try_created_lent_user, true},
+    {"setpriority", try_others_priority, false},
+    {"setpriority", try_all_priorities, false},
 };
 
 static void refused_child(const void *argument)
@@ -386,7 +418,7 @@ static void test_possible_outside(void)
         if (attempts[i].function == try_signal || attempts[i].function == try_signal_to_thread ||
             attempts[i].function == try_mount || attempts[i].function == try_ring_entered ||
             attempts[i].function == try_ring || attempts[i].function == try_typing ||
-            attempts[i].function == try_bpf)
+            attempts[i].function == try_bpf || attempts[i].function == try_all_priorities)
             continue; /* we would feel it, or the machine may not have it */
         run(&r, possible_child, &attempts[i]);
         must_pass(&r, attempts[i].call);
@@ -400,7 +432,7 @@ static void often_child(const void *argument)
     (void)argument;
     enter(SANDBOX_STRICT, NULL);
     for (int i = 0; i < 1000; i++)
-        assert(try_internet() == -EPERM && try_bpf() == -EPERM);
+        assert(try_internet() == -EPERM && try_bpf() == -EPERM && syscall(2000 + i) < 0);
 }
 
 static void test_few_lines(void)
@@ -469,6 +501,9 @@ static void paths_child(const void *argument)
     assert(result(unlink(in_folder("outside/file"))) == -EACCES);
     assert(!opendir(in_folder("outside")) && errno == EACCES);
     assert(opens("/etc/passwd", O_RDONLY) == -EACCES);
+    assert(opens(in_folder("single/file"), O_RDONLY) == -EACCES);
+    assert(opens(in_folder("single/link"), O_RDONLY) == 0); /* to outside/one */
+    assert(opens(in_folder("outside/one"), O_WRONLY) == -EACCES);
     assert(opens("/proc/self/cgroup", O_RDONLY) == 0);
 
     assert(result(mkdir(in_folder("state/models"), 0700)) == 0);
@@ -681,7 +716,11 @@ int main(void)
     snprintf(folder, sizeof(folder), "/tmp/llmd-sandbox-XXXXXX");
     assert(mkdtemp(folder));
     assert(mkdir(in_folder("models"), 0700) == 0 && mkdir(in_folder("state"), 0700) == 0 &&
-           mkdir(in_folder("run"), 0700) == 0 && mkdir(in_folder("outside"), 0700) == 0);
+           mkdir(in_folder("run"), 0700) == 0 && mkdir(in_folder("outside"), 0700) == 0 &&
+           mkdir(in_folder("single"), 0700) == 0);
+    write_file(in_folder("single/file"), "below what is not a file");
+    write_file(in_folder("outside/one"), "where a link leads");
+    assert(symlink("../outside/one", in_folder("single/link")) == 0);
     write_file(in_folder("models/a.llmd"), "a model");
     write_file(in_folder("outside/file"), "not ours");
     write_file(in_folder("run/lock"), "");

@@ -23,7 +23,7 @@ import sys
 
 HEADERS = ["asm/termbits.h", "errno.h", "fcntl.h", "linux/falloc.h", "linux/memfd.h", "linux/prctl.h",
            "sched.h",
-           "sys/ioctl.h", "sys/mman.h", "sys/socket.h"]
+           "sys/ioctl.h", "sys/mman.h", "sys/resource.h", "sys/socket.h"]
 CONSTANT = re.compile(r"[A-Za-z0-9_|() ]+")
 
 

@@ -380,7 +380,8 @@ static int verify(const struct arguments *a, struct error *err)
     return 0;
 }
 
-/* In a folder from a download cache files are links to elsewhere. 0, -ENOMEM */
+/* In a folder from a download cache files are links to elsewhere; links to folders are not gone
+ * into, wherever the folder is from. 0, -ENOMEM */
 static int allow_source(struct sandbox *s, const char *path)
 {
     CLEANUP(closedirp) DIR *folder = opendir(path);
@@ -399,7 +400,7 @@ static int allow_source(struct sandbox *s, const char *path)
             file = NULL;
             return -ENOMEM;
         }
-        r = sandbox_allow_path(s, file, SANDBOX_READ_FILES, NULL);
+        r = sandbox_allow_path(s, file, SANDBOX_READ_FILE, NULL);
     }
     return r;
 }
