@@ -9,6 +9,7 @@
 
 #include "daemon/confinement.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <openssl/crypto.h>
 #include <pwd.h>
@@ -79,19 +80,48 @@ static int allow_configuration(struct sandbox *b, const struct service *s)
     return r;
 }
 
-/* In a folder of models may be links to elsewhere; those that are there now lead where they do. */
+/* Links to elsewhere; those that are there now lead where they do. 0, -ENOMEM */
+static int allow_links(struct sandbox *b, const char *folder)
+{
+    CLEANUP(closedirp) DIR *dir = opendir(folder);
+    const struct dirent *d;
+    int r = 0;
+
+    while (dir && r >= 0 && (d = readdir(dir))) {
+        CLEANUP(freep) char *path = NULL;
+
+        if ((d->d_type != DT_LNK && d->d_type != DT_UNKNOWN) || !model_store_is_model(d->d_name))
+            continue;
+        if (asprintf(&path, "%s/%s", folder, d->d_name) < 0) {
+            path = NULL;
+            return -ENOMEM;
+        }
+        r = sandbox_allow_path(b, path, SANDBOX_READ_FILE, NULL);
+    }
+    return r;
+}
+
+/* The folders are not asked the store for: it reads what is in the files, and so comes later. */
 static int allow_models(struct sandbox *b, const struct service *s, const struct places *places)
 {
     const char *given[] = {s->arguments->model, s->config->model};
+    CLEANUP(freep) char *installed = NULL;
     int r = 0;
 
-    for (size_t i = 0; i < places->n_folders && r >= 0; i++)
+    if (places->state && asprintf(&installed, "%s/models", places->state) < 0) {
+        installed = NULL;
+        return -ENOMEM;
+    }
+    if (installed)
+        r = allow_links(b, installed);
+    for (size_t i = 0; i < places->n_folders && r >= 0; i++) {
         r = sandbox_allow_path(b, places->folders[i], SANDBOX_READ, NULL);
-    for (size_t i = 0; i < model_store_n(s->models) && r >= 0; i++)
-        r = sandbox_allow_path(b, model_store_get(s->models, i)->path, SANDBOX_READ_FILES, NULL);
+        if (r >= 0)
+            r = allow_links(b, places->folders[i]);
+    }
     for (size_t i = 0; i < ARRAY_SIZE(given) && r >= 0; i++)
         if (given[i]) /* a name, too, may be a file of the current folder */
-            r = sandbox_allow_path(b, given[i], SANDBOX_READ_FILES, NULL);
+            r = sandbox_allow_path(b, given[i], SANDBOX_READ_FILE, NULL);
     return r;
 }
 

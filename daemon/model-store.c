@@ -87,6 +87,13 @@ bool model_name_valid(const char *name)
     return n >= 1 && n <= NAME_BYTES_MAX && !name[n] && name[0] != '.';
 }
 
+bool model_store_is_model(const char *file)
+{
+    size_t n = strlen(file);
+
+    return n > strlen(SUFFIX) && strcmp(file + n - strlen(SUFFIX), SUFFIX) == 0;
+}
+
 /* ---- entries ---- */
 
 static void forget_description(struct stored_model *m)
@@ -297,7 +304,7 @@ static int look_into(struct model_store *s, const char *folder, bool removable, 
     while (dir && (d = readdir(dir))) {
         size_t n = strlen(d->d_name);
 
-        if (n <= strlen(SUFFIX) || strcmp(d->d_name + n - strlen(SUFFIX), SUFFIX) != 0)
+        if (!model_store_is_model(d->d_name))
             continue;
         r = look_at(s, folder, d->d_name, removable);
         if (r < 0)

@@ -63,6 +63,9 @@ void model_store_freep(struct model_store **s);
 /* Whether text may be the name of a model: [A-Za-z0-9._-], no dot in front, 1..100 bytes. */
 bool model_name_valid(const char *name);
 
+/* Whether a file of that name is looked at. */
+bool model_store_is_model(const char *file);
+
 /* Looks at the folders again. 0, -ENOMEM */
 int model_store_refresh(struct model_store *s);
 

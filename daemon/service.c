@@ -1074,7 +1074,6 @@ static int new_parts(struct service *s, struct error *err)
 {
     struct service_private *p = s->private;
     struct server_options server;
-    struct model_store_options store;
     int r;
 
     r = fd_store_take(&s->store);
@@ -1090,16 +1089,6 @@ static int new_parts(struct service *s, struct error *err)
     r = server_new(&s->server, s, &server, err);
     if (r < 0)
         return r;
-    store = (struct model_store_options){.event = s->event,
-                                         .state_dir = p->places.state,
-                                         .folders = (const char *const *)p->places.folders,
-                                         .n_folders = p->places.n_folders,
-                                         .changed = on_models_changed,
-                                         .userdata = s};
-    r = model_store_new(&s->models, &store, err);
-    if (r < 0)
-        return r;
-
     /* Before there are threads. A daemon without one reads its model by a thread. */
     if (s->config->prefetch && (r = prefetch_child_new(&p->reader)) < 0 && r != -ENOSYS)
         log_warning("no process reads the model ahead: %s", strerror(-r));
@@ -1128,6 +1117,20 @@ static int new_parts(struct service *s, struct error *err)
     return 0;
 }
 
+/* It reads the beginning of every model that there is, whoever has put it there. */
+static int list_models(struct service *s, struct error *err)
+{
+    const struct places *places = &s->private->places;
+    struct model_store_options options = {.event = s->event,
+                                          .state_dir = places->state,
+                                          .folders = (const char *const *)places->folders,
+                                          .n_folders = places->n_folders,
+                                          .changed = on_models_changed,
+                                          .userdata = s};
+
+    return model_store_new(&s->models, &options, err);
+}
+
 int service_new(struct service **ret, const struct arguments *arguments, struct config *config,
                 struct error *err)
 {
@@ -1153,6 +1156,8 @@ int service_new(struct service **ret, const struct arguments *arguments, struct 
     /* No model was read and no client was heard yet, and there is one thread. */
     if (r >= 0)
         r = confine_daemon(s, &s->private->places, err);
+    if (r >= 0)
+        r = list_models(s, err);
     if (r < 0)
         return r;
     *ret = TAKE_PTR(s);

@@ -5,11 +5,13 @@
 
   test-confinement.py LLMD LLMCTL LLM_IMPORT MAKE_CHAT_MODEL DEMO_MODEL
 """
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 
 from daemon_client import Broker, Daemon, SystemDaemon, until
 
@@ -118,6 +120,34 @@ def models_and_links(folder, model):
         assert len(later) == 1 and " failed " in later[0], out
 
 
+def models_are_read_inside(folder, model):
+    """Whoever opens the file waits until we give up the lease, and the kernel tells us that somebody does."""
+    models, own = folder + "/models", folder + "/own"
+    for name in models, own:
+        os.mkdir(name)
+    subprocess.run(["cp", model, models + "/other.llmd"], check=True)
+    opened = threading.Event()
+    seen = {}
+
+    def look():
+        opened.wait()
+        with open(f"/proc/self/task/{os.getpid()}/children") as f:
+            children = [status_of(f"/proc/{pid}/status") for pid in f.read().split()]
+        seen.update(next(s for s in children if s["Name"] == "llmd"))
+        fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+    signal.signal(signal.SIGIO, lambda *_: opened.set())
+    lease = os.open(models + "/other.llmd", os.O_RDWR | os.O_CLOEXEC)
+    fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    threading.Thread(target=look, daemon=True).start()
+    with Broker(own) as broker, SystemDaemon(LLMD, own, broker, model=model, config=f"[Model]\nFolder={models}\n") as d:
+        d.wait_named()
+        opened.set()
+    os.close(lease)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    assert seen["Seccomp"] == "2" and seen["NoNewPrivs"] == "1", seen
+
+
 def importer(folder, model):
     p = subprocess.Popen([LLM_IMPORT, "--verify", DEMO_MODEL], stdout=subprocess.DEVNULL)
     confined = 0
@@ -139,7 +169,7 @@ def main():
         model = os.path.join(top, "model.llmd")
         subprocess.run([MAKE_CHAT_MODEL, model], check=True)
         for t in (private_daemon, system_daemon, names_of_users_on_a_reload, daemon_of_llmctl, the_other_modes,
-                  models_and_links, importer):
+                  models_and_links, models_are_read_inside, importer):
             with tempfile.TemporaryDirectory(dir=top) as folder:
                 print(t.__name__, end=" ", flush=True)
                 t(folder, model)
