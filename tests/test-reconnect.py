@@ -334,9 +334,17 @@ def a_bus_that_comes_back(folder, model):
             with Shell("system", env) as c:
                 c.new()
                 assert c.do("say", 0, 20, "one") == wanted[0]
+                m.restart()
+                wait_named(broker, m)
+                m.process.send_signal(signal.SIGSTOP)
                 broker.stop()
                 broker = Broker(folder)
-                assert c.do("say", 0, 20, "two") == wanted[1]
+                with RawBus(broker.path, broker=True, destination=BUS_NAME) as ear:
+                    ear.match("type='signal',interface='org.llmd.Llm1.Manager',member='Restarted'")
+                    m.process.send_signal(signal.SIGCONT)
+                    assert c.do("say", 0, 20, "two") == wanted[1]
+                    ear.call(ROOT, "org.freedesktop.DBus.Peer", "Ping")
+                    assert not [s for s in ear.pending() if s.member == "Restarted"]  # that was told on the other
             with Client(m.socket) as d:
                 until(lambda: d.manager("Sessions") == 0)
     finally:
@@ -369,6 +377,7 @@ def restarted_or_stopped(folder, model):
                     f.close()
                 assert m.kill(signal.SIGTERM) == 0
                 assert not m.names(), (job, m.names())
+                assert systemd.asked[-1] == ("JobType" if job else "GetUnitByPID" if job is None else "Job"), systemd.asked
                 m.begin()
             assert c.fails("say", 0, 5, "x") == "SessionLost"
             # Twice: nobody waits for an answer then.
