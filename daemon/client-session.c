@@ -604,6 +604,7 @@ static void leave(struct client_session *s)
     *at = s->bucket_next;
     *(s->previous ? &s->previous->next : &set->first) = s->next;
     *(s->next ? &s->next->previous : &set->last) = s->previous;
+    session_record_set_closed(timeline_record(s->timeline));
     fd_store_remove_id(set->store, "session", s->id);
     leave_owner(s);
     set->n_sessions--;

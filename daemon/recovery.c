@@ -171,7 +171,8 @@ static void read_session(struct recovery *c, uint64_t id, int fd)
         r = error_set(&err, EBADMSG, "the record is another session's");
     if (r >= 0) {
         r = session_record_state(record, &state);
-        if (r == -ENODATA) { /* a fork that was never answered */
+        /* closed, or a fork that was never answered */
+        if (session_record_closed(record) || r == -ENODATA) {
             fd_store_remove_id(s->store, "session", id);
             return;
         }
@@ -457,6 +458,7 @@ static void adopt_sessions(struct recovery *c, struct adoption *adoptions)
         if (adoptions[i].result >= 0) {
             take_session(c, &c->sessions[i], &adoptions[i]);
         } else {
+            session_record_set_closed(timeline_record(adoptions[i].timeline));
             timeline_free(adoptions[i].timeline);
             drop_session(c, c->sessions[i].id, &adoptions[i].error);
         }

@@ -46,7 +46,7 @@ struct page {
     _Atomic uint64_t state_sequence, owner_sequence;
     uint64_t state[KEPT_SLOTS(sizeof(struct state_slot))];
     uint64_t owner[KEPT_SLOTS(sizeof(struct owner_slot))];
-    _Atomic uint32_t has_engine;
+    _Atomic uint32_t has_engine, closed;
 };
 _Static_assert(sizeof(struct page) <= KEPT_ALIGN, "the engine's part begins there");
 _Static_assert(sizeof(struct state_slot) % 8 == 0 && sizeof(struct owner_slot) % 8 == 0, "");
@@ -236,6 +236,16 @@ int session_record_clear_memory(struct session_record *r)
                   (off_t)(r->mapped_bytes - KEPT_ALIGN)) < 0)
         return -errno;
     return 0;
+}
+
+void session_record_set_closed(struct session_record *r)
+{
+    atomic_store_explicit(&r->page->closed, 1, memory_order_release);
+}
+
+bool session_record_closed(const struct session_record *r)
+{
+    return atomic_load_explicit(&r->page->closed, memory_order_acquire) != 0;
 }
 
 void session_record_set_has_engine(struct session_record *r)

@@ -90,6 +90,13 @@ void session_record_set_has_engine(struct session_record *r);
 bool session_record_has_engine(const struct session_record *r);
 int session_record_clear_memory(struct session_record *r); /* with its descriptor */
 
+/*
+ * The session is over for good, whatever else is in it. The service manager may not hear that it is
+ * to be forgotten: then this is what the next process goes by.
+ */
+void session_record_set_closed(struct session_record *r);
+bool session_record_closed(const struct session_record *r);
+
 /* Whole or not at all, wherever the process is killed. */
 void session_record_commit(struct session_record *r, const struct session_state *state);
 /* 0; -ENODATA: never committed; -EBADMSG */

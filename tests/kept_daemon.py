@@ -35,6 +35,7 @@ class Manager:
         self.notify.bind(self.notify_path)
         self.lock = threading.Condition()
         self.store = []  # (name, fd)
+        self.deaf = False  # to what is to be forgotten
         self.ready = self.markers = self.n_starts = 0
         self.process = None
         self.log_path = os.path.join(folder, "log")
@@ -77,7 +78,7 @@ class Manager:
                 self.store.insert(0, (name, high))  # systemd has the newest first
                 if stat.S_ISSOCK(os.fstat(high).st_mode):
                     self.poll.register(high, 0)
-        elif "FDSTOREREMOVE=1" in lines:
+        elif "FDSTOREREMOVE=1" in lines and not self.deaf:
             self.drop(lambda held, _: held == name)
         if "READY=1" in lines:
             self.ready += 1

@@ -419,6 +419,31 @@ def who_dies_of_a_request_gives_it_up():
 
 
 @test
+def what_is_closed_stays_closed():
+    """Even if the manager did not hear of it: its socket was full."""
+    with managed() as m, Client(m) as c:
+        kept, closed = c.create(label="kept"), c.create(label="closed")
+        kept.run(**dict(QUESTION, max_tokens=4))
+        closed.run(**dict(QUESTION, max_tokens=4))
+        m.settle()
+        m.deaf = True
+        closed.close()
+        m.kill()
+        assert len([name for name in m.names() if name.startswith("session-")]) == 2
+        m.deaf = False
+        m.begin()
+        assert kept.get("Label") == "kept"
+        try:
+            closed.get("Label")
+            raise AssertionError("a closed session is there again")
+        except BusError as e:
+            assert "Unknown" in e.name or "NoSuch" in e.name, e.name
+        m.settle()
+        assert len([name for name in m.names() if name.startswith("session-")]) == 1, m.names()
+        assert " 0 sessions lost" in m.log(), m.log()
+
+
+@test
 def an_orderly_end_leaves_nothing():
     with managed() as m, Client(m) as c:
         s = c.create(linger=True) if os.geteuid() == 0 else c.create()
