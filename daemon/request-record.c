@@ -412,6 +412,16 @@ int request_record_append(struct request_record *r, uint64_t offset, const void 
     return write_all(r->fd, data, n, r->log_at + offset);
 }
 
+/*
+ * Nobody goes on with it: the prompt is needed no more, and is no longer counted at its user, while
+ * the record stays as long as the client does not read the stream's end.
+ */
+static void forget_asked(const struct request_record *r)
+{
+    (void)fallocate(r->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)r->asked_at,
+                    (off_t)(r->log_at - r->asked_at));
+}
+
 void request_record_commit(struct request_record *r, const struct request_commit *c)
 {
     struct slot s = {
@@ -431,6 +441,8 @@ void request_record_commit(struct request_record *r, const struct request_commit
 
     assert(c->n_sampled == r->n_checked);
     kept_commit(&r->page->sequence, r->page->slots, &s, sizeof(s));
+    if (c->phase != REQUEST_RUNS)
+        forget_asked(r);
 }
 
 bool request_record_last_commit(const struct request_record *r, struct request_commit *ret,

@@ -78,6 +78,7 @@ const struct request_before *request_record_before(const struct request_record *
 void request_record_add_sampled(struct request_record *r, uint32_t k, uint32_t id);
 /* Bytes of the stream at offset; count when committed. 0, -errno (-ENOSPC, -ENOMEM, -EFBIG) */
 int request_record_append(struct request_record *r, uint64_t offset, const void *data, size_t n);
+/* Of one that has ended, what was asked is forgotten. */
 void request_record_commit(struct request_record *r, const struct request_commit *c);
 /*
  * Of one that was opened; *ret_sampled [n_sampled] stays the record's. False: there was none, and

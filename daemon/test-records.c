@@ -106,6 +106,11 @@ static void test_round_trip(void)
 
     assert(reopen(r, &again) == 0);
     assert(!request_record_last_commit(again, &got, &sampled) && got.n_sampled == 0);
+    assert(request_record_request(again, &q, NULL) == 0);
+    assert(q.n_messages == 1 && memcmp(q.messages[0].text, "Hello", 5) == 0);
+    assert(q.options.n_stop == 1 && strcmp(q.options.stop[0], "END") == 0);
+    assert(q.options.sampler.seed == UINT64_MAX - 1 && q.options.logprobs && q.bias[0].id == 4);
+    job_request_done(&q);
     again = request_record_free(again);
 
     for (uint32_t k = 0; k < 3; k++)
@@ -128,11 +133,6 @@ static void test_round_trip(void)
     assert(got.generation.words[7] == 77 && got.phase == REQUEST_DONE && got.after.n_tokens == 30);
     assert(got.usage.completion_tokens == 2);
     assert(request_record_replied(again) && request_record_stopped(again) == JOB_CANCELLED);
-    assert(request_record_request(again, &q, NULL) == 0);
-    assert(q.n_messages == 1 && memcmp(q.messages[0].text, "Hello", 5) == 0);
-    assert(q.options.n_stop == 1 && strcmp(q.options.stop[0], "END") == 0);
-    assert(q.options.sampler.seed == UINT64_MAX - 1 && q.options.logprobs && q.bias[0].id == 4);
-    job_request_done(&q);
 }
 
 /* One byte after the other of what is written once, and of the commit: each is noticed. */
@@ -203,6 +203,34 @@ static void test_sending(void)
     free(heard);
 }
 
+static void test_forgotten(void)
+{
+    const size_t big = 4u << 20;
+    CLEANUP(freep) char *text = malloc(big);
+    struct job_message message = {.role = CHAT_USER, .text = text, .n = big};
+    const struct job_request q = {.kind = JOB_GENERATE, .messages = &message, .n_messages = 1};
+    CLEANUP(request_record_freep) struct request_record *r = NULL, *again = NULL;
+    struct request_commit c = {.log_bytes = 3};
+    struct job_request asked = {0};
+    char log[3];
+    struct stat st;
+
+    assert(text && memset(text, 'x', big));
+    assert(request_record_new(&r, &facts, &before, &q) == 0);
+    assert(request_record_append(r, 0, "{}\n", 3) == 0);
+    request_record_commit(r, &c);
+    assert(fstat(request_record_fd(r), &st) == 0 && (size_t)st.st_blocks * 512 > big);
+    assert(request_record_request(r, &asked, NULL) == 0 && asked.messages[0].n == big);
+    job_request_done(&asked);
+
+    c.phase = REQUEST_DONE; /* its memory goes, what is yet to be read does not */
+    request_record_commit(r, &c);
+    assert(fstat(request_record_fd(r), &st) == 0 && st.st_blocks * 512 < 1 << 20);
+    assert(reopen(r, &again) == 0 && request_record_log_bytes(again) == 3);
+    assert(request_record_read(again, 0, log, 3) == 0 && memcmp(log, "{}\n", 3) == 0);
+    assert(request_record_request(again, &asked, NULL) == -EBADMSG);
+}
+
 static void test_crash_loop(void)
 {
     CLEANUP(request_record_freep) struct request_record *r = new_record();
@@ -245,6 +273,7 @@ int main(void)
     test_round_trip();
     test_damage();
     test_sending();
+    test_forgotten();
     test_crash_loop();
     test_salvage();
     return 0;
