@@ -431,6 +431,39 @@ def conversations_outlive_the_daemon(m):
 
 
 @test
+def restart_is_no_stop(m):
+    """One signal for both: the daemon asks systemd. A chat, and an answer that nobody has read yet, go on after a restart."""
+    def begin():
+        return m.popen("llmctl", "chat", "--temperature=0", user="alice", stdin=subprocess.PIPE)
+
+    def say(chat, text):
+        chat.stdin.write(text + "\n")
+        chat.stdin.flush()
+        said = chat.stdout.readline()
+        assert said, chat.communicate()
+        return said
+
+    calm, chat, after = begin(), begin(), "And what did I ask before?"
+    assert say(calm, QUESTION) == say(chat, QUESTION)
+    wanted = say(calm, after)
+    assert calm.communicate(timeout=60) == ("", "")
+    run = m.popen("llmctl", "--json", "run", "--no-stdin", "--ignore-end", "--logprobs", "--top-logprobs=20", "--max-tokens=400",
+                  "Count.", user="bob", text=False, bufsize=0)
+    first, pid = run.stdout.read(1), main_pid(m)
+    m.run("systemctl", "restart", "llmd.service")
+    assert main_pid(m) not in ("0", pid) and m.show("llmd.service", "Result") == "success"
+    assert any("stopping to be started again" in line for line in messages(m))
+    assert say(chat, after) == wanted
+    out, err = run.communicate(timeout=60)
+    end = json.loads((first + out).splitlines()[-1])
+    assert run.returncode == 0 and (end["type"], end["reason"]) == ("end", "length"), (run.returncode, end, err)
+
+    m.run("systemctl", "stop", "llmd.service")
+    out, err = chat.communicate("Still there?\n", timeout=60)
+    assert chat.returncode == 1 and out == "" and "session" in err and err.count("\n") == 1, (chat.returncode, out, err)
+
+
+@test
 def no_restart_where_none_helps(m):
     """Until somebody wants it again."""
     m.run("systemctl", "stop", "llmd.service")
