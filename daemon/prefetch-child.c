@@ -336,10 +336,16 @@ int prefetch_child_fd(const struct prefetch_child *c)
 int prefetch_child_read(struct prefetch_child *c, uint64_t *ret_bytes)
 {
     struct report report = {.result = 1};
+    bool was_reset = false;
     ssize_t n;
 
-    /* Only the last one counts. */
-    while ((n = recv(c->fd, &report, sizeof(report), MSG_DONTWAIT)) == sizeof(report)) {
+    /* Only the last one counts. That it ended without taking the order is told first, once. */
+    while ((n = recv(c->fd, &report, sizeof(report), MSG_DONTWAIT)) == sizeof(report) ||
+           (n < 0 && errno == ECONNRESET && !was_reset)) {
+        if (n < 0) {
+            was_reset = true;
+            continue;
+        }
         *ret_bytes = report.bytes;
         if (report.result != 1)
             return report.result;
