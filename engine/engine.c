@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "base/checked.h"
@@ -27,11 +28,21 @@
 #define DEFAULT_MAX_LOGITS 16
 #define MOST_ROWS 65536u
 
+/* A quarter of the machine's memory; at most one of what may be mapped, or be in a file. */
 static uint64_t default_kv_bytes(void)
 {
+    static const int limits[] = {RLIMIT_AS, RLIMIT_FSIZE};
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    uint64_t bytes =
+        pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size / 4 : (uint64_t)1 << 30;
 
-    return pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size / 4 : (uint64_t)1 << 30;
+    for (size_t i = 0; i < ARRAY_SIZE(limits); i++) {
+        struct rlimit limit;
+
+        if (getrlimit(limits[i], &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+            bytes = MIN(bytes, (uint64_t)limit.rlim_cur / 4);
+    }
+    return bytes;
 }
 
 /* Values in the widest row that any matrix reads. */

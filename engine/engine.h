@@ -44,7 +44,8 @@ struct engine_options {
     bool no_pinning;        /* threads may move between cores; else see backend_cpu_pin() */
     uint32_t max_rows;      /* tokens in one step; 0: 256 */
     uint32_t max_logits;    /* wanted rows in one step; 0: 16 */
-    uint64_t kv_bytes;      /* budget of the page pool; 0: a quarter of physical memory */
+    uint64_t kv_bytes;      /* budget of the page pool; 0: a quarter of physical memory, or of
+                               RLIMIT_AS or RLIMIT_FSIZE where that is less */
     bool has_kv_fd;
     int kv_fd; /* the pool of a process before this one; taken back where it fits, else a new one is
                   made. Stays the caller's. */

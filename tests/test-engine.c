@@ -11,9 +11,13 @@
 #include <assert.h>
 #include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
@@ -619,6 +623,32 @@ static void check_threads(const struct model *m, struct engine_options o)
     free(l[1]);
 }
 
+/* Where no file may be as large as a quarter of the memory is, the default is less. */
+static void check_default_kv_bytes(const struct model *m)
+{
+    const rlim_t limit = (rlim_t)256 << 20;
+    pid_t child = fork();
+    int status;
+
+    assert(child >= 0);
+    if (child == 0) {
+        const struct engine_options options = {.n_threads = 1};
+        struct engine_memory memory;
+        struct engine *e;
+        struct error err = {""};
+
+        signal(SIGXFSZ, SIG_IGN);
+        assert(setrlimit(RLIMIT_FSIZE, &(struct rlimit){limit, limit}) == 0);
+        if (engine_new(&e, m, &options, &err) < 0) {
+            fprintf(stderr, "%s\n", err.text);
+            _exit(1);
+        }
+        engine_memory(e, &memory);
+        _exit(memory.kv_bytes_max == 0 || memory.kv_bytes_max > limit / 4);
+    }
+    assert(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
 int main(int argc, char **argv)
 {
     static const char *const levels[] = {"reference", "avx2", "avx512"};
@@ -641,6 +671,8 @@ int main(int argc, char **argv)
 
         model_builder_config(&b.config, 10, 5, WINDOW);
         m = build(&b);
+        if (t == WEIGHT_F32)
+            check_default_kv_bytes(m);
         for (size_t i = 0; i < ARRAY_SIZE(levels); i++)
             for (int mode = 0; mode < 2; mode++) {
                 struct engine_options o = {
