@@ -247,8 +247,3 @@ unsigned memory_pressure_level(const struct memory_pressure *m)
 {
     return m ? m->level : 0;
 }
-
-const char *memory_pressure_source(const struct memory_pressure *m)
-{
-    return m->source ? m->path : NULL;
-}

@@ -33,5 +33,4 @@ int memory_pressure_new(struct memory_pressure **ret, sd_event *event,
 struct memory_pressure *memory_pressure_free(struct memory_pressure *m);
 void memory_pressure_freep(struct memory_pressure **m);
 
-unsigned memory_pressure_level(const struct memory_pressure *m);     /* 0: none. NULL: 0 */
-const char *memory_pressure_source(const struct memory_pressure *m); /* a path, or NULL: none */
+unsigned memory_pressure_level(const struct memory_pressure *m); /* 0: none. NULL: 0 */
