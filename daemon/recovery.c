@@ -44,8 +44,9 @@
 
 #define INSTANCE_BYTES (INSTANCE_DIGITS / 2)
 
-/* A process that dies at work on the same request so often, and gets no further, dies of it. */
-#define RECOVERIES_MAX 3u
+/* A process that dies at work on the same request so often, and gets no further, dies of it. Where
+ * others kill it and steps are slow, a few times are chance. */
+#define RECOVERIES_MAX 15u
 
 struct kept_request {
     uint64_t id;

@@ -406,12 +406,12 @@ def who_dies_of_a_request_gives_it_up():
         innocent, _ = other.generate(**options)
         for x in s, other:
             x.wait_state("paused")
-        for i in range(4):
+        for i in range(16):
             m.kill()
             set_working(record_of(m, f"request-{number}"))
             m.begin()
             other.wait_state("paused")
-            s.wait_state("paused" if i < 3 else "idle")
+            s.wait_state("paused" if i < 15 else "idle")
         assert "several times" in lost_stream(read_all(stream))
         assert f"request {number} is lost with the restart: " in m.log()
         assert s.get("ContextUsed") == used
