@@ -28,6 +28,7 @@
 #include "base/cleanup.h"
 #include "daemon/arguments.h"
 #include "daemon/authority.h"
+#include "daemon/build-identity.h"
 #include "daemon/bus-host.h"
 #include "daemon/bus.h"
 #include "daemon/client-session.h"
@@ -411,7 +412,7 @@ static int make_engine(struct service *s, struct model *m, struct error *err)
 {
     struct engine_options options = engine_options(s);
     uint32_t context = s->arguments->context, most = model_config(m)->context_max;
-    uint8_t identity[SAVED_MODEL_BYTES];
+    uint8_t identity[SAVED_MODEL_BYTES], kv_identity[BUILD_IDENTITY_BYTES];
     int r;
 
     if (context > most)
@@ -422,8 +423,9 @@ static int make_engine(struct service *s, struct model *m, struct error *err)
                     s->config->context, most);
     else if (context == 0)
         context = s->config->context;
-    if (saved_session_model(model_get_file(m), identity) >= 0) {
-        options.kv_identity = identity;
+    if (saved_session_model(model_get_file(m), identity) >= 0 &&
+        build_identity(identity, kv_identity) >= 0) {
+        options.kv_identity = kv_identity;
         options.has_kv_fd = fd_store_next(s->store, "kv", &options.kv_fd) > 0;
     }
     r = engine_thread_new(&s->engine, m, &options, err);
