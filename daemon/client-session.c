@@ -22,6 +22,7 @@
 #include "base/cleanup.h"
 #include "base/clock.h"
 #include "daemon/fd-store.h"
+#include "daemon/kept.h"
 #include "daemon/log.h"
 #include "daemon/request-record.h"
 #include "daemon/saved-session.h"
@@ -33,7 +34,8 @@
 #include "ipc/names.h"
 
 /* Of the daemon; a user's own limits are in users.h. Streams of ended requests that nobody has read
- * count too: each is a descriptor. */
+ * count too: each is a descriptor. The units' FileDescriptorStoreMax= is above what all this makes:
+ * one for a session, one for its owner's connection, two for a stream. */
 #define SESSIONS_MAX 4096u
 #define STREAMS_MAX 512u
 #define STREAMS_OF_USER_MAX 256u
@@ -59,6 +61,7 @@ struct session_set {
     const struct session_observer *observer;
     void *observer_userdata;
     uint64_t last_session_id, last_request_id;
+    struct kept_ids *ids; /* borrowed; NULL: they are not kept */
     uint32_t n_sessions, n_jobs, n_streams;
     bool stopping, low_memory;
     bool in_news; /* whoever waits for quiet is told at its end: it may take the engine away */
@@ -104,6 +107,22 @@ struct client_session {
     struct client_session *previous, *next;             /* session_set::first */
     struct client_session *bucket_next;                 /* session_set::by_id */
 };
+
+/* Before anybody hears of a number: nobody else shall ever have it. */
+static void keep_ids(const struct session_set *set)
+{
+    const uint64_t last[] = {set->last_session_id, set->last_request_id};
+
+    if (set->ids)
+        kept_commit(&set->ids->sequence, set->ids->slots, last, sizeof(last));
+}
+
+static uint64_t next_request_id(struct session_set *set)
+{
+    set->last_request_id++;
+    keep_ids(set);
+    return set->last_request_id;
+}
 
 static void tell(struct client_session *s, void (*what)(void *, struct client_session *))
 {
@@ -795,6 +814,7 @@ int client_session_new(struct client_session **ret, struct session_set *set, str
         return error_set(err, ENOMEM, "out of memory");
     record = NULL; /* the timeline's */
     set->last_session_id = id;
+    keep_ids(set);
     r = new_session(ret, set, user, owner, &o, timeline, id, err);
     if (r >= 0)
         keep_session(*ret);
@@ -820,8 +840,10 @@ int client_session_fork(struct client_session *s, const struct session_owner *ow
         r = new_record(&request.fork.record, s->set, s->user, owner, &o, request.fork.flow, err);
     if (r >= 0)
         r = client_session_ask(s, &request, finished, userdata, err);
-    if (r >= 0)
+    if (r >= 0) {
         s->set->last_session_id++;
+        keep_ids(s->set);
+    }
     job_request_done(&request);
     return r;
 }
@@ -855,8 +877,12 @@ struct client_session *client_session_free(struct client_session *s)
         return NULL;
     set = s->set;
     tell(s, set->observer->goes);
-    if (s->job)
+    if (s->job) {
         s->job->session = NULL;
+        /* Before the session's record says so: whoever finds it closed shall find why its request
+         * ends. */
+        engine_thread_stop(set->engine, s->job, JOB_CLOSED);
+    }
     leave(s);
     engine_thread_close(set->engine, s->timeline);
     session_done(s);
@@ -1070,7 +1096,7 @@ int client_session_generate(struct client_session *s, struct job_request *reques
     set->n_streams++;
     s->user->n_streams++;
     list_request(set, TAKE_PTR(q), s->user, j);
-    *ret_id = ++set->last_request_id;
+    *ret_id = next_request_id(set);
     s->job = j;
     j->session = s;
     engine_thread_submit(set->engine, TAKE_PTR(j));
@@ -1095,7 +1121,7 @@ int client_session_ask(struct client_session *s, struct job_request *request, jo
     j->on_finished = finished;
     j->userdata = userdata;
     list_request(set, TAKE_PTR(q), s->user, j);
-    set->last_request_id++;
+    next_request_id(set);
     if (alone) {
         s->job = j;
         j->session = s;
@@ -1122,7 +1148,7 @@ int session_set_measure(struct session_set *set, struct user *user, struct job_r
     j->on_finished = finished;
     j->userdata = userdata;
     list_request(set, TAKE_PTR(q), user, j);
-    set->last_request_id++;
+    next_request_id(set);
     engine_thread_submit(set->engine, TAKE_PTR(j));
     return 0;
 }
@@ -1147,6 +1173,17 @@ void session_set_reserve_ids(struct session_set *set, uint64_t session, uint64_t
 {
     set->last_session_id = MAX(set->last_session_id, session);
     set->last_request_id = MAX(set->last_request_id, request);
+    keep_ids(set);
+}
+
+void session_set_keep_ids(struct session_set *set, struct kept_ids *ids)
+{
+    uint64_t last[2];
+
+    if (kept_read(&ids->sequence, ids->slots, last, sizeof(last)) < 0)
+        last[0] = last[1] = 0;
+    set->ids = ids;
+    session_set_reserve_ids(set, last[0], last[1]);
 }
 
 const uint8_t *session_set_model_id(const struct session_set *set)
@@ -1227,6 +1264,7 @@ int session_set_take_back_request(struct session_set *set, struct user *user,
         return error_set(err, -r, "its stream: %s", strerror(-r));
     owned = NULL; /* the job's, or the stream's */
     q->is_kept = true;
+    request_record_set_replied(record); /* who has the other end had the reply */
     set->n_streams++;
     user->n_streams++;
     if (j) {

@@ -21,6 +21,7 @@
 
 struct client_session;
 struct fd_store;
+struct kept_ids;
 struct session_set;
 struct user;
 struct users;
@@ -180,6 +181,8 @@ void session_set_answered(struct session_set *set, uint64_t request_id, bool sen
 
 /* Numbers given out from now on are higher. */
 void session_set_reserve_ids(struct session_set *set, uint64_t session, uint64_t request);
+/* Than what is in there too; and there the last ones are kept from now on. Borrowed. */
+void session_set_keep_ids(struct session_set *set, struct kept_ids *ids);
 const uint8_t *session_set_model_id(const struct session_set *set); /* NULL: it has none */
 
 /* Its timeline is the engine thread's. On failure it is closed. 0, -EBADMSG, -ENOMEM */

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 
 #include "base/cleanup.h"
 #include "daemon/bus.h"
@@ -175,6 +176,8 @@ struct connection *connection_free(struct connection *c)
     sd_bus_slot_unref(c->filter_slot);
     if (c->bus) {
         sd_bus_detach_event(c->bus);
+        /* The service manager may have it too, and then close() does not tell the peer. */
+        (void)shutdown(sd_bus_get_fd(c->bus), SHUT_RDWR);
         sd_bus_close_unref(c->bus);
     }
     free(c);

@@ -162,8 +162,9 @@ static int add_connection(struct former_owners *f, uint64_t id, int fd)
     }
     o->fd = o->sessions.fd = fd;
     o->sessions.is_kept = true;
-    shutdown(fd, SHUT_WR);
-    if (poll(&p, 1, 0) > 0 && (p.revents & (POLLHUP | POLLERR | POLLNVAL))) {
+    /* It fails where the peer has gone, and on what is no connection: who would never come back. */
+    if (shutdown(fd, SHUT_WR) < 0 ||
+        (poll(&p, 1, 0) > 0 && (p.revents & (POLLHUP | POLLERR | POLLNVAL)))) {
         hang_up(o);
         return 0;
     }

@@ -134,9 +134,11 @@ int recover_generation(struct job *j, struct error *err)
     const uint32_t *sampled;
     int r;
 
-    if (!take_commit(j, &sampled)) /* it had not begun */
+    if (!take_commit(j, &sampled)) { /* it had not begun: nothing there is its own */
+        session_rewind(j->timeline->session, request_record_before(j->record)->n_tokens);
         return generation_new(&w->generation, j->timeline->session, j->ids.data, j->ids.n,
                               &j->request.options, err);
+    }
     r = generation_resume(&w->generation, j->timeline->session,
                           request_record_before(j->record)->n_tokens, j->ids.data, j->ids.n,
                           sampled, w->n_sampled, &j->request.options, &w->commit.generation, err);

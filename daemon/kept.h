@@ -34,6 +34,12 @@ uint64_t kept_check(uint64_t before, const void *data, size_t n);
 /* The slots hold `size` bytes each and their check values: KEPT_SLOTS(size) 64-bit words in all. */
 #define KEPT_SLOTS(size) (2 * ((size) / 8 + 1))
 
+/* The last numbers that were given out: of sessions, of requests. */
+struct kept_ids {
+    _Atomic uint64_t sequence;
+    uint64_t slots[KEPT_SLOTS(2 * sizeof(uint64_t))];
+};
+
 /* size: a multiple of 8. One writer at a time. */
 void kept_commit(_Atomic uint64_t *sequence, uint64_t *slots, const void *data, size_t size);
 /* 0; -ENODATA: nothing was ever committed; -EBADMSG */

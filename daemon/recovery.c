@@ -76,44 +76,54 @@ struct recovery {
 
 /* ---- the instance ---- */
 
-static int read_instance(int fd, uint8_t ret[INSTANCE_BYTES])
+struct instance {
+    uint8_t name[INSTANCE_BYTES];
+    struct kept_ids ids;
+};
+
+/* Of the process before. Mapped for good; NULL: there is none */
+static struct instance *inherited_instance(struct fd_store *store)
 {
+    CLEANUP(closep) int fd = -EBADF;
     uint64_t size;
 
-    if (kept_memfd_check(fd, &size) < 0 || size != INSTANCE_BYTES ||
-        pread(fd, ret, INSTANCE_BYTES, 0) != INSTANCE_BYTES)
-        return -EBADMSG;
-    return 0;
+    if (fd_store_next(store, "instance", &fd) == 0 || kept_memfd_check(fd, &size) < 0 ||
+        size != sizeof(struct instance))
+        return NULL;
+    return kept_map(fd, sizeof(struct instance));
 }
 
-static int make_instance(struct fd_store *store, uint8_t ret[INSTANCE_BYTES])
+static struct instance *new_instance(struct fd_store *store)
 {
-    CLEANUP(closep) int fd = kept_memfd("llmd-instance", INSTANCE_BYTES);
+    CLEANUP(closep) int fd = kept_memfd("llmd-instance", sizeof(struct instance));
+    struct instance *i;
 
-    if (fd < 0)
-        return fd;
-    if (getrandom(ret, INSTANCE_BYTES, 0) != INSTANCE_BYTES ||
-        pwrite(fd, ret, INSTANCE_BYTES, 0) != INSTANCE_BYTES)
-        return -EIO;
+    if (fd < 0 || posix_fallocate(fd, 0, sizeof(*i)) != 0)
+        return NULL;
+    i = kept_map(fd, sizeof(*i));
+    if (!i)
+        return NULL;
     fd_store_remove(store, "instance");
     fd_store_push(store, "instance", &fd, 1);
-    return 0;
+    return i;
 }
 
-int recovery_instance(struct fd_store *store, char ret[INSTANCE_DIGITS + 1], bool *ret_inherited)
+int recovery_instance(struct service *s, bool changes, char ret[INSTANCE_DIGITS + 1],
+                      bool *ret_inherited)
 {
-    uint8_t bytes[INSTANCE_BYTES];
-    CLEANUP(closep) int fd = -EBADF;
-    bool inherited;
-    int r = 0;
+    struct instance *i = inherited_instance(s->store);
+    bool inherited = i && !changes;
 
-    inherited = fd_store_next(store, "instance", &fd) > 0 && read_instance(fd, bytes) == 0;
-    if (!inherited)
-        r = make_instance(store, bytes);
-    if (r < 0)
-        return r;
-    for (size_t i = 0; i < INSTANCE_BYTES; i++)
-        snprintf(ret + 2 * i, 3, "%02x", bytes[i]);
+    if (!i)
+        i = new_instance(s->store);
+    if (!i)
+        return -ENOMEM;
+    /* Should it be torn by a kill, it is another one all the same. */
+    if (!inherited && getrandom(i->name, INSTANCE_BYTES, 0) != INSTANCE_BYTES)
+        return -EIO;
+    for (size_t n = 0; n < INSTANCE_BYTES; n++)
+        snprintf(ret + 2 * n, 3, "%02x", i->name[n]);
+    session_set_keep_ids(s->sessions, &i->ids);
     *ret_inherited = inherited;
     return 0;
 }
@@ -306,11 +316,33 @@ static void flush_request(struct recovery *c, struct kept_request *q, struct use
         forget_request(c, q);
 }
 
+/* Whether or not its session is there, which may have been closed meanwhile. */
+static void flush_for_its_user(struct recovery *c, struct kept_request *q)
+{
+    CLEANUP(user_unrefp) struct user *user = NULL;
+
+    if (users_ref(c->service->users, request_record_facts(q->record)->uid, &user) < 0)
+        forget_request(c, q); /* a stream without an end is an error as well */
+    else
+        flush_request(c, q, user);
+}
+
+/* What stands for it now is what the next process is to find: it alone is moved by what is sent. */
+static void keep_instead(struct recovery *c, const struct kept_request *q)
+{
+    int fds[] = {request_record_fd(q->record), q->socket};
+    struct fd_store *store = c->service->store;
+
+    if (q->socket < 0)
+        return;
+    fd_store_remove_id(store, "request", q->id);
+    fd_store_push_id(store, "request", q->id, fds, 2);
+}
+
 /* What it did to its session is not to be gone on with, and the client hears so. */
 static void lose_request(struct recovery *c, struct kept_request *q, const struct error *why)
 {
     struct record last = lost_record(why->text);
-    CLEANUP(user_unrefp) struct user *user = NULL;
     int r = -EBADMSG;
 
     say_request_lost(c, q->record ? request_record_facts(q->record)->session : 0, q->id, why);
@@ -318,12 +350,23 @@ static void lose_request(struct recovery *c, struct kept_request *q, const struc
         r = request_record_end(q->record, &last);
     else if (q->record_fd >= 0)
         r = request_record_salvage(&q->record, q->record_fd, &last);
+    if (r >= 0 && q->record_fd >= 0)
+        keep_instead(c, q);
     if (r >= 0)
-        r = users_ref(c->service->users, request_record_facts(q->record)->uid, &user);
-    if (r >= 0)
-        flush_request(c, q, user);
+        flush_for_its_user(c, q);
     else
         forget_request(c, q); /* a stream without an end is an error as well */
+}
+
+/* Its session was closed under it, and its client hears that, as it would have. */
+static void close_request(struct recovery *c, struct kept_request *q)
+{
+    const struct record last = {.type = RECORD_END, .reason = "closed"};
+
+    if (request_record_end(q->record, &last) >= 0)
+        flush_for_its_user(c, q);
+    else
+        forget_request(c, q);
 }
 
 static bool same(const struct request_before *a, const struct session_state *b)
@@ -373,13 +416,18 @@ static void decide_request(struct recovery *c, struct kept_request *q)
         return;
     }
     s = session_of(c, request_record_facts(q->record)->session);
+    if (q->commit.phase != REQUEST_RUNS) {
+        if (s)
+            apply_end(s, q);
+        return;
+    }
+    if (!s && q->stop == JOB_CLOSED) {
+        close_request(c, q);
+        return;
+    }
     if (!s) {
         error_set(&err, ESTALE, "its session is lost");
         lose_request(c, q, &err);
-        return;
-    }
-    if (q->commit.phase != REQUEST_RUNS) {
-        apply_end(s, q);
         return;
     }
     if (s->state.last_request >= q->id || s->request ||
@@ -496,20 +544,14 @@ static void go_on(struct recovery *c, struct kept_session *s, const struct adopt
     c->result->n_requests++;
 }
 
-/* Those that had come to their end, of sessions that are there. */
+/* Those that had come to their end. */
 static void flush_ended(struct recovery *c)
 {
     for (size_t i = 0; i < c->n_requests; i++) {
         struct kept_request *q = &c->requests[i];
-        struct client_session *s;
 
-        if (!q->record)
-            continue;
-        s = session_set_find(c->service->sessions, request_record_facts(q->record)->session);
-        if (s)
-            flush_request(c, q, client_session_user(s));
-        else
-            forget_request(c, q);
+        if (q->record && q->commit.phase != REQUEST_RUNS)
+            flush_for_its_user(c, q);
     }
 }
 
@@ -574,6 +616,8 @@ void recovery_give_up(struct service *s, struct recovery_result *ret)
     while (fd_store_next_id(s->store, "request", &id, &fd) > 0)
         read_request(&c, id, fd);
     for (size_t i = 0; i < c.n_requests; i++)
-        lose_request(&c, &c.requests[i], &err);
+        if (!c.requests[i].record || c.requests[i].commit.phase == REQUEST_RUNS)
+            lose_request(&c, &c.requests[i], &err);
+    flush_ended(&c);
     done(&c);
 }

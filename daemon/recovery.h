@@ -27,10 +27,13 @@ struct recovery_result {
 
 /*
  * Which instance of the daemon this is, for clients: 32 hex digits, the same after a restart that
- * goes on with what was before. Kept in the store as "instance". 0, -errno
+ * goes on with what was before, unless `changes`. Kept in the store as "instance", with the last
+ * numbers of sessions and requests: a call that is repeated after the restart shall not meet
+ * another session that was given the number of a closed one. 0, -errno
  */
 #define INSTANCE_DIGITS 32
-int recovery_instance(struct fd_store *store, char ret[INSTANCE_DIGITS + 1], bool *ret_inherited);
+int recovery_instance(struct service *s, bool changes, char ret[INSTANCE_DIGITS + 1],
+                      bool *ret_inherited);
 
 /* s->engine, s->sessions and s->users are there. What cannot be taken back is said in the log, by
  * the session's number, and forgotten. */

@@ -46,6 +46,8 @@
 /* Beyond the bounds of each of its parts, which request_bytes_read() keeps. */
 #define ASKED_BYTES_MAX (UINT64_C(2) * LLM_PROMPT_BYTES_MAX)
 
+#define SPARE_AT 4096u
+
 #define PUNCH_BYTES (256u * 1024)
 #define SEND_BYTES (1u << 20) /* at once */
 
@@ -76,7 +78,10 @@ struct page {
     uint64_t progress; /* when it was last taken back */
     _Atomic uint64_t sequence;
     uint64_t slots[KEPT_SLOTS(sizeof(struct slot))];
+    /* On a page of its own: where the first is damaged, it says what the client is to hear. */
+    _Alignas(SPARE_AT) struct head spare;
 };
+_Static_assert(offsetof(struct page, spare) == SPARE_AT, "");
 _Static_assert(sizeof(struct page) <= KEPT_ALIGN, "the ids begin there");
 _Static_assert(sizeof(struct slot) % 8 == 0, "");
 
@@ -238,6 +243,7 @@ static int fill(struct request_record *r, const struct request_facts *facts,
     if (lseek(r->fd, (off_t)h.log_at, SEEK_SET) < 0)
         return -errno;
     r->page->head = h;
+    r->page->spare = h;
     return 0;
 }
 
@@ -276,14 +282,14 @@ static bool before_is_sound(uint32_t n_tokens, uint32_t position, uint32_t has_t
 }
 
 /* The place of each part follows from two numbers, but for the log's end, a limit's of then. */
-static int read_head(int fd, struct head *h, struct error *err)
+static int read_head(int fd, uint64_t at, struct head *h, struct error *err)
 {
     uint64_t size, want;
     struct head like = {0};
 
     if (kept_memfd_check(fd, &size) < 0)
         return unsound(err, "it is no sealed memory");
-    if (size < KEPT_ALIGN || read_all(fd, h, sizeof(*h), 0) < 0)
+    if (size < KEPT_ALIGN || read_all(fd, h, sizeof(*h), at) < 0)
         return unsound(err, "it is too short");
     if (memcmp(h->magic, MAGIC, sizeof(h->magic)) != 0)
         return unsound(err, "it is no request's");
@@ -346,7 +352,7 @@ int request_record_open(struct request_record **ret, int fd, struct error *err)
         return error_set(err, ENOMEM, "out of memory");
     }
     r->fd = fd;
-    e = read_head(fd, &h, err);
+    e = read_head(fd, 0, &h, err);
     if (e < 0)
         return e;
     e = map(r, &h);
@@ -547,7 +553,9 @@ int request_record_salvage(struct request_record **ret, int fd, const struct rec
     struct head h;
     int e;
 
-    e = read_head(fd, &h, NULL);
+    e = read_head(fd, 0, &h, NULL);
+    if (e < 0)
+        e = read_head(fd, SPARE_AT, &h, NULL);
     if (e >= 0 && !h.is_text)
         e = rest_of_line(fd, &h, &line);
     if (e >= 0 && !h.is_text)

@@ -398,9 +398,9 @@ static void recover(struct service *s)
     } else {
         recovery_run(s, &s->recovered);
     }
-    if (!s->engine || s->recovered.n_sessions == 0)
-        fd_store_drop(s->store, "instance"); /* who was here before finds nothing of its own */
-    if (recovery_instance(s->store, s->instance, &inherited) < 0)
+    /* Without sessions, who was here before finds nothing of its own. */
+    if (recovery_instance(s, !s->engine || s->recovered.n_sessions == 0, s->instance, &inherited) <
+        0)
         log_error("this instance has no name: clients cannot tell it from others");
     else
         s->recovered.took_back = inherited;

@@ -25,6 +25,7 @@ struct stream {
 static void stream_free(struct stream *s)
 {
     sd_event_source_disable_unref(s->source);
+    (void)shutdown(s->fd, SHUT_RDWR); /* the service manager has it too, until it is told */
     closep(&s->fd);
     if (!s->job)
         request_record_free(s->record);
