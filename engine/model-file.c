@@ -420,6 +420,11 @@ static int begin_watch(struct model_file *f, const struct stat *st, struct error
     return r < 0 ? error_set(err, -r, "%s: too many models are open", f->path) : 0;
 }
 
+static int is_folder(const char *path, struct error *err)
+{
+    return error_set(err, EINVAL, "%s: is a folder, not a model file", path);
+}
+
 int model_file_open_fd(struct model_file **ret, int fd, const char *path, struct error *err)
 {
     CLEANUP(model_file_freep) struct model_file *f = NULL;
@@ -440,6 +445,8 @@ int model_file_open_fd(struct model_file **ret, int fd, const char *path, struct
         return no_memory(err);
     if (fstat(f->fd, &st) < 0)
         return error_set(err, errno, "%s: cannot look at it: %s", path, strerror(errno));
+    if (S_ISDIR(st.st_mode))
+        return is_folder(path, err);
     if (!S_ISREG(st.st_mode))
         return broken(f, err, "not a regular file");
     if (ckd_add(&f->size, st.st_size, 0))
@@ -479,8 +486,15 @@ int model_file_open(struct model_file **ret, const char *path, struct error *err
     /* Not waiting for the writer of a fifo that bears a model's name; files do not mind. */
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
 
-    if (fd < 0)
-        return error_set(err, errno, "%s: cannot open: %s", path, strerror(errno));
+    if (fd < 0) {
+        int e = errno;
+        struct stat st;
+
+        /* A sandbox that lets files be read only says that it is not permitted. */
+        if (e == EACCES && stat(path, &st) == 0 && S_ISDIR(st.st_mode))
+            return is_folder(path, err);
+        return error_set(err, e, "%s: cannot open: %s", path, strerror(e));
+    }
     return model_file_open_fd(ret, fd, path, err);
 }
 

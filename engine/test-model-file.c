@@ -772,7 +772,7 @@ static void test_not_files(const char *dir)
     assert(asprintf(&fifo, "%s/fifo", dir) > 0 && mkfifo(fifo, 0600) == 0);
     assert(model_file_open(&f, fifo, &err) == -EINVAL && strstr(err.text, "not a regular file"));
     unlink(fifo);
-    assert(model_file_open(&f, dir, &err) == -EINVAL && strstr(err.text, "not a regular file"));
+    assert(model_file_open(&f, dir, &err) == -EINVAL && strstr(err.text, ": is a folder, not a"));
     assert(model_file_open(&f, "/nowhere", &err) == -ENOENT && strstr(err.text, "/nowhere"));
     assert(model_file_open(&f, "/nowhere", NULL) == -ENOENT);
 }

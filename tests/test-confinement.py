@@ -123,6 +123,14 @@ def models_and_links(folder, model):
         assert len(later) == 1 and " failed " in later[0], out
 
 
+def a_folder_as_model(folder, model):
+    """The sandbox, which opens no folder, has not the say of what is wrong with it."""
+    for options in [], ["--sandbox=off"]:
+        d = Daemon(LLMD, folder, folder + "/s", *options)
+        assert d.stop() != 0 and not d.ready
+        assert f"{folder}: is a folder, not a model file" in d.log() and "denied" not in d.log(), d.log()
+
+
 def models_are_read_inside(folder, model):
     """Whoever opens the file waits until we give up the lease, and the kernel tells us that somebody does."""
     models, own = folder + "/models", folder + "/own"
@@ -172,7 +180,7 @@ def main():
         model = os.path.join(top, "model.llmd")
         subprocess.run([MAKE_CHAT_MODEL, model], check=True)
         for t in (private_daemon, system_daemon, names_of_users_on_a_reload, daemon_of_llmctl, the_other_modes,
-                  models_and_links, models_are_read_inside, importer):
+                  models_and_links, a_folder_as_model, models_are_read_inside, importer):
             with tempfile.TemporaryDirectory(dir=top) as folder:
                 print(t.__name__, end=" ", flush=True)
                 t(folder, model)
