@@ -478,8 +478,12 @@ static int start_item(struct map *m, struct item *item)
         m->n_running++;
         return STATUS_OK;
     }
-    if (is_gone(r))
-        return complain(STATUS_FAILED, "the daemon went away: %s", err.message);
+    if (is_gone(r) && m->n_running == 0)
+        return complain(STATUS_NOT_RUNNING, "%s", err.message);
+    if (is_gone(r)) { /* the answers in the making tell of it, where they were cut short */
+        m->allowed = m->n_running;
+        return STATUS_OK;
+    }
     if (status_of(r) == STATUS_BUSY) {
         if (m->n_running == 0)
             return complain(STATUS_BUSY, "%s %" PRIu64 ": %s", unit(m), item->index, err.message);

@@ -248,6 +248,18 @@ def the_daemon_dies():
 
 
 @test
+def the_daemon_dies_between_answers():
+    with Home() as h:
+        p = h.popen("map", *OPTIONS, stdin=subprocess.PIPE)
+        p.stdin.write(b"a\n")
+        p.stdin.flush()
+        assert p.stdout.readline().endswith(b"\n")
+        os.kill(h.starts()[0], signal.SIGKILL)
+        out, err = p.communicate(b"b\n", timeout=PATIENCE)
+        assert (p.returncode, out, err) == (3, b"", b"llmctl: llmd has gone away\n"), (p.returncode, out, err)
+
+
+@test
 def one_instruction():
     """It is read once, and each input is answered as if it stood before it alone."""
     with Home() as h:
