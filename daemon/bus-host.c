@@ -194,7 +194,7 @@ int bus_host_new(struct bus_host **ret, struct service *s)
 
 sd_bus *bus_host_bus(const struct bus_host *h)
 {
-    return h->has_name ? h->bus : NULL;
+    return h->bus;
 }
 
 bool bus_host_leave(struct bus_host *h)

@@ -19,7 +19,8 @@ int bus_host_new(struct bus_host **ret, struct service *s);
 struct bus_host *bus_host_free(struct bus_host *h);
 void bus_host_freep(struct bus_host **h);
 
-/* The bus where the name is ours, or NULL; borrowed, until the next turn of the loop. */
+/* The connection to the bus, which may not be through yet, or NULL; borrowed, until the next turn of
+ * the loop. */
 sd_bus *bus_host_bus(const struct bus_host *h);
 
 /*
