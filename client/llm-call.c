@@ -18,6 +18,7 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "client/llm-internal.h"
+#include "ipc/message-copy.h"
 #include "ipc/names.h"
 
 /* How long nobody may be there. A daemon that listens and is not ready yet is somebody. */
@@ -195,14 +196,7 @@ static int copy_call(struct llm_connection *c, sd_bus_message *m, sd_bus_message
                      sd_bus_message_get_member(m), err);
     if (r < 0)
         return r;
-    r = sd_bus_message_rewind(m, true);
-    if (r == -EPERM) { /* it was never sent */
-        r = sd_bus_message_seal(m, 1, 0);
-        if (r >= 0)
-            r = sd_bus_message_rewind(m, true);
-    }
-    if (r >= 0)
-        r = sd_bus_message_copy(copy, m, true);
+    r = message_copy(copy, m);
     if (r < 0)
         return llm_bus_failure(err, r, &SD_BUS_ERROR_NULL);
     *ret = TAKE_PTR(copy);

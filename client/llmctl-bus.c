@@ -22,6 +22,7 @@
 #include "base/cleanup.h"
 #include "base/clock.h"
 #include "base/number.h"
+#include "ipc/message-copy.h"
 
 #define USEC_PER_SEC 1000000u
 #define NSEC_PER_USEC 1000u
@@ -216,19 +217,12 @@ static int copy_call(struct llm_connection *c, sd_bus_message *m, sd_bus_message
     CLEANUP(sd_bus_message_unrefpp) sd_bus_message *copy = NULL;
     int r;
 
-    r = sd_bus_message_new_method_call(
-        llm_connection_bus(c), &copy, llm_connection_destination(c), sd_bus_message_get_path(m),
-        sd_bus_message_get_interface(m), sd_bus_message_get_member(m));
+    r = sd_bus_message_new_method_call(llm_connection_bus(c), &copy, llm_connection_destination(c),
+                                       sd_bus_message_get_path(m), sd_bus_message_get_interface(m),
+                                       sd_bus_message_get_member(m));
     if (r < 0)
         return r;
-    r = sd_bus_message_rewind(m, true);
-    if (r == -EPERM) { /* it was never sent */
-        r = sd_bus_message_seal(m, 1, 0);
-        if (r >= 0)
-            r = sd_bus_message_rewind(m, true);
-    }
-    if (r >= 0)
-        r = sd_bus_message_copy(copy, m, true);
+    r = message_copy(copy, m);
     if (r >= 0)
         *ret = TAKE_PTR(copy);
     return r;
