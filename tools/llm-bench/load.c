@@ -11,7 +11,6 @@
 #include "tools/llm-bench/load.h"
 
 #include <errno.h>
-#include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +25,7 @@
 #include "engine/model.h"
 #include "tools/common/engine-args.h"
 #include "tools/common/program.h"
+#include "tools/llm-bench/arguments.h"
 #include "tools/llm-bench/json.h"
 #include "tools/llm-bench/private-daemon.h"
 #include "tools/llm-bench/read-methods.h"
@@ -469,6 +469,28 @@ static int print_json(const struct results *r, const struct options *o)
 
 /* ---- arguments ---- */
 
+static int take_option(void *userdata, int option, const char *value, struct error *err)
+{
+    struct options *o = userdata;
+
+    switch (option) {
+    case 'r':
+        return parse_number("--rounds", value, 1, MAX_ROUNDS, &o->n_rounds, err);
+    case 'p':
+        return parse_number("--prompt", value, 1, MODEL_MAX_CONTEXT, &o->n_words, err);
+    case 'n':
+        o->no_start = true;
+        break;
+    case 'l':
+        o->llmd = value;
+        break;
+    case 'j':
+        o->json = true;
+        break;
+    }
+    return 0;
+}
+
 /* 0; 1: --help has been answered; EXIT_USAGE: the message is printed. */
 static int parse_options(struct options *o, int argc, char **argv)
 {
@@ -481,51 +503,16 @@ static int parse_options(struct options *o, int argc, char **argv)
         {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
     };
-    int c, n = argc;
-    struct error err;
+    const struct arguments_form form = {program, help, long_options, take_option, o};
+    bool has_more;
+    int r = arguments_read(&form, argc, argv, &o->path, &o->more, &has_more);
 
-    /* What follows "--" is llmd's, whatever getopt_long() would move. */
-    for (int i = 1; i < argc; i++)
-        if (strcmp(argv[i], "--") == 0) {
-            n = i;
-            break;
-        }
-    o->more = argv + (n < argc ? n + 1 : argc);
-    while ((c = getopt_long(n, argv, "h", long_options, NULL)) != -1) {
-        int r = 0;
-
-        switch (c) {
-        case 'r':
-            r = parse_number("--rounds", optarg, 1, MAX_ROUNDS, &o->n_rounds, &err);
-            break;
-        case 'p':
-            r = parse_number("--prompt", optarg, 1, MODEL_MAX_CONTEXT, &o->n_words, &err);
-            break;
-        case 'n':
-            o->no_start = true;
-            break;
-        case 'l':
-            o->llmd = optarg;
-            break;
-        case 'j':
-            o->json = true;
-            break;
-        case 'h':
-            puts(help);
-            return 1;
-        default:
-            return usage_error(program, NULL);
-        }
-        if (r < 0)
-            return usage_error(program, "%s", err.text);
-    }
-    if (optind == n)
+    if (r != 0)
+        return r;
+    if (!o->path)
         return usage_error(program, "no MODEL given");
-    if (optind + 1 < n)
-        return usage_error(program, "one MODEL only, '%s' is too much", argv[optind + 1]);
-    if (o->no_start && (o->llmd || n < argc))
+    if (o->no_start && (o->llmd || has_more))
         return usage_error(program, "with --no-start there is no llmd to choose or to tell");
-    o->path = argv[optind];
     return 0;
 }
 

@@ -10,7 +10,6 @@
 #include "tools/llm-bench/serve.h"
 
 #include <errno.h>
-#include <getopt.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,6 +24,7 @@
 #include "ipc/names.h"
 #include "tools/common/engine-args.h"
 #include "tools/common/program.h"
+#include "tools/llm-bench/arguments.h"
 #include "tools/llm-bench/json.h"
 #include "tools/llm-bench/private-daemon.h"
 #include "tools/llm-bench/worker.h"
@@ -546,6 +546,33 @@ static int parse_uids(const char *text, uint32_t uids[2], struct error *err)
     return r;
 }
 
+static int take_option(void *userdata, int option, const char *value, struct error *err)
+{
+    struct options *o = userdata;
+
+    switch (option) {
+    case 's':
+        o->socket = value;
+        break;
+    case 'l':
+        o->llmd = value;
+        break;
+    case 'p':
+        return parse_number("--prompt", value, 1, MODEL_MAX_CONTEXT, &o->n_prompt, err);
+    case 't':
+        return parse_number("--seconds", value, 1, 3600, &o->seconds, err);
+    case 'u':
+        return parse_uids(value, o->uids, err);
+    case 'n':
+        o->same_uid = true;
+        break;
+    case 'j':
+        o->json = true;
+        break;
+    }
+    return 0;
+}
+
 /* 0; 1: --help has been answered; EXIT_USAGE: the message is printed. */
 static int parse_options(struct options *o, int argc, char **argv)
 {
@@ -560,56 +587,15 @@ static int parse_options(struct options *o, int argc, char **argv)
         {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
     };
-    int c, n = argc;
-    struct error err;
+    const struct arguments_form form = {program, help, long_options, take_option, o};
+    bool has_more;
+    int r = arguments_read(&form, argc, argv, &o->model, &o->more, &has_more);
 
-    /* What follows "--" is llmd's, whatever getopt_long() would move. */
-    for (int i = 1; i < argc; i++)
-        if (strcmp(argv[i], "--") == 0) {
-            n = i;
-            break;
-        }
-    o->more = argv + (n < argc ? n + 1 : argc);
-    while ((c = getopt_long(n, argv, "h", long_options, NULL)) != -1) {
-        int r = 0;
-
-        switch (c) {
-        case 's':
-            o->socket = optarg;
-            break;
-        case 'l':
-            o->llmd = optarg;
-            break;
-        case 'p':
-            r = parse_number("--prompt", optarg, 1, MODEL_MAX_CONTEXT, &o->n_prompt, &err);
-            break;
-        case 't':
-            r = parse_number("--seconds", optarg, 1, 3600, &o->seconds, &err);
-            break;
-        case 'u':
-            r = parse_uids(optarg, o->uids, &err);
-            break;
-        case 'n':
-            o->same_uid = true;
-            break;
-        case 'j':
-            o->json = true;
-            break;
-        case 'h':
-            puts(help);
-            return 1;
-        default:
-            return usage_error(program, NULL);
-        }
-        if (r < 0)
-            return usage_error(program, "%s", err.text);
-    }
-    if (optind + 1 < n)
-        return usage_error(program, "one MODEL only, '%s' is too much", argv[optind + 1]);
-    o->model = optind < n ? argv[optind] : NULL;
+    if (r != 0)
+        return r;
     if (!o->model == !o->socket)
         return usage_error(program, o->model ? "either MODEL or --socket" : "no MODEL given");
-    if (o->socket && n < argc)
+    if (o->socket && has_more)
         return usage_error(program, "options for llmd are for one that is started here");
     return 0;
 }
