@@ -133,6 +133,7 @@ class Test:
                      start["cold_first_token"]["seconds_least"] / max(read, start["warm_first_token"]["seconds_least"]))
 
         out, err = run(self.bench, "load", "--rounds", "1", "--no-start", self.demo)
+        assert "MB are too few to tell" in err, err
         assert "OF BEST" in out and "which llmd uses, reaches" in out and "first token" not in out
         for wrong, status in (([], 2), (["--rounds", "0", self.demo], 2), ([self.demo, self.demo], 2), (["--no-start", "--llmd", "x", self.demo], 2),
                               (["/nonexistent"], 1), ([__file__], 1), (["--no-start", self.demo, "--", "--threads"], 2),

@@ -33,6 +33,7 @@
 #include "tools/llm-bench/worker.h"
 
 #define MAX_ROUNDS 100
+#define LEAST_BYTES (256u << 20) /* of less, beginning and ending a reading take a good part */
 
 static const char program[] = "llm-bench load";
 
@@ -551,6 +552,9 @@ static int run(const struct options *o, struct error *err)
                 "%s: %.0f MB of the file stayed in memory, somebody else uses it: the figures are "
                 "too good\n",
                 program, 1e-6 * (double)r->left);
+    if (read_file_bytes(&r->file) < LEAST_BYTES)
+        fprintf(stderr, "%s: %.0f MB are too few to tell much of the disk: take a larger model\n",
+                program, 1e-6 * (double)read_file_bytes(&r->file));
     if (o->json ? print_json(r, o) < 0 : print_report(r, o) < 0)
         return error_set(err, ENOMEM, "out of memory");
     return 0;
