@@ -778,7 +778,7 @@ static int new_record(struct session_record **ret, struct session_set *set, cons
     if (options->label)
         strncpy(facts.label, options->label, sizeof(facts.label) - 1);
     r = session_record_new(ret, &facts, owner && !options->linger ? &owner->name : &nobody,
-                           session_memory_bytes_of(c, options->context));
+                           session_memory_bytes(c, options->context));
     return r < 0 ? error_set(err, -r, "no memory for a session: %s", strerror(-r)) : 0;
 }
 

@@ -90,7 +90,7 @@ static void try(const uint8_t *data, size_t n, bool right)
     int fd;
 
     memcpy(made.model, model, sizeof(model));
-    assert(session_record_new(&r, &made, &owner, session_memory_bytes_of(&config, 64)) == 0);
+    assert(session_record_new(&r, &made, &owner, session_memory_bytes(&config, 64)) == 0);
     session_record_commit(r, &(struct session_state){.n_tokens = 3, .position = CHAT_START});
     fd = dup(session_record_fd(r));
     assert(fd >= 0);

@@ -126,5 +126,5 @@ uint64_t request_record_sent(const struct request_record *r);
  * -EAGAIN, -EPIPE, -errno
  */
 int request_record_send(struct request_record *r, int socket, uint64_t end);
-/* Copies from the log, for those that do not send. 0, -errno */
+/* Copies from the log: for tests, which look at it and send nothing. 0, -errno */
 int request_record_read(const struct request_record *r, uint64_t offset, void *data, size_t n);

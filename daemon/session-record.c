@@ -169,7 +169,7 @@ static int read_head(struct session_record *r, uint64_t size,
     if (h.id == 0 || h.context == 0 || h.context > c->context_max || h.class > CLASS_IDLE ||
         h.linger > 1 || h.label_bytes > LLM_LABEL_BYTES_MAX || memchr(h.label, 0, h.label_bytes))
         return unsound(err, "the head has a value that cannot be");
-    if (h.engine_bytes != session_memory_bytes_of(c, h.context) ||
+    if (h.engine_bytes != session_memory_bytes(c, h.context) ||
         size_for(h.engine_bytes, &want) < 0 || size != want)
         return unsound(err, "its size is another");
     r->facts = (struct session_facts){

@@ -106,8 +106,7 @@ const char *engine_description(const struct engine *e);
  * pages, [session_memory_bytes()], the caller's until the session is freed; MAP_SHARED, if another
  * process shall take it over. NULL: memory of its own. It costs what is used of it.
  */
-size_t session_memory_bytes(const struct engine *e, uint32_t n_ctx); /* n_ctx as session_new() */
-size_t session_memory_bytes_of(const struct model_config *c, uint32_t n_ctx);
+size_t session_memory_bytes(const struct model_config *c, uint32_t n_ctx); /* as session_new()'s */
 
 /*
  * n_ctx: most tokens the session may hold; 0: the model's. Pages are taken as tokens arrive.
@@ -117,8 +116,8 @@ int session_new(struct session **ret, struct engine *e, uint32_t n_ctx, void *me
 struct session *session_free(struct session *s); /* its memory keeps the tokens, but no K and V */
 void session_freep(struct session **s);
 
-/* As session_free(), but memory and pages stay as they are, for another process: the pages are not
- * given to anybody until engine_free(). */
+/* As session_free(), but memory and pages stay as they are, and the pages are not given to anybody
+ * until engine_free(): for tests, where it stands for a process that has gone. The daemon's ends. */
 struct session *session_leave(struct session *s);
 
 /* A second session with the same tokens; pages are shared until one of the two writes. */

@@ -12,18 +12,13 @@
 #include "base/cleanup.h"
 #include "engine/engine-internal.h"
 
-size_t session_memory_bytes_of(const struct model_config *c, uint32_t n_ctx)
+size_t session_memory_bytes(const struct model_config *c, uint32_t n_ctx)
 {
     struct session_memory m;
 
     if (n_ctx == 0)
         n_ctx = c->context_max;
     return session_memory_lay_out(&m, NULL, n_ctx, c->n_layers_kv) ? m.bytes : 0;
-}
-
-size_t session_memory_bytes(const struct engine *e, uint32_t n_ctx)
-{
-    return session_memory_bytes_of(e->config, n_ctx);
 }
 
 /* All but what is in the memory, which is laid out only. */

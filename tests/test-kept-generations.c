@@ -115,7 +115,7 @@ static int copy_of(int fd)
 
 static void take_moment(const struct play *p, bool with_kv, struct moment *ret)
 {
-    size_t bytes = session_memory_bytes(p->e, CONTEXT);
+    size_t bytes = session_memory_bytes(model_config(engine_model(p->e)), CONTEXT);
 
     ret->kv_fd = with_kv ? copy_of(engine_kv_fd(p->e)) : -1;
     for (int i = 0; i < 2; i++) {
@@ -199,7 +199,7 @@ static void go_on(struct moment *m, const struct answer *want, const uint32_t *p
                   const struct generation_options *o)
 {
     struct play p = {.e = engine_with(m->kv_fd), .memory = {m->memory[0], m->memory[1]}};
-    size_t bytes = session_memory_bytes(p.e, CONTEXT);
+    size_t bytes = session_memory_bytes(model_config(engine_model(p.e)), CONTEXT);
     struct error err = {""};
     bool accepted;
 
@@ -261,7 +261,7 @@ static void begin(struct play *p, enum start start, const struct generation_opti
 
     *p = (struct play){.e = engine_with(-1)};
     for (int i = 0; i < 2; i++)
-        p->memory[i] = new_memory(session_memory_bytes(p->e, CONTEXT));
+        p->memory[i] = new_memory(session_memory_bytes(model_config(engine_model(p->e)), CONTEXT));
     assert(session_new(&p->other, p->e, CONTEXT, p->memory[1]) == 0);
     assert(session_eval(p->other, before, N_BEFORE / 2, NULL) == 0);
     assert(session_fork(&p->s, p->other, p->memory[0]) == 0);
@@ -282,7 +282,7 @@ static void begin(struct play *p, enum start start, const struct generation_opti
 
 static void end(struct play *p)
 {
-    size_t bytes = session_memory_bytes(p->e, CONTEXT);
+    size_t bytes = session_memory_bytes(model_config(engine_model(p->e)), CONTEXT);
 
     generation_free(p->g);
     session_free(p->s);

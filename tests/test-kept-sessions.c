@@ -56,7 +56,7 @@ static struct engine *engine_with(int fd)
 /* Memory that a child shares. */
 static void *new_memory(const struct engine *e)
 {
-    void *p = mmap(NULL, session_memory_bytes(e, CONTEXT), PROT_READ | PROT_WRITE,
+    void *p = mmap(NULL, session_memory_bytes(model_config(engine_model(e)), CONTEXT), PROT_READ | PROT_WRITE,
                    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
     assert(p != MAP_FAILED);
@@ -65,7 +65,7 @@ static void *new_memory(const struct engine *e)
 
 static void free_memory(const struct engine *e, void *p)
 {
-    munmap(p, session_memory_bytes(e, CONTEXT));
+    munmap(p, session_memory_bytes(model_config(engine_model(e)), CONTEXT));
 }
 
 static struct session *session_in(struct engine *e, void *memory)
@@ -198,7 +198,7 @@ static void check_left(void)
         for (int k = 0; k < 3; k++) {
             void *copy = new_memory(e);
 
-            memcpy(copy, memory[k], session_memory_bytes(e, CONTEXT));
+            memcpy(copy, memory[k], session_memory_bytes(model_config(engine_model(e)), CONTEXT));
             s[k] = adopt(e, copy);
             assert(session_n_tokens(s[k]) == n[k] - (k == 1 ? 200 + 10 : 0));
             assert(session_n_missing(s[k]) == session_n_tokens(s[k]));
@@ -245,7 +245,7 @@ static void check_left(void)
 static void check_damage(void)
 {
     struct engine *e = engine_with(-1), *fresh = engine_with(-1);
-    size_t bytes = session_memory_bytes(e, CONTEXT);
+    size_t bytes = session_memory_bytes(model_config(engine_model(e)), CONTEXT);
     uint32_t *memory = new_memory(e), *copy = new_memory(e);
     struct session *s = session_in(e, memory);
     int fd = fcntl(engine_kv_fd(e), F_DUPFD_CLOEXEC, 3), n_refused = 0, n_missing = 0, n_none = 0,

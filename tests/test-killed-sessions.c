@@ -259,7 +259,7 @@ static void begin(const char *path, const struct model_builder *b)
         abort();
     }
     e = engine_with(-1);
-    memory_bytes = session_memory_bytes(e, context);
+    memory_bytes = session_memory_bytes(model_config(engine_model(e)), context);
     pool_fd = fcntl(engine_kv_fd(e), F_DUPFD_CLOEXEC, 3);
     engine_free(e);
     shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
