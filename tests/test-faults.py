@@ -505,7 +505,7 @@ def gives_up(d, short, reason):
 @test
 def a_file_may_not_grow():
     """The kernel sends a signal that would end the daemon."""
-    with Kept(before=("prlimit", "--fsize=16384")) as d, d.connect() as c:
+    with Kept("--kv-bytes=1M", before=("prlimit", "--fsize=16384")) as d, d.connect() as c:
         name, text = error_of(c.create)
         assert name == "ModelNotReady" and "File too large" in text, (name, text)
         assert "File too large" in d.log()
