@@ -10,14 +10,25 @@
  * number of threads: sums run in an order fixed by the row alone. That is what makes a seeded
  * request reproducible, so it is part of each operation's contract and tested.
  *
- * Memory: every float array, weight and KV page is addressed by host pointers. Activations come from
- * backend_alloc(), so that a backend with a device can find the buffer behind an address; KV pages
- * lie in one mapping of shared memory (engine/kv-pool.h). Arrays are owned by the caller and must
- * stay until backend_finish(). `ld` is the distance between two rows, in elements. Outputs never
- * overlap inputs unless said.
+ * Memory: everything that an operation is given the address of is addressed by host pointers, also
+ * where a device computes. Activations, and the numbers of rows (ids), come from backend_alloc();
+ * weights and KV pages lie in memory that backend_map() was told of. So a backend with a device can
+ * find what lies behind an address. Structures of arguments are read during the call, but for the
+ * arrays of struct kv_row: those, and the page tables that they point to, belong to the caller and
+ * stay until the pass is submitted. All other arrays are the caller's and stay, untouched, until
+ * backend_finish() or backend_wait() has said that all is done. `ld` is the distance between two
+ * rows, in elements. Outputs never overlap inputs unless said.
  *
- * Thread: one, the engine thread. Operations may be executed asynchronously, in order;
- * backend_finish() waits. Nothing is allocated by an operation.
+ * Thread: one, the engine thread. Operations may be executed asynchronously, in order, from
+ * backend_submit() on; what they give is there after backend_finish(). Nothing is allocated by an
+ * operation but while a pass is recorded.
+ *
+ * Passes: a device is not told every operation anew. What is issued between backend_begin(key),
+ * where that returned true, and backend_end() is one pass, which may be kept; the next
+ * backend_begin(key) may issue it again as a whole and return false: then the caller issues
+ * nothing. Of a key all arguments are the same each time, values and addresses, and only what is
+ * found there differs: activations, ids, struct kv_row and page tables. Outside of passes an
+ * operation is one of its own.
  *
  * Numbers: inputs are finite, except that hostile model files may bring any bit pattern as weight
  * or scale: the results are then arbitrary, but nothing is read or written out of bounds. Error
@@ -47,14 +58,14 @@ struct backend;
  * product: a copy of this struct with q_low NULL is the coarse one.
  */
 struct activations {
-    uint32_t n, k;  /* rows, values in a row */
-    float *f32;     /* [n][ld] */
+    uint32_t n, k; /* rows, values in a row */
+    float *f32;    /* [n][ld] */
     size_t ld;
-    int8_t *q;      /* [n][ld_q], NULL: f32 mode. Block b of a row: q in -127..127, */
-    float *d;       /* [n][ld_q / 32]: x ~ d * q, d = max |x| / 127 over the block, */
-    int32_t *sum;   /* [n][ld_q / 32]: sum of the block's q */
-    size_t ld_q;    /* at least k, a multiple of 64; values from k on are zero */
-    int8_t *q_low;  /* [n][ld_q] or NULL: in -127..127, x ~ d / 254 * (254 q + q_low) */
+    int8_t *q;        /* [n][ld_q], NULL: f32 mode. Block b of a row: q in -127..127, */
+    float *d;         /* [n][ld_q / 32]: x ~ d * q, d = max |x| / 127 over the block, */
+    int32_t *sum;     /* [n][ld_q / 32]: sum of the block's q */
+    size_t ld_q;      /* at least k, a multiple of 64; values from k on are zero */
+    int8_t *q_low;    /* [n][ld_q] or NULL: in -127..127, x ~ d / 254 * (254 q + q_low) */
     int32_t *sum_low; /* likewise: sum of the block's q_low */
 };
 
@@ -123,7 +134,7 @@ struct gate_args {
     uint32_t n, k;
     const float *gate, *up; /* [n][k] */
     size_t ld_gate, ld_up;
-    float z; /* > 0: gate := max(gate - (mean + z * deviation), 0) over the row first (§3.7) */
+    float z;  /* > 0: gate := max(gate - (mean + z * deviation), 0) over the row first (§3.7) */
     float *y; /* may be gate or up */
     size_t ld_y;
 };
@@ -138,12 +149,13 @@ struct sparse_ffn_args {
     const struct activations *x; /* n rows, used as by matmul(); coarse or f32 */
     float *gate;                 /* [n][up->n_out], destroyed */
     size_t ld_gate;
-    float z;                       /* > 0 */
+    float z;                        /* > 0 */
     const struct weight *up, *down; /* LAYOUT_ROWS, LAYOUT_COLS */
-    void *work;                    /* sparse_ffn_work_bytes(), aligned to 64 */
-    float *y;                      /* [n][down->n_out] */
+    void *work;                     /* sparse_ffn_work_bytes(), aligned to 64 */
+    float *y;                       /* [n][down->n_out] */
     size_t ld_y;
-    uint64_t *ret_neurons; /* NULL, or whose weights were read, of several rows counted once */
+    uint64_t *ret_neurons; /* NULL, or whose weights were read, of several rows counted once; for
+                              measurements: a device leaves it alone */
 };
 
 static inline size_t sparse_ffn_work_bytes(uint32_t n, uint32_t ffn)
@@ -194,6 +206,15 @@ struct rescale_args { /* stream[i] of h := y * rms(ref) / sqrt(max(mean(y^2), 1e
     float *h;
 };
 
+struct copy_rows_args { /* y[i] = x[ids[i]] */
+    uint32_t n, k;
+    const float *x;
+    size_t ld_x;
+    const uint32_t *ids; /* [n], NULL: i */
+    float *y;
+    size_t ld_y;
+};
+
 struct merge_args { /* x = rms(mean over streams; w, eps) (§3.8) */
     uint32_t n, hidden, n_streams;
     const float *h;
@@ -237,8 +258,8 @@ struct backend_ops {
      *                                  over k of |w| d (1/508 + 65 eps). Where a level has no
      *                                  kernel for the two planes it takes f32, for any n alike.
      */
-    void (*matmul)(struct backend *b, const struct weight *w, const struct activations *x,
-                   float *y, size_t ld_y);
+    void (*matmul)(struct backend *b, const struct weight *w, const struct activations *x, float *y,
+                   size_t ld_y);
 
     /* y[i] = row ids[i] of w times scale; ids below n_out. tile16 or rows. Exact up to one eps. */
     void (*get_rows)(struct backend *b, const struct weight *w, const uint32_t *ids, uint32_t n,
@@ -277,6 +298,7 @@ struct backend_ops {
     void (*altup_correct)(struct backend *b, const struct altup_correct_args *a);
     void (*stream_norm)(struct backend *b, const struct stream_norm_args *a);
     void (*rescale)(struct backend *b, const struct rescale_args *a);
+    void (*copy_rows)(struct backend *b, const struct copy_rows_args *a); /* exact */
     void (*merge)(struct backend *b, const struct merge_args *a);
     void (*ple)(struct backend *b, const struct ple_args *a);
 
@@ -293,10 +315,21 @@ struct backend {
     const struct backend_vtable *vtable;
 };
 
+enum backend_memory {
+    BACKEND_WEIGHTS, /* read only, and the same for good: a device may make a copy */
+    BACKEND_SHARED,  /* both sides read and write */
+};
+
 struct backend_vtable {
     void *(*alloc)(struct backend *b, size_t bytes);
     void (*release)(struct backend *b, void *p, size_t bytes);
-    int (*finish)(struct backend *b);
+    size_t (*map_limit)(const struct backend *b);
+    int (*map)(struct backend *b, const void *p, size_t bytes, enum backend_memory kind);
+    bool (*begin)(struct backend *b, uint64_t key);
+    void (*end)(struct backend *b);
+    int (*submit)(struct backend *b);
+    int (*wait)(struct backend *b, uint64_t timeout_usec);
+    const char *(*failure)(const struct backend *b);
     void (*free)(struct backend *b);
     size_t (*scratch_bytes)(const struct backend *b);
     uint32_t (*n_threads)(const struct backend *b);
@@ -314,10 +347,63 @@ static inline void backend_release(struct backend *b, void *p, size_t bytes)
         b->vtable->release(b, p, bytes);
 }
 
-/* All operations so far are done. 0 or -ENODEV: the device is lost, for good */
+/*
+ * Memory of the caller's that operations will be given addresses of, until the backend is freed: p
+ * need not be aligned, but the pages around are seen as well. Nothing that an operation reads may
+ * cross from one such piece to another. 0; -E2BIG: more than backend_map_limit() at once;
+ * -EOPNOTSUPP: BACKEND_SHARED, and the device cannot see it; -ENOMEM, -ENODEV
+ */
+static inline int backend_map(struct backend *b, const void *p, size_t bytes,
+                              enum backend_memory kind)
+{
+    return b->vtable->map(b, p, bytes, kind);
+}
+
+static inline size_t backend_map_limit(const struct backend *b)
+{
+    return b->vtable->map_limit(b);
+}
+
+/* See "Passes" above. Passes do not nest. */
+static inline bool backend_begin(struct backend *b, uint64_t key)
+{
+    return b->vtable->begin(b, key);
+}
+
+static inline void backend_end(struct backend *b)
+{
+    b->vtable->end(b);
+}
+
+/* What was issued so far is under way, and perhaps done. 0 or -ENODEV, as backend_finish() */
+static inline int backend_submit(struct backend *b)
+{
+    return b->vtable->submit(b);
+}
+
+/* 0: all that was submitted is done; -ETIMEDOUT: not yet; -ENODEV */
+static inline int backend_wait(struct backend *b, uint64_t timeout_usec)
+{
+    return b->vtable->wait(b, timeout_usec);
+}
+
+/*
+ * Submits, and waits. 0 or -ENODEV: the device is lost for good, out of memory, or has not answered
+ * for so long that it is taken for lost; what was issued since backend_finish() or backend_wait()
+ * last said 0 may have been done, in part, or not, and may be under way still: a page that it was
+ * to write to must not be used for anything else.
+ */
 static inline int backend_finish(struct backend *b)
 {
-    return b->vtable->finish(b);
+    int r = b->vtable->submit(b);
+
+    return r < 0 ? r : b->vtable->wait(b, UINT64_MAX);
+}
+
+/* Why it answers -ENODEV, in words for people; NULL: it does not. */
+static inline const char *backend_failure(const struct backend *b)
+{
+    return b->vtable->failure(b);
 }
 
 static inline struct backend *backend_free(struct backend *b)
@@ -350,9 +436,9 @@ int backend_cpu_new(struct backend **ret, const char *level, uint32_t n_threads,
 /*
  * A CPU backend's threads keep to one core each from now on, the caller's thread from its next
  * operation until the backend is freed by it; a thread that it creates meanwhile inherits that, and
- * a backend that it makes meanwhile sees one core: one thread that is to have several backends makes
- * all before their first operations, and frees them in the reverse order of these. Nothing happens
- * where threads are fewer than cores: others may have chosen the same few, and the system knows
- * which are idle.
+ * a backend that it makes meanwhile sees one core: one thread that is to have several backends
+ * makes all before their first operations, and frees them in the reverse order of these. Nothing
+ * happens where threads are fewer than cores: others may have chosen the same few, and the system
+ * knows which are idle.
  */
 void backend_cpu_pin(struct backend *b);

@@ -230,10 +230,45 @@ static void cpu_release(struct backend *b, void *p, size_t bytes)
     (void)munmap(p, MAX(bytes, (size_t)1));
 }
 
-static int cpu_finish(struct backend *b)
+static size_t cpu_map_limit(const struct backend *b)
+{
+    (void)b;
+    return SIZE_MAX;
+}
+
+static int cpu_map(struct backend *b, const void *p, size_t bytes, enum backend_memory kind)
+{
+    (void)b, (void)p, (void)bytes, (void)kind;
+    return 0;
+}
+
+static bool cpu_begin(struct backend *b, uint64_t key)
+{
+    (void)b, (void)key;
+    return true;
+}
+
+static void cpu_end(struct backend *b)
+{
+    (void)b;
+}
+
+static int cpu_submit(struct backend *b)
 {
     (void)b;
     return 0; /* every operation is done when it returns */
+}
+
+static int cpu_wait(struct backend *b, uint64_t timeout_usec)
+{
+    (void)b, (void)timeout_usec;
+    return 0;
+}
+
+static const char *cpu_failure(const struct backend *b)
+{
+    (void)b;
+    return NULL;
 }
 
 static void cpu_free(struct backend *b)
@@ -260,7 +295,13 @@ static uint32_t cpu_n_threads(const struct backend *b)
 static const struct backend_vtable vtable = {
     .alloc = cpu_alloc,
     .release = cpu_release,
-    .finish = cpu_finish,
+    .map_limit = cpu_map_limit,
+    .map = cpu_map,
+    .begin = cpu_begin,
+    .end = cpu_end,
+    .submit = cpu_submit,
+    .wait = cpu_wait,
+    .failure = cpu_failure,
     .free = cpu_free,
     .scratch_bytes = cpu_scratch_bytes,
     .n_threads = cpu_n_threads,

@@ -700,6 +700,21 @@ static void ref_rescale(struct backend *b, const struct rescale_args *a)
     cpu_parallel(cpu_backend(b), a->n, (size_t)a->hidden * 3, rescale_rows, a);
 }
 
+static void copy_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
+{
+    const struct copy_rows_args *a = args;
+
+    (void)scratch;
+    for (uint32_t row = first; row < last; row++)
+        memcpy(a->y + row * a->ld_y, a->x + (a->ids ? a->ids[row] : row) * a->ld_x,
+               a->k * sizeof(*a->y));
+}
+
+static void ref_copy_rows(struct backend *b, const struct copy_rows_args *a)
+{
+    cpu_parallel(cpu_backend(b), a->n, a->k, copy_rows, a);
+}
+
 static void merge_rows(const void *args, uint32_t first, uint32_t last, void *scratch)
 {
     const struct merge_args *a = args;
@@ -800,6 +815,7 @@ void cpu_use_reference(struct cpu_backend *c)
         .altup_correct = ref_altup_correct,
         .stream_norm = ref_stream_norm,
         .rescale = ref_rescale,
+        .copy_rows = ref_copy_rows,
         .merge = ref_merge,
         .ple = ref_ple,
         .softcap = ref_softcap,

@@ -293,6 +293,11 @@ static void rescale(struct backend *b, const struct rescale_args *a)
     TIMED(OP_MIXING, rescale(inner, a));
 }
 
+static void copy_rows(struct backend *b, const struct copy_rows_args *a)
+{
+    TIMED(OP_ROWS, copy_rows(inner, a));
+}
+
 static void merge(struct backend *b, const struct merge_args *a)
 {
     TIMED(OP_MIXING, merge(inner, a));
@@ -325,11 +330,12 @@ static const struct backend_ops ops = {
     .altup_correct = altup_correct,
     .stream_norm = stream_norm,
     .rescale = rescale,
+    .copy_rows = copy_rows,
     .merge = merge,
     .ple = ple,
     .softcap = softcap,
 };
-_Static_assert(sizeof(struct backend_ops) == 17 * sizeof(void *),
+_Static_assert(sizeof(struct backend_ops) == 18 * sizeof(void *),
                "an operation that is not here is not forwarded: add it, and count it there");
 
 /* ---- the rest of a backend ---- */
@@ -344,9 +350,39 @@ static void forward_release(struct backend *b, void *p, size_t bytes)
     backend_release(timed(b)->inner, p, bytes);
 }
 
-static int forward_finish(struct backend *b)
+static size_t forward_map_limit(const struct backend *b)
 {
-    return backend_finish(timed(b)->inner);
+    return backend_map_limit(((const struct timed_backend *)b)->inner);
+}
+
+static int forward_map(struct backend *b, const void *p, size_t bytes, enum backend_memory kind)
+{
+    return backend_map(timed(b)->inner, p, bytes, kind);
+}
+
+static bool forward_begin(struct backend *b, uint64_t key)
+{
+    return backend_begin(timed(b)->inner, key);
+}
+
+static void forward_end(struct backend *b)
+{
+    backend_end(timed(b)->inner);
+}
+
+static int forward_submit(struct backend *b)
+{
+    return backend_submit(timed(b)->inner);
+}
+
+static int forward_wait(struct backend *b, uint64_t timeout_usec)
+{
+    return backend_wait(timed(b)->inner, timeout_usec);
+}
+
+static const char *forward_failure(const struct backend *b)
+{
+    return backend_failure(((const struct timed_backend *)b)->inner);
 }
 
 static void forward_free(struct backend *b)
@@ -371,12 +407,18 @@ static uint32_t forward_n_threads(const struct backend *b)
 static const struct backend_vtable vtable = {
     .alloc = forward_alloc,
     .release = forward_release,
-    .finish = forward_finish,
+    .map_limit = forward_map_limit,
+    .map = forward_map,
+    .begin = forward_begin,
+    .end = forward_end,
+    .submit = forward_submit,
+    .wait = forward_wait,
+    .failure = forward_failure,
     .free = forward_free,
     .scratch_bytes = forward_scratch_bytes,
     .n_threads = forward_n_threads,
 };
-_Static_assert(sizeof(struct backend_vtable) == 6 * sizeof(void *), "likewise");
+_Static_assert(sizeof(struct backend_vtable) == 12 * sizeof(void *), "likewise");
 
 /* ---- its life ---- */
 
