@@ -56,6 +56,7 @@ struct engine {
     uint32_t max_rows, max_logits;
     uint32_t widest; /* values in the widest row a matrix reads, padded to 64 */
     uint32_t n_sessions;
+    bool is_under_way; /* between engine_start() and engine_end() */
     double *inv_freq[2]; /* [head_dim / 2]: full, sliding */
     void *scratch;       /* backend memory behind the buffers */
     size_t scratch_bytes;

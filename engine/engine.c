@@ -65,7 +65,7 @@ static bool keeps_f16(const struct engine_options *o)
     case KV_AUTO:
         break;
     }
-    return o->activations == ACTIVATIONS_INT8;
+    return o->activations != ACTIVATIONS_F32;
 }
 
 int engine_new(struct engine **ret, const struct model *m, const struct engine_options *options,
@@ -91,7 +91,8 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     e->model = m;
     e->config = c;
     e->weights = model_weights(m);
-    e->activations = options->activations;
+    e->activations =
+        options->activations == ACTIVATIONS_AUTO ? ACTIVATIONS_INT8 : options->activations;
     e->max_rows = options->max_rows ? options->max_rows : DEFAULT_MAX_ROWS;
     e->max_logits = options->max_logits ? options->max_logits : DEFAULT_MAX_LOGITS;
     e->max_logits = MIN(e->max_logits, e->max_rows);
@@ -173,6 +174,33 @@ void engine_memory(const struct engine *e, struct engine_memory *ret)
         .kv_bytes_max = kv_pool_bytes_max(e->pool),
         .scratch_bytes = e->scratch_bytes + e->backend->vtable->scratch_bytes(e->backend),
     };
+}
+
+int engine_add_gpu(struct engine *e, struct error *err)
+{
+    (void)e;
+    return error_set(err, ENOSYS, "this build has no GPU lane");
+}
+
+bool engine_has_gpu(const struct engine *e)
+{
+    (void)e;
+    return false;
+}
+
+void engine_remove_gpu(struct engine *e)
+{
+    (void)e;
+}
+
+struct backend *engine_lane_backend(const struct engine *e, enum engine_lane lane)
+{
+    return lane == LANE_CPU ? e->backend : NULL;
+}
+
+const char *engine_lane_failure(const struct engine *e, enum engine_lane lane)
+{
+    return lane == LANE_CPU ? backend_failure(e->backend) : NULL;
 }
 
 int engine_kv_fd(const struct engine *e)
@@ -343,6 +371,33 @@ int engine_step(struct engine *e, struct step_item *items, size_t n_items)
             logits += (size_t)n_wanted(&items[i]) * e->config->vocab_size;
         }
     }
+    return 0;
+}
+
+int engine_start(struct engine *e, enum engine_lane lane, struct step_item *items, size_t n_items)
+{
+    int r;
+
+    if (lane != LANE_CPU)
+        return -ENODEV;
+    if (e->is_under_way)
+        return -EBUSY;
+    r = engine_step(e, items, n_items);
+    if (r == 0)
+        e->is_under_way = true;
+    return r;
+}
+
+int engine_wait(struct engine *e, enum engine_lane lane, uint64_t timeout_usec)
+{
+    (void)e, (void)lane, (void)timeout_usec;
+    return 0;
+}
+
+int engine_end(struct engine *e, enum engine_lane lane)
+{
+    (void)lane;
+    e->is_under_way = false;
     return 0;
 }
 

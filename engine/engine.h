@@ -3,7 +3,9 @@
 #pragma once
 
 /*
- * engine: a model on a backend, with the pool of KV pages and the scratch memory of a step.
+ * engine: a model on the processor, and on a GPU beside it where there is one, with the pool of KV
+ * pages that both work on. Each of the two is a lane: a backend, with the memory of a step of its
+ * own. Any lane may do any session's next step; each lane has one under way at a time.
  * session: one timeline, that is tokens so far and their KV cache.
  *
  * Engine thread only: one thread, the same for every call on an engine and its sessions, because it
@@ -21,23 +23,32 @@ struct engine;
 struct model;
 struct model_config;
 struct session;
+struct vulkan_device;
 
 enum activation_type {
-    ACTIVATIONS_INT8, /* the default: q4 and q8 weights meet activations rounded to 8 bits in
-                         blocks of 32, but for the matrices of Q and K */
+    ACTIVATIONS_AUTO, /* the default: int8 on the processor, f32 on a GPU */
+    ACTIVATIONS_INT8, /* q4 and q8 weights meet activations rounded to 8 bits in blocks of 32, but
+                         for the matrices of Q and K */
     ACTIVATIONS_F32,  /* the definition */
 };
+
+enum engine_lane {
+    LANE_CPU,
+    LANE_GPU,
+};
+#define ENGINE_LANES 2
 
 #define ENGINE_IDENTITY 32
 
 enum kv_type {
-    KV_AUTO, /* as exact as the activations: f32 with f32, f16 with int8 */
+    KV_AUTO, /* as exact as the home lane's activations: f32 with f32, f16 with int8 */
     KV_F16,
     KV_F32,
 };
 
 struct engine_options {
-    enum activation_type activations;
+    enum activation_type activations; /* the processor's */
+    enum activation_type gpu_activations;
     enum kv_type kv_type;
     const char *cpu_level;  /* cap: "reference", "avx2", "avx512", "amx"; NULL: the best there is */
     uint32_t n_threads;     /* 0: one for each core this process may use */
@@ -51,6 +62,9 @@ struct engine_options {
                   made. Stays the caller's. */
     const uint8_t *kv_identity; /* [ENGINE_IDENTITY]: of the model, so that K and V never meet
                                    another's weights; NULL: zeros */
+    struct vulkan_device *gpu;  /* whose lane engine_add_gpu() adds; outlives the engine; NULL: none.
+                                   Opened by engine_new(): where that fails, the lane will */
+    enum engine_lane home;      /* what engine_step() and session_eval() use */
 };
 
 /* m must outlive the engine. 0, -EINVAL (err names the option), -ENOMEM */
@@ -62,6 +76,24 @@ void engine_freep(struct engine **e);
 const struct model *engine_model(const struct engine *e);
 uint32_t engine_max_rows(const struct engine *e);
 uint32_t engine_max_logits(const struct engine *e);
+
+/*
+ * The GPU's lane: backend and buffers; the weights are mapped, which may take as long as reading
+ * the model. 0; -EALREADY; -ENOENT: no options.gpu; -errno, err says why: the engine goes on
+ * without
+ */
+int engine_add_gpu(struct engine *e, struct error *err);
+bool engine_has_gpu(const struct engine *e); /* also where it has failed, until it is removed */
+
+/* After -ENODEV, or when it is not wanted any more. Waits for a pass under way, whose results
+ * count; engine_end() still reports them, but without logits. */
+void engine_remove_gpu(struct engine *e);
+
+/* What executes a lane's operations; NULL: there is no such lane. */
+struct backend *engine_lane_backend(const struct engine *e, enum engine_lane lane);
+
+/* Why the lane answers -ENODEV, in words for people, until it is removed; NULL: it does not. */
+const char *engine_lane_failure(const struct engine *e, enum engine_lane lane);
 
 struct engine_memory {
     uint64_t kv_bytes_used, kv_bytes_max; /* pages in use; budget */
@@ -85,12 +117,12 @@ bool engine_kv_adopted(const struct engine *e);
  */
 void engine_adopted(struct engine *e);
 
-/* The memory of free pages goes back to the system. Returns bytes. */
+/* The memory of free pages goes back to the system, but for what a GPU sees. Returns bytes. */
 uint64_t engine_give_back(struct engine *e);
 
 /*
- * For whoever measures: what executes the operations, and another one that does from now on, by
- * giving each to the first. Memory stays the first one's, which must be back before engine_free().
+ * For whoever measures: what executes the home lane's operations, and another one that does from
+ * now on, by giving each to the first. Memory stays the first one's, which must be back before engine_free().
  */
 struct backend *engine_backend(const struct engine *e);
 void engine_set_backend(struct engine *e, struct backend *b);
@@ -177,6 +209,19 @@ int session_set_tokens(struct session *s, const uint32_t *tokens, uint32_t n);
 int session_spill(struct session *s, int fd, uint64_t n_bytes);
 int session_unspill(struct session *s, int fd, uint64_t n_bytes);
 
+/*
+ * In a pass under way: what is asked about such a session is answered as if the pass had not been
+ * begun. Every call that changes it, or copies it, waits for the pass first and keeps its results;
+ * engine_end() then only reports them.
+ */
+bool session_is_busy(const struct session *s);
+
+/*
+ * By whom its K and V were computed, bits 1 << lane: of all since they were last dropped, some of
+ * which a session_rewind() may have taken back. Kept across forks, files and processes.
+ */
+unsigned session_lanes(const struct session *s);
+
 uint32_t session_n_tokens(const struct session *s);
 uint32_t session_n_ctx(const struct session *s);
 const uint32_t *session_tokens(const struct session *s); /* [session_n_tokens()], until next step */
@@ -196,14 +241,15 @@ struct step_item {
                                wanted is then LOGITS_NONE */
     uint32_t n_tokens;      /* at least 1; of missing ones at most session_n_missing() */
     enum logits_wanted wanted;
-    const float *ret_logits; /* [wanted rows][vocab_size], softcapped; engine's until next step */
+    const float *ret_logits; /* [wanted rows][vocab_size], softcapped; the lane's until its next
+                                step; NULL: none wanted, or the item was not evaluated */
     int ret_error;           /* 0; -EMSGSIZE: passes n_ctx; -ENOBUFS: the pool is full;
                                 -EINVAL: a token outside the vocabulary; -ENOMEM.
                                 Such an item was not evaluated and its session is unchanged. */
 };
 
 /*
- * Evaluates the tokens of all items, together at most max_rows and max_logits wanted rows. Not
+ * On the home lane. Evaluates the tokens of all items, together at most max_rows and max_logits wanted rows. Not
  * counted is what a session must recompute before its item's new tokens, which is done in pieces:
  * it is nothing where the driver has given items without tokens before. In f32 mode, and in int8
  * mode, what one session gets does not depend on the other items.
@@ -213,6 +259,23 @@ struct step_item {
  * has changed, but for what was missing and has been computed again before
  */
 int engine_step(struct engine *e, struct step_item *items, size_t n_items);
+
+/*
+ * The same in two halves, on any lane: two steps may be under way at once, one on each, of
+ * different sessions. The processor's is over when engine_start() returns; a GPU works on alone.
+ * Items and their tokens stay, untouched, until engine_end(). What must be recomputed before an
+ * item's new tokens is waited for within engine_start(), and so is a pass under way that one of the
+ * sessions is in.
+ *
+ * engine_start(): 0: under way, engine_end() must follow; or what engine_step() returns, and
+ * -EBUSY: the lane has a step under way; -ENODEV: also where there is no such lane
+ * engine_wait(): 0: over, well or not; -ETIMEDOUT: not yet
+ * engine_end(): waits if needed. What engine_step() returns. After -ENODEV the same items can be
+ * given to the other lane; pages that the device was to write are not used again by this process
+ */
+int engine_start(struct engine *e, enum engine_lane lane, struct step_item *items, size_t n_items);
+int engine_wait(struct engine *e, enum engine_lane lane, uint64_t timeout_usec);
+int engine_end(struct engine *e, enum engine_lane lane);
 
 /*
  * The whole of tokens[n] through one session, in chunks of at most max_rows: for tools and tests.

@@ -227,6 +227,17 @@ uint64_t session_kv_bytes(const struct session *s)
     return kv_cache_bytes(&s->kv);
 }
 
+bool session_is_busy(const struct session *s)
+{
+    (void)s;
+    return false; /* the processor's passes are over when engine_start() returns */
+}
+
+unsigned session_lanes(const struct session *s)
+{
+    return s->n_cached > 0 ? 1u << LANE_CPU : 0;
+}
+
 uint32_t session_n_tokens(const struct session *s)
 {
     return s->n_tokens;
