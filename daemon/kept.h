@@ -3,8 +3,8 @@
 #pragma once
 
 /*
- * kept: memory that outlives the process: memfds that the service manager holds too, and how they
- * are written so that whoever reads them after a kill finds something whole. Any thread.
+ * kept: memory that outlives the process: memfds (base/sealed-memory.h) that the service manager
+ * holds too, and how they are written so that whoever reads them after a kill finds something whole. Any thread.
  *
  * A process that is killed loses none of its stores, and they were made in program order; what can
  * be torn is a group of words. So a group has two slots and a sequence number: the slot that is not
@@ -18,12 +18,6 @@
 
 /* Where mapped parts begin in a file: a multiple of any page size. */
 #define KEPT_ALIGN 65536u
-
-/* A memfd of that size for good, all zeros; it takes memory where it is written. fd, -errno */
-int kept_memfd(const char *name, uint64_t size);
-
-/* Whether fd is such a one, so that nobody can take mapped pages away. *ret_size. 0, -EBADMSG */
-int kept_memfd_check(int fd, uint64_t *ret_size);
 
 /* The first n bytes, shared, not in core dumps. NULL: no memory */
 void *kept_map(int fd, size_t n);

@@ -27,6 +27,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/sealed-memory.h"
 #include "daemon/client-session.h"
 #include "daemon/engine-thread.h"
 #include "daemon/fd-store.h"
@@ -87,7 +88,7 @@ static struct instance *inherited_instance(struct fd_store *store)
     CLEANUP(closep) int fd = -EBADF;
     uint64_t size;
 
-    if (fd_store_next(store, "instance", &fd) == 0 || kept_memfd_check(fd, &size) < 0 ||
+    if (fd_store_next(store, "instance", &fd) == 0 || sealed_memory_check(fd, &size) < 0 ||
         size != sizeof(struct instance))
         return NULL;
     return kept_map(fd, sizeof(struct instance));
@@ -95,7 +96,7 @@ static struct instance *inherited_instance(struct fd_store *store)
 
 static struct instance *new_instance(struct fd_store *store)
 {
-    CLEANUP(closep) int fd = kept_memfd("llmd-instance", sizeof(struct instance));
+    CLEANUP(closep) int fd = sealed_memory_new("llmd-instance", sizeof(struct instance));
     struct instance *i;
 
     if (fd < 0 || posix_fallocate(fd, 0, sizeof(*i)) != 0)
@@ -137,10 +138,8 @@ static void say_session_lost(struct recovery *c, uint64_t id, const struct error
              "session %" PRIu64 " is lost with the restart: %s", id, err->text);
 }
 
-static void say_request_lost(struct recovery *c, uint64_t session, uint64_t id,
-                             const struct error *err)
+static void say_request_lost(uint64_t session, uint64_t id, const struct error *err)
 {
-    (void)c;
     log_with(
         LOG_ERR,
         &(struct log_fields){.message_id = LOG_ID_SESSION_LOST, .session = session, .request = id},
@@ -345,7 +344,7 @@ static void lose_request(struct recovery *c, struct kept_request *q, const struc
     struct record last = lost_record(why->text);
     int r = -EBADMSG;
 
-    say_request_lost(c, q->record ? request_record_facts(q->record)->session : 0, q->id, why);
+    say_request_lost(q->record ? request_record_facts(q->record)->session : 0, q->id, why);
     if (q->record)
         r = request_record_end(q->record, &last);
     else if (q->record_fd >= 0)
@@ -532,12 +531,12 @@ static void go_on(struct recovery *c, struct kept_session *s, const struct adopt
     if (n > RECOVERIES_MAX && q->stop == JOB_GOES_ON) {
         q->stop = JOB_LOST;
         error_set(&err, ESTALE, "llmd ended %u times in a row while it was at work on it", n);
-        say_request_lost(c, s->id, q->id, &err);
+        say_request_lost(s->id, q->id, &err);
     }
     r = session_set_take_back_request(c->service->sessions, user, s->session, TAKE_PTR(q->record),
                                       TAKE_FD(q->socket), q->stop, &err);
     if (r < 0) {
-        say_request_lost(c, s->id, q->id, &err);
+        say_request_lost(s->id, q->id, &err);
         forget_request(c, q);
         return;
     }

@@ -31,6 +31,8 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/sealed-memory.h"
+#include "base/whole-io.h"
 #include "daemon/kept.h"
 #include "daemon/request-bytes.h"
 #include "ipc/names.h"
@@ -167,44 +169,6 @@ void request_record_freep(struct request_record **r)
     *r = request_record_free(*r);
 }
 
-static int write_all(int fd, const void *data, size_t n, uint64_t at)
-{
-    const char *p = data;
-
-    while (n > 0) {
-        ssize_t w = pwrite(fd, p, n, (off_t)at);
-
-        if (w < 0 && errno != EINTR)
-            return -errno;
-        if (w > 0) {
-            p += w;
-            n -= (size_t)w;
-            at += (uint64_t)w;
-        }
-    }
-    return 0;
-}
-
-static int read_all(int fd, void *data, size_t n, uint64_t at)
-{
-    char *p = data;
-
-    while (n > 0) {
-        ssize_t got = pread(fd, p, n, (off_t)at);
-
-        if (got == 0)
-            return -EBADMSG;
-        if (got < 0 && errno != EINTR)
-            return -errno;
-        if (got > 0) {
-            p += got;
-            n -= (size_t)got;
-            at += (uint64_t)got;
-        }
-    }
-    return 0;
-}
-
 static int fill(struct request_record *r, const struct request_facts *facts,
                 const struct request_before *before, bool is_text, const struct buffer *asked)
 {
@@ -229,7 +193,7 @@ static int fill(struct request_record *r, const struct request_facts *facts,
     if (e < 0)
         return e;
     h.check = check_of(&h);
-    r->fd = kept_memfd("llmd-request", size);
+    r->fd = sealed_memory_new("llmd-request", size);
     if (r->fd < 0)
         return r->fd;
     e = posix_fallocate(r->fd, 0, sizeof(struct page));
@@ -237,7 +201,7 @@ static int fill(struct request_record *r, const struct request_facts *facts,
         return -e;
     e = map(r, &h);
     if (e >= 0)
-        e = write_all(r->fd, asked->data, asked->n, h.asked_at);
+        e = write_whole(r->fd, asked->data, asked->n, h.asked_at);
     if (e < 0)
         return e;
     if (lseek(r->fd, (off_t)h.log_at, SEEK_SET) < 0)
@@ -287,9 +251,9 @@ static int read_head(int fd, uint64_t at, struct head *h, struct error *err)
     uint64_t size, want;
     struct head like = {0};
 
-    if (kept_memfd_check(fd, &size) < 0)
+    if (sealed_memory_check(fd, &size) < 0)
         return unsound(err, "it is no sealed memory");
-    if (size < KEPT_ALIGN || read_all(fd, h, sizeof(*h), at) < 0)
+    if (size < KEPT_ALIGN || read_whole(fd, h, sizeof(*h), at) < 0)
         return unsound(err, "it is too short");
     if (memcmp(h->magic, MAGIC, sizeof(h->magic)) != 0)
         return unsound(err, "it is no request's");
@@ -386,7 +350,7 @@ int request_record_request(const struct request_record *r, struct job_request *r
 
     if (!data)
         return error_set(err, ENOMEM, "out of memory");
-    e = read_all(r->fd, data, (size_t)r->asked_bytes, r->asked_at);
+    e = read_whole(r->fd, data, (size_t)r->asked_bytes, r->asked_at);
     if (e >= 0 && kept_check(0, data, (size_t)r->asked_bytes) != r->asked_check)
         e = -EBADMSG;
     if (e < 0)
@@ -415,7 +379,7 @@ int request_record_append(struct request_record *r, uint64_t offset, const void 
 {
     if (range_outside(offset, n, r->log_max))
         return -EFBIG;
-    return write_all(r->fd, data, n, r->log_at + offset);
+    return write_whole(r->fd, data, n, r->log_at + offset);
 }
 
 /*
@@ -534,10 +498,10 @@ static int rest_of_line(int fd, const struct head *h, struct buffer *line)
 
     if (at < 0 || (uint64_t)at < h->log_at)
         return -EBADMSG;
-    if ((uint64_t)at == h->log_at || (read_all(fd, &c, 1, (uint64_t)at - 1) == 0 && c == '\n'))
+    if ((uint64_t)at == h->log_at || (read_whole(fd, &c, 1, (uint64_t)at - 1) == 0 && c == '\n'))
         return 0;
     for (c = 0; c != '\n'; at++) {
-        if (line->n == RECORD_BYTES_MAX || read_all(fd, &c, 1, (uint64_t)at) < 0 || c == 0)
+        if (line->n == RECORD_BYTES_MAX || read_whole(fd, &c, 1, (uint64_t)at) < 0 || c == 0)
             return -EBADMSG;
         e = buffer_append(line, &c, 1);
         if (e < 0)
@@ -620,5 +584,5 @@ int request_record_read(const struct request_record *r, uint64_t offset, void *d
 {
     if (range_outside(offset, n, r->log_max))
         return -EFBIG;
-    return read_all(r->fd, data, n, r->log_at + offset);
+    return read_whole(r->fd, data, n, r->log_at + offset);
 }

@@ -13,6 +13,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/sealed-memory.h"
 #include "daemon/kept.h"
 #include "engine/engine.h"
 #include "engine/model-config.h"
@@ -113,7 +114,7 @@ int session_record_new(struct session_record **ret, const struct session_facts *
     e = size_for(engine_bytes, &n);
     if (e < 0)
         return e;
-    r->fd = kept_memfd("llmd-session", n);
+    r->fd = sealed_memory_new("llmd-session", n);
     if (r->fd < 0)
         return r->fd;
     /* Where there is no memory for it, that is told here, and not by a signal later. */
@@ -197,7 +198,7 @@ int session_record_open(struct session_record **ret, int fd, const uint8_t model
         return error_set(err, ENOMEM, "out of memory");
     }
     r->fd = fd;
-    if (kept_memfd_check(fd, &size) < 0)
+    if (sealed_memory_check(fd, &size) < 0)
         return unsound(err, "it is no sealed memory");
     e = read_head(r, size, model, c, err);
     if (e < 0)

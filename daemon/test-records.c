@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/sealed-memory.h"
 #include "daemon/kept.h"
 #include "daemon/request-bytes.h"
 #include "daemon/request-record.h"
@@ -87,12 +88,12 @@ static void test_slots(void)
 static void test_memfd(void)
 {
     uint64_t size;
-    int fd = kept_memfd("test", 4096), plain = memfd_create("plain", MFD_CLOEXEC);
+    int fd = sealed_memory_new("test", 4096), plain = memfd_create("plain", MFD_CLOEXEC);
 
     assert(fd >= 0 && plain >= 0);
-    assert(kept_memfd_check(fd, &size) == 0 && size == 4096);
+    assert(sealed_memory_check(fd, &size) == 0 && size == 4096);
     assert(ftruncate(fd, 100) < 0 && ftruncate(fd, 10000) < 0);
-    assert(kept_memfd_check(plain, &size) == -EBADMSG);
+    assert(sealed_memory_check(plain, &size) == -EBADMSG);
     close(fd);
     close(plain);
 }

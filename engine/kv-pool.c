@@ -12,7 +12,6 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/memfd.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -22,17 +21,13 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/sealed-memory.h"
+#include "base/whole-io.h"
 
 #define MAGIC "llmd-kv\n"
 #define VERSION 1u
 #define DATA_AT ((uint64_t)2 << 20) /* pages begin where a huge page may */
 #define MEMORY_PAGE 4096u
-
-#ifndef MFD_NOEXEC_SEAL
-#define MFD_NOEXEC_SEAL 0x0008u
-#endif
-
-#define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 struct header {
     char magic[8];
@@ -67,31 +62,14 @@ struct kv_pool {
 static bool fits(int fd, const struct header *want, uint64_t size)
 {
     struct header got;
-    struct stat st;
-    int seals = fcntl(fd, F_GET_SEALS);
+    uint64_t got_size;
 
-    /* Without the seals whoever else has it could cut it off below the mapping. */
-    if (seals < 0 || (seals & SEALS) != SEALS)
+    if (sealed_memory_check(fd, &got_size) < 0 || got_size != size)
         return false;
-    if (fstat(fd, &st) < 0 || st.st_size < 0 || (uint64_t)st.st_size != size)
-        return false;
-    if (pread(fd, &got, sizeof(got), 0) != (ssize_t)sizeof(got) || got.id == 0)
+    if (read_whole(fd, &got, sizeof(got), 0) < 0 || got.id == 0)
         return false;
     got.id = 0;
     return memcmp(&got, want, sizeof(got)) == 0;
-}
-
-/* A sealed memfd of size bytes, or -errno. */
-static int new_memfd(uint64_t size)
-{
-    CLEANUP(closep)
-    int fd = memfd_create("llmd-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
-
-    if (fd < 0 && errno == EINVAL) /* before Linux 6.3 */
-        fd = memfd_create("llmd-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd < 0 || ftruncate(fd, (off_t)size) < 0 || fcntl(fd, F_ADD_SEALS, SEALS) < 0)
-        return -errno;
-    return TAKE_FD(fd);
 }
 
 /* Maps fd so that the pages are aligned to huge pages. */
@@ -157,7 +135,7 @@ int kv_pool_new(struct kv_pool **ret, const struct kv_shape *shape, const struct
         do
             r = getrandom(&want.id, sizeof(want.id), 0) == (ssize_t)sizeof(want.id) ? 0 : -EIO;
         while (r == 0 && want.id == 0);
-        p->fd = r == 0 ? new_memfd(size) : r;
+        p->fd = r == 0 ? sealed_memory_new("llmd-kv", size) : r;
         r = p->fd < 0 ? p->fd : 0;
     }
     if (r == 0)

@@ -24,6 +24,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/whole-io.h"
 #include "engine/json-text.h"
 #include "engine/model-fault.h"
 
@@ -103,27 +104,6 @@ static bool is_hash(const char *text)
     return strlen(text) == HASH_DIGITS && strspn(text, "0123456789abcdef") == HASH_DIGITS;
 }
 
-/* -ENODATA where the file ends before. */
-static int read_at(const struct model_file *f, void *data, size_t n, uint64_t offset)
-{
-    char *p = data;
-
-    while (n > 0) {
-        ssize_t done = pread(f->fd, p, n, (off_t)offset);
-
-        if (done < 0 && errno == EINTR)
-            continue;
-        if (done < 0)
-            return -errno;
-        if (done == 0)
-            return -ENODATA;
-        p += done;
-        n -= (size_t)done;
-        offset += (uint64_t)done;
-    }
-    return 0;
-}
-
 static int cannot_read(const struct model_file *f, int r, struct error *err)
 {
     if (r == -ENODATA)
@@ -142,7 +122,7 @@ static int read_header(struct model_file *f, char **ret_text, size_t *ret_n, str
 
     if (f->size < 8 + PREFIX_BYTES + HASH_DIGITS)
         return broken(f, err, "not a model file: only %zu bytes long", f->size);
-    r = read_at(f, bytes, sizeof(bytes), 0);
+    r = read_whole(f->fd, bytes, sizeof(bytes), 0);
     if (r < 0)
         return cannot_read(f, r, err);
     for (int i = 0; i < 8; i++)
@@ -156,7 +136,7 @@ static int read_header(struct model_file *f, char **ret_text, size_t *ret_n, str
     text = malloc(n);
     if (!text)
         return no_memory(err);
-    r = read_at(f, text, n, 8);
+    r = read_whole(f->fd, text, n, 8);
     if (r < 0)
         return cannot_read(f, r, err);
     if (memcmp(text, prefix, PREFIX_BYTES) != 0)
@@ -596,7 +576,7 @@ static bool has_same_header(const struct model_file *f)
     const char *known = model_file_metadata(f, "llmd.header_sha256");
     char now[PREFIX_BYTES + HASH_DIGITS];
 
-    return known && read_at(f, now, sizeof(now), 8) == 0 &&
+    return known && read_whole(f->fd, now, sizeof(now), 8) == 0 &&
            memcmp(now, prefix, PREFIX_BYTES) == 0 &&
            memcmp(now + PREFIX_BYTES, known, HASH_DIGITS) == 0;
 }
@@ -642,7 +622,7 @@ static int verify_entry(const struct model_file *f, const struct entry *e, EVP_M
     size_t n = e->tensor.offset - e->begin; /* below a page */
     int r;
 
-    r = read_at(f, chunk, n, at);
+    r = read_whole(f->fd, chunk, n, at);
     if (r < 0)
         return cannot_read(f, r, err);
     for (size_t i = 0; i < n; i++)
@@ -652,7 +632,7 @@ static int verify_entry(const struct model_file *f, const struct entry *e, EVP_M
         return error_set(err, EIO, "libcrypto: SHA-256 failed");
     for (at += n; at < end; at += n) {
         n = MIN(end - at, VERIFY_CHUNK);
-        r = read_at(f, chunk, n, at);
+        r = read_whole(f->fd, chunk, n, at);
         if (r < 0)
             return cannot_read(f, r, err);
         if (EVP_DigestUpdate(hash, chunk, n) != 1)

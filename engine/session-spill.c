@@ -16,6 +16,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/whole-io.h"
 #include "engine/engine-internal.h"
 #include "engine/session.h"
 
@@ -104,43 +105,18 @@ static uint64_t page_at(const struct session_transfer *t, uint32_t page)
 
 static int write_at(struct session_transfer *t, int fd, const void *data, size_t n, uint64_t at)
 {
-    const char *p = data;
-
     if (EVP_DigestUpdate(t->hash, data, n) != 1)
         return -EIO;
-    while (n > 0) {
-        ssize_t w = pwrite(fd, p, n, (off_t)at);
-
-        if (w < 0 && errno == EINTR)
-            continue;
-        if (w <= 0)
-            return w < 0 ? -errno : -EIO;
-        p += w;
-        n -= (size_t)w;
-        at += (uint64_t)w;
-    }
-    return 0;
+    return write_whole(fd, data, n, at);
 }
 
 /* -EBADMSG: the file is shorter */
 static int read_at(struct session_transfer *t, int fd, void *data, size_t n, uint64_t at)
 {
-    char *p = data;
-    size_t left = n;
+    int r = read_whole(fd, data, n, at);
 
-    while (left > 0) {
-        ssize_t r = pread(fd, p, left, (off_t)at);
-
-        if (r < 0 && errno == EINTR)
-            continue;
-        if (r < 0)
-            return -errno;
-        if (r == 0)
-            return -EBADMSG;
-        p += r;
-        left -= (size_t)r;
-        at += (uint64_t)r;
-    }
+    if (r < 0)
+        return r == -ENODATA ? -EBADMSG : r;
     return EVP_DigestUpdate(t->hash, data, n) == 1 ? 0 : -EIO;
 }
 

@@ -26,6 +26,7 @@
 
 #include "base/checked.h"
 #include "base/utf8.h"
+#include "base/whole-io.h"
 #include "engine/json-text.h"
 #include "engine/model-file.h"
 
@@ -544,21 +545,12 @@ int model_writer_begin(struct model_writer *w, struct error *err)
 static int write_at(const struct model_writer *w, const void *data, size_t n, uint64_t offset,
                     struct error *err)
 {
-    const char *p = data;
+    int r = write_whole(w->fd, data, n, offset);
 
-    while (n > 0) {
-        ssize_t done = pwrite(w->fd, p, n, (off_t)offset);
-
-        if (done < 0 && errno == EINTR)
-            continue;
-        if (done < 0 && (errno == ENOSPC || errno == EDQUOT))
-            return disk_full(w, offset + n, err);
-        if (done < 0)
-            return error_set(err, errno, "%s: cannot write: %s", w->path, strerror(errno));
-        p += done;
-        n -= (size_t)done;
-        offset += (uint64_t)done;
-    }
+    if (r == -ENOSPC || r == -EDQUOT)
+        return disk_full(w, offset + n, err);
+    if (r < 0)
+        return error_set(err, -r, "%s: cannot write: %s", w->path, strerror(-r));
     return 0;
 }
 

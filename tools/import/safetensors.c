@@ -12,6 +12,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/whole-io.h"
 #include "engine/json-text.h"
 
 struct safetensors {
@@ -162,7 +163,7 @@ int safetensors_open(struct safetensors **ret, int fd, const char *path, struct 
     uint8_t length[8];
     uint64_t n = 0, file_size;
     struct stat st;
-    size_t got = 0;
+    int r;
 
     if (fstat(fd, &st) < 0)
         return error_set(err, errno, "%s: cannot examine: %m", path);
@@ -184,17 +185,11 @@ int safetensors_open(struct safetensors **ret, int fd, const char *path, struct 
     text = malloc((size_t)n + 1);
     if (!text)
         return error_set(err, ENOMEM, "%s: out of memory", path);
-    while (got < n) {
-        ssize_t done = pread(fd, text + got, (size_t)n - got, (off_t)(8 + got));
-
-        if (done < 0 && errno == EINTR)
-            continue;
-        if (done < 0)
-            return error_set(err, errno, "%s: cannot read: %m", path);
-        if (done == 0)
-            return error_set(err, EINVAL, "%s: the file ends within the header", path);
-        got += (size_t)done;
-    }
+    r = read_whole(fd, text, (size_t)n, 8);
+    if (r == -ENODATA)
+        return error_set(err, EINVAL, "%s: the file ends within the header", path);
+    if (r < 0)
+        return error_set(err, -r, "%s: cannot read: %s", path, strerror(-r));
     return safetensors_parse(ret, text, (size_t)n, file_size, path, err);
 }
 

@@ -11,6 +11,7 @@
 
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/whole-io.h"
 #include "tools/import/dequantize.h"
 
 /* Gemma 3's text vocabulary; what lies beyond in 3n's tables are slots for images and sound. */
@@ -70,22 +71,12 @@ int source_read(const struct source *s, const struct source_tensor *t, uint32_t 
 {
     const struct source_file *f = &s->files[t->file];
     uint64_t offset = t->offset + (uint64_t)first * t->row_bytes;
-    size_t left = (size_t)n * t->row_bytes;
-    char *p = data;
+    int r = read_whole(f->fd, data, (size_t)n * t->row_bytes, offset);
 
-    while (left > 0) {
-        ssize_t done = pread(f->fd, p, left, (off_t)offset);
-
-        if (done < 0 && errno == EINTR)
-            continue;
-        if (done < 0)
-            return error_set(err, errno, "%s: cannot read %s: %m", f->path, t->name);
-        if (done == 0)
-            return error_set(err, ENODATA, "%s: the file ends within %s", f->path, t->name);
-        p += done;
-        left -= (size_t)done;
-        offset += (uint64_t)done;
-    }
+    if (r == -ENODATA)
+        return error_set(err, ENODATA, "%s: the file ends within %s", f->path, t->name);
+    if (r < 0)
+        return error_set(err, -r, "%s: cannot read %s: %s", f->path, t->name, strerror(-r));
     return 0;
 }
 
