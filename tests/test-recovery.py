@@ -472,12 +472,11 @@ def numbers_are_given_once():
 
 def with_an_unread_end(m, c):
     """A session whose request is over, while the end of its stream does not fit into the socket: the stream; the number; what was asked."""
-    for n in range(80, 1000, 20):  # a token's record is some 1.5 KiB, and a request is paused with 64 KiB
+    for n in range(80, 1000, 20):  # a token's record is some 1.5 KiB, and a request stays paused with 64 KiB unsent
         options = dict(QUESTION, max_tokens=n, logprobs=True, top_logprobs=20)
         s = c.create()
         stream, number = s.generate(**options)
-        s.wait_state("paused", "idle")
-        assert s.get("State") == "idle"
+        s.wait_state("idle")  # it may have paused before: until the loop had sent what it could
         m.settle()
         if f"request-{number}" in m.names():
             return s, stream, number, options
