@@ -264,8 +264,10 @@ static int begin(struct engine_thread *t, struct job *j, struct error *err)
     t->active = j;
     tl->is_used = true;
     tl->last_used = ++t->n_uses;
-    w->task = (struct scheduler_task){
-        .account = tl->options.account, .flow = tl->options.flow, .class = tl->options.class};
+    w->task = (struct scheduler_task){.account = tl->options.account,
+                                      .flow = tl->options.flow,
+                                      .class = tl->options.class,
+                                      .lanes = 1};
     update_task(t, j);
     r = scheduler_add(t->scheduler, &w->task);
     if (r < 0)
@@ -631,7 +633,7 @@ bool work_step(struct engine_thread *t)
 
     look_at_readers(t);
     admit(t);
-    n = scheduler_choose(t->scheduler, t->picks, max_rows);
+    n = scheduler_choose(t->scheduler, 0, t->picks, max_rows);
     if (n == 0)
         return false;
     for (size_t i = 0; i < n; i++)
@@ -649,7 +651,7 @@ bool work_step(struct engine_thread *t)
     for (size_t i = 0; i < n; i++)
         if (t->items[i].ret_error < 0)
             t->picks[i].n_rows = 0;
-    scheduler_account(t->scheduler, t->picks, n, now_usec() - start);
+    scheduler_account(t->scheduler, 0, t->picks, n, now_usec() - start);
     /* One that is over must not be touched again; each is there but once. */
     for (size_t i = 0; i < n; i++)
         after_step(t, job_of(t->picks[i].task), &t->items[i]);

@@ -2,21 +2,23 @@
  * SPDX-License-Identifier: Apache-2.0 */
 
 /*
- * Virtual times. An account's advances by work / weight. scheduler_choose() compares it with the
- * least one among the accounts that could use what is given away: for decoding those that decode,
- * for prompts all. Whoever leads by more than LEAD is passed over; within a step each row counts at
- * once, so that an account with many flows gives one now and one then and not all together. Who
- * joins either set is lifted to its least virtual time: time spent away, waiting for
- * memory, or in a prompt whose pace is bounded for the others' sake, is no claim to stop them
+ * Virtual times. An account has one in each lane; it advances by work / weight. scheduler_choose()
+ * compares it with the least one among the accounts that could use what is given away: for decoding
+ * those that decode, for prompts all. Whoever leads by more than LEAD is passed over; within a step
+ * each row counts at once, so that an account with many flows gives one now and one then and not
+ * all together. Who joins either set is lifted to its least virtual time: time spent away, waiting
+ * for memory, or in a prompt whose pace is bounded for the others' sake, is no claim to stop them
  * later. Flows within an account likewise; but where several accounts want rows, an account's
  * decoding waits for its own prompts as well, which would never be read if decoding took all that
- * the account can have.
+ * the account can have. A task that is under way in the other lane is not there for this one: who
+ * cannot be picked holds nobody back.
  *
  * Costs. Steps without prompts tell, for each number of decoding rows, what such a step takes. What
  * a step with prompts takes longer, per row of prompt, is learned for two situations apart, because
  * it depends on the chunk: small chunks beside somebody's decoding, and large ones. Chunks then
  * are what fits the time by that, and grow by steps only, so that a wrong guess costs little. A
- * number of decoding rows not measured lately is measured first, by a step without prompts.
+ * number of decoding rows not measured lately is measured first, by a step without prompts. All of
+ * it in each lane by itself.
  *
  * Everything a step does is linear in the tasks, but for sorting those it picks from.
  */
@@ -57,16 +59,17 @@ struct share {
     double time;                      /* virtual, in tokens at default weight */
     bool is_runnable, decodes;        /* as of this choice */
     bool was_runnable, decoded;       /* of the last one */
+    bool is_interactive;              /* something runnable of it is more than batch */
     uint32_t n_decoding;              /* tasks */
-    uint64_t runnable_at, decoded_at; /* step in which it last was */
+    uint64_t runnable_at, decoded_at; /* step of the lane in which it last was */
+    double least;                     /* an account's: virtual time of its flows */
 };
 
 struct flow {
     uint64_t id;
-    struct share share;
+    struct share share[SCHEDULER_LANES];
     struct flow *next; /* account::flows */
     uint32_t n_tasks;
-    bool is_interactive; /* something runnable of it is more than batch */
 };
 
 struct account {
@@ -74,16 +77,13 @@ struct account {
     bool is_idle; /* of its idle tasks; the others have another */
     uint32_t weight;
     bool is_weight_set;
-    struct share share;
+    struct share share[SCHEDULER_LANES];
     struct account *next; /* scheduler::accounts */
     struct flow *flows;
     uint32_t n_tasks, n_running;
 
-    /* of this choice */
-    bool is_interactive;
-    double least; /* virtual time of its flows */
-    /* Likewise, of those that decode when all they have gets its row; and, where other accounts
-     * want rows too, of those with a prompt. */
+    /* Of this choice: the least virtual time of its flows that decode when all they have gets its
+     * row; and, where other accounts want rows too, of those with a prompt. */
     double least_decoding;
 };
 
@@ -95,9 +95,9 @@ struct scheduler_entry {
     size_t at; /* in scheduler::running or ::queued */
     bool is_running;
     uint64_t n_decoded;
-    double key;        /* of the order being made */
-    uint32_t position; /* in the queue, 1: next */
-    bool was_decoding; /* when it was picked */
+    double key, flow_time; /* of the order being made */
+    uint32_t position;     /* in the queue, 1: next */
+    bool was_decoding;     /* when it was picked */
 };
 
 /* Extra time that rows of prompts take, in one of the two situations. */
@@ -121,6 +121,20 @@ struct rate_slot {
     uint64_t usec, prompt_rows, decoded;
 };
 
+struct lane {
+    uint64_t n_steps;
+    double floor[2];                    /* least virtual time of the runnable; of idle ones */
+    double most[2];                     /* the most ever */
+    struct measured measured[MEASURED]; /* by decoding rows */
+    struct prompt_cost cost[2];         /* by situation */
+    enum situation situation;           /* of the step last chosen */
+    double token_usec;                  /* from one token of a decoding task to the next */
+    uint32_t n_decoding;                /* runnable in the step last chosen */
+    struct rate_slot slots[RATE_SLOTS];
+    unsigned slot;
+    struct lane_statistics statistics; /* but for the rates */
+};
+
 struct scheduler {
     uint32_t max_rows, max_logits, max_running;
     bool is_loading;
@@ -129,19 +143,17 @@ struct scheduler {
     struct scheduler_entry **sorted;            /* [n_allocated], scratch */
     double *remaining; /* [n_allocated] usec until each that runs is done, in order */
     size_t n_running, n_queued, n_allocated;
-    uint64_t n_added, n_steps;
-    double floor[2]; /* least virtual time of the runnable; of idle ones */
-    double most[2];  /* the most ever */
-    bool is_ranked;  /* positions and remaining are up to date */
+    uint64_t n_added;
+    bool is_ranked; /* positions and remaining are up to date */
+    double answer;  /* tokens that requests generate */
+    struct lane lanes[SCHEDULER_LANES];
+};
 
-    struct measured measured[MEASURED]; /* by decoding rows */
-    struct prompt_cost cost[2];         /* by situation */
-    enum situation situation;           /* of the step last chosen */
-    double token_usec;                  /* from one token of a decoding task to the next */
-    double answer;                      /* tokens that requests generate */
-    uint32_t n_decoding;                /* runnable in the step last chosen */
-    struct rate_slot slots[RATE_SLOTS];
-    unsigned slot;
+/* A choice under way: what its steps share. */
+struct choice {
+    unsigned lane;
+    bool is_idle;                 /* among idle tasks */
+    double least, least_decoding; /* virtual time that others' are compared with */
 };
 
 /* ---- names ---- */
@@ -200,8 +212,8 @@ static bool before_in_account(const struct scheduler_entry *a, const struct sche
 {
     if (a->account != b->account)
         return (uintptr_t)a->account < (uintptr_t)b->account;
-    if (a->flow->share.time != b->flow->share.time)
-        return a->flow->share.time < b->flow->share.time;
+    if (a->flow_time != b->flow_time)
+        return a->flow_time < b->flow_time;
     return a->flow->id != b->flow->id ? a->flow->id < b->flow->id : a->age < b->age;
 }
 
@@ -209,8 +221,8 @@ static bool before_by_key(const struct scheduler_entry *a, const struct schedule
 {
     if (a->key != b->key)
         return a->key < b->key;
-    if (a->flow->share.time != b->flow->share.time)
-        return a->flow->share.time < b->flow->share.time;
+    if (a->flow_time != b->flow_time)
+        return a->flow_time < b->flow_time;
     return a->age < b->age;
 }
 
@@ -249,7 +261,8 @@ int scheduler_new(struct scheduler **ret, const struct scheduler_options *option
     s->max_logits = options->max_logits;
     s->max_running = options->max_running ? options->max_running : DEFAULT_MAX_RUNNING;
     s->answer = USUAL_ANSWER;
-    s->cost[ALONE].most_rows = s->cost[BESIDE].most_rows = FIRST_CHUNK;
+    for (unsigned l = 0; l < SCHEDULER_LANES; l++)
+        s->lanes[l].cost[ALONE].most_rows = s->lanes[l].cost[BESIDE].most_rows = FIRST_CHUNK;
     *ret = s;
     return 0;
 }
@@ -286,20 +299,37 @@ void scheduler_freep(struct scheduler **s)
     scheduler_free(*s);
 }
 
-/* Whoever has no task is forgotten as soon as coming back would lift it anyway. */
+/* Coming back would lift it anyway, in every lane; or it was never there. */
+static bool is_behind(const struct scheduler *s, const struct account *a)
+{
+    for (unsigned l = 0; l < SCHEDULER_LANES; l++)
+        if (a->share[l].time > 0 &&
+            a->share[l].time + ABSENCE_CREDIT > s->lanes[l].floor[a->is_idle])
+            return false;
+    return true;
+}
+
+static bool flow_is_behind(const struct account *a, const struct flow *f)
+{
+    for (unsigned l = 0; l < SCHEDULER_LANES; l++)
+        if (f->share[l].time > a->share[l].least)
+            return false;
+    return true;
+}
+
+/* Whoever has no task is forgotten as soon as that makes no difference. */
 static void forget(struct scheduler *s)
 {
     for (struct account **at = &s->accounts, *a; (a = *at);) {
         for (struct flow **flow_at = &a->flows, *f; (f = *flow_at);) {
-            if (f->n_tasks == 0 && (a->n_tasks == 0 || f->share.time <= a->least)) {
+            if (f->n_tasks == 0 && (a->n_tasks == 0 || flow_is_behind(a, f))) {
                 *flow_at = f->next;
                 free(f);
             } else {
                 flow_at = &f->next;
             }
         }
-        if (a->n_tasks == 0 && !a->is_weight_set &&
-            a->share.time + ABSENCE_CREDIT <= s->floor[a->is_idle]) {
+        if (a->n_tasks == 0 && !a->is_weight_set && is_behind(s, a)) {
             *at = a->next;
             account_free(a);
         } else {
@@ -455,6 +485,7 @@ void scheduler_remove(struct scheduler *s, struct scheduler_task *task)
 {
     struct scheduler_entry *e = task->entry;
 
+    assert(!task->is_under_way);
     leave_list(s, e);
     if (e->n_decoded > 0)
         s->answer += 0.1 * ((double)e->n_decoded - s->answer);
@@ -466,8 +497,20 @@ void scheduler_remove(struct scheduler *s, struct scheduler_task *task)
 
 void scheduler_requeue(struct scheduler *s, struct scheduler_task *task)
 {
+    assert(!task->is_under_way);
     leave_list(s, task->entry);
     list_add(s->queued, &s->n_queued, task->entry);
+}
+
+/* Virtual time beyond the least of those that run, in all lanes together. */
+static double lead_of(const struct scheduler *s, const struct account *a)
+{
+    double lead = 0;
+
+    for (unsigned l = 0; l < SCHEDULER_LANES; l++)
+        if (a->share[l].time > 0)
+            lead += a->share[l].time - s->lanes[l].floor[a->is_idle];
+    return lead;
 }
 
 struct scheduler_task *scheduler_victim(struct scheduler *s, const struct scheduler_task *task)
@@ -482,13 +525,13 @@ struct scheduler_task *scheduler_victim(struct scheduler *s, const struct schedu
         const struct scheduler_entry *e = s->running[i];
         double lead;
 
-        if (is_queued ? e->task->class <= task->class : e == spared)
+        if ((is_queued ? e->task->class <= task->class : e == spared) || e->task->is_under_way)
             continue;
         if (!victim) {
             victim = e;
             continue;
         }
-        lead = e->account->share.time - victim->account->share.time;
+        lead = lead_of(s, e->account) - lead_of(s, victim->account);
         if (e->task->class != victim->task->class ? e->task->class > victim->task->class
             : lead != 0                           ? lead > 0
                                                   : e->age > victim->age)
@@ -499,14 +542,39 @@ struct scheduler_task *scheduler_victim(struct scheduler *s, const struct schedu
 
 /* ---- the queue ---- */
 
-static double prompt_row_usec(const struct scheduler *s, enum situation situation)
+static double prompt_row_usec(const struct lane *l, enum situation situation)
 {
-    const struct prompt_cost *c = &s->cost[situation];
+    const struct prompt_cost *c = &l->cost[situation];
 
     if (c->rows > 0)
         return c->usec / c->rows;
-    c = &s->cost[!situation];
+    c = &l->cost[!situation];
     return c->rows > 0 ? c->usec / c->rows : 0;
+}
+
+/* The less of two costs, of which 0 is not known. */
+static double known_least(double a, double b)
+{
+    return a > 0 && b > 0 ? MIN(a, b) : MAX(a, b);
+}
+
+/* What is usual where it is done best; 0: not known. */
+static double usual_token_usec(const struct scheduler *s)
+{
+    double usec = 0;
+
+    for (unsigned l = 0; l < SCHEDULER_LANES; l++)
+        usec = known_least(usec, s->lanes[l].token_usec);
+    return usec;
+}
+
+static double usual_row_usec(const struct scheduler *s)
+{
+    double usec = 0;
+
+    for (unsigned l = 0; l < SCHEDULER_LANES; l++)
+        usec = known_least(usec, prompt_row_usec(&s->lanes[l], ALONE));
+    return usec;
 }
 
 /* Until a running task is done; a guess. */
@@ -517,8 +585,7 @@ static double remaining_usec(const struct scheduler *s, const struct scheduler_e
 
     if (t->max_tokens > 0)
         tokens = MIN(tokens, (double)t->max_tokens);
-    return tokens * s->token_usec +
-           (t->n_pending > 1 ? t->n_pending * prompt_row_usec(s, ALONE) : 0);
+    return tokens * usual_token_usec(s) + (t->n_pending > 1 ? t->n_pending * usual_row_usec(s) : 0);
 }
 
 /* Puts both lists in order and gives the queued their positions. */
@@ -537,8 +604,9 @@ static void rank(struct scheduler *s)
         if (a != account)
             in_advance = a->n_running;
         account = a;
-        e->key = MAX(a->share.time, s->floor[a->is_idle]) +
-                 in_advance * ADMISSION * DEFAULT_WEIGHT / a->weight;
+        e->key = in_advance * ADMISSION * DEFAULT_WEIGHT / a->weight;
+        for (unsigned l = 0; l < SCHEDULER_LANES; l++)
+            e->key += MAX(a->share[l].time - s->lanes[l].floor[a->is_idle], 0.0);
         in_advance++;
     }
     sort(s->queued, s->n_queued, before_by_class_and_key);
@@ -550,6 +618,7 @@ static void rank(struct scheduler *s)
     for (size_t i = 0; i < s->n_running; i++) {
         s->sorted[i] = s->running[i];
         s->sorted[i]->key = remaining_usec(s, s->running[i]);
+        s->sorted[i]->flow_time = 0;
     }
     sort(s->sorted, s->n_running, before_by_key);
     for (size_t i = 0; i < s->n_running; i++)
@@ -588,7 +657,7 @@ struct scheduler_task *scheduler_admit(struct scheduler *s, uint64_t kv_bytes_fr
 uint32_t scheduler_position(struct scheduler *s, const struct scheduler_task *task,
                             uint64_t *ret_estimate_usec)
 {
-    double usec = 0;
+    double usec = 0, token = usual_token_usec(s);
     uint32_t before;
 
     *ret_estimate_usec = 0;
@@ -596,9 +665,9 @@ uint32_t scheduler_position(struct scheduler *s, const struct scheduler_task *ta
         return 0;
     rank(s);
     before = task->entry->position - 1;
-    if (s->n_running > 0 && s->token_usec > 0) {
+    if (s->n_running > 0 && token > 0) {
         usec = s->remaining[before % s->n_running];
-        usec += (double)(before / s->n_running) * s->answer * s->token_usec;
+        usec += (double)(before / s->n_running) * s->answer * token;
     }
     *ret_estimate_usec = (uint64_t)usec;
     return task->entry->position;
@@ -651,12 +720,19 @@ static void next_choice(struct share *s)
     s->decoded = s->decodes;
     s->is_runnable = false;
     s->decodes = false;
+    s->is_interactive = false;
     s->n_decoding = 0;
 }
 
 static bool is_runnable(const struct scheduler_entry *e)
 {
     return e->task->n_pending > 0 && !e->task->is_blocked;
+}
+
+/* By this lane, now. */
+static bool can_be_picked(const struct scheduler_entry *e, unsigned lane)
+{
+    return is_runnable(e) && !e->task->is_under_way && (e->task->lanes & 1u << lane);
 }
 
 /* With one row a step, prompts must take turns with those that decode. */
@@ -666,16 +742,66 @@ static bool is_decoding(const struct scheduler *s, const struct scheduler_entry 
 }
 
 /* Virtual time that a token costs. */
-static double account_pace(const struct account *a)
+static double account_pace(const struct account *a, unsigned lane)
 {
     double weight = (double)a->weight / DEFAULT_WEIGHT;
 
-    return (a->is_idle || a->is_interactive ? 1 : BATCH_PART) / weight;
+    return (a->is_idle || a->share[lane].is_interactive ? 1 : BATCH_PART) / weight;
 }
 
-static double flow_pace(const struct account *a, const struct flow *f)
+static double flow_pace(const struct account *a, const struct flow *f, unsigned lane)
 {
-    return a->is_idle || f->is_interactive ? 1 : BATCH_PART;
+    return a->is_idle || f->share[lane].is_interactive ? 1 : BATCH_PART;
+}
+
+/* Who can be picked, and who of them decodes. */
+static void note_runnable(struct scheduler *s, const struct choice *c)
+{
+    for (struct account *a = s->accounts; a; a = a->next) {
+        if (a->is_idle != c->is_idle)
+            continue;
+        next_choice(&a->share[c->lane]);
+        for (struct flow *f = a->flows; f; f = f->next)
+            next_choice(&f->share[c->lane]);
+    }
+    for (size_t i = 0; i < s->n_running; i++) {
+        const struct scheduler_entry *e = s->running[i];
+        struct share *a = &e->account->share[c->lane], *f = &e->flow->share[c->lane];
+
+        if (e->account->is_idle != c->is_idle || !can_be_picked(e, c->lane))
+            continue;
+        a->is_runnable = f->is_runnable = true;
+        if (is_decoding(s, e)) {
+            a->decodes = f->decodes = true;
+            a->n_decoding++;
+            f->n_decoding++;
+        }
+        if (e->task->class == CLASS_INTERACTIVE)
+            a->is_interactive = f->is_interactive = true;
+    }
+}
+
+/* An account's flows: those that join, and the least virtual times. */
+static void gather_flows(struct account *a, const struct choice *c, uint64_t now, bool has_others)
+{
+    struct share *share = &a->share[c->lane];
+    struct company flows = {0};
+
+    for (struct flow *f = a->flows; f; f = f->next)
+        note_company(&flows, &f->share[c->lane]);
+    share->least = a->least_decoding = HUGE_VAL;
+    for (struct flow *f = a->flows; f; f = f->next) {
+        struct share *fs = &f->share[c->lane];
+
+        lift(fs, &flows, now);
+        if (fs->is_runnable)
+            share->least = MIN(share->least, fs->time);
+        if (fs->decodes)
+            a->least_decoding =
+                MIN(a->least_decoding, fs->time + fs->n_decoding * flow_pace(a, f, c->lane));
+        else if (fs->is_runnable && has_others)
+            a->least_decoding = MIN(a->least_decoding, fs->time);
+    }
 }
 
 /*
@@ -683,111 +809,77 @@ static double flow_pace(const struct account *a, const struct flow *f)
  * least virtual time, and what will be the least of those that decode, so that what all can have is
  * no lead.
  */
-static void gather(struct scheduler *s, bool is_idle, double *ret_least, double *ret_decoding)
+static void gather(struct scheduler *s, struct choice *c)
 {
-    uint64_t now = s->n_steps + 1;
-    struct company company = {.most = s->most[is_idle]};
-    double least = HUGE_VAL, decoding = HUGE_VAL;
+    struct lane *l = &s->lanes[c->lane];
+    uint64_t now = l->n_steps + 1;
+    struct company company = {.most = l->most[c->is_idle]};
     uint32_t n_accounts = 0;
 
-    for (struct account *a = s->accounts; a; a = a->next) {
-        if (a->is_idle != is_idle)
-            continue;
-        next_choice(&a->share);
-        a->is_interactive = false;
-        for (struct flow *f = a->flows; f; f = f->next) {
-            next_choice(&f->share);
-            f->is_interactive = false;
-        }
-    }
-    for (size_t i = 0; i < s->n_running; i++) {
-        const struct scheduler_entry *e = s->running[i];
-        struct account *a = e->account;
-
-        if (a->is_idle != is_idle || !is_runnable(e))
-            continue;
-        a->share.is_runnable = e->flow->share.is_runnable = true;
-        if (is_decoding(s, e)) {
-            a->share.decodes = e->flow->share.decodes = true;
-            a->share.n_decoding++;
-            e->flow->share.n_decoding++;
-        }
-        if (e->task->class == CLASS_INTERACTIVE)
-            a->is_interactive = e->flow->is_interactive = true;
-    }
+    c->least = c->least_decoding = HUGE_VAL;
+    note_runnable(s, c);
     for (struct account *a = s->accounts; a; a = a->next)
-        if (a->is_idle == is_idle) {
-            note_company(&company, &a->share);
-            n_accounts += a->share.is_runnable;
+        if (a->is_idle == c->is_idle) {
+            note_company(&company, &a->share[c->lane]);
+            n_accounts += a->share[c->lane].is_runnable;
         }
     for (struct account *a = s->accounts; a; a = a->next) {
-        struct company flows = {0};
+        struct share *share = &a->share[c->lane];
 
-        if (a->is_idle != is_idle || !a->share.is_runnable)
+        if (a->is_idle != c->is_idle || !share->is_runnable)
             continue;
-        lift(&a->share, &company, now);
-        least = MIN(least, a->share.time);
-        if (a->share.decodes)
-            decoding = MIN(decoding, a->share.time + a->share.n_decoding * account_pace(a));
-
-        for (struct flow *f = a->flows; f; f = f->next)
-            note_company(&flows, &f->share);
-        a->least = a->least_decoding = HUGE_VAL;
-        for (struct flow *f = a->flows; f; f = f->next) {
-            lift(&f->share, &flows, now);
-            if (f->share.is_runnable)
-                a->least = MIN(a->least, f->share.time);
-            if (f->share.decodes)
-                a->least_decoding =
-                    MIN(a->least_decoding, f->share.time + f->share.n_decoding * flow_pace(a, f));
-            else if (f->share.is_runnable && n_accounts > 1)
-                a->least_decoding = MIN(a->least_decoding, f->share.time);
-        }
+        lift(share, &company, now);
+        c->least = MIN(c->least, share->time);
+        if (share->decodes)
+            c->least_decoding =
+                MIN(c->least_decoding, share->time + share->n_decoding * account_pace(a, c->lane));
+        gather_flows(a, c, now, n_accounts > 1);
     }
-    s->most[is_idle] = company.most;
-    if (least < HUGE_VAL)
-        s->floor[is_idle] = least;
-    *ret_least = least;
-    *ret_decoding = decoding;
+    l->most[c->is_idle] = company.most;
+    if (c->least < HUGE_VAL)
+        l->floor[c->is_idle] = c->least;
 }
 
 /* Keeps those of e[n], tasks that decode, that do not lead; the least virtual time first. */
-static size_t keep_decoding(struct scheduler_entry **e, size_t n, double least)
+static size_t keep_decoding(const struct choice *c, struct scheduler_entry **e, size_t n)
 {
     const struct account *account = NULL;
     const struct flow *flow = NULL;
     double time = 0, flow_time = 0;
     size_t n_kept = 0;
 
+    for (size_t i = 0; i < n; i++)
+        e[i]->flow_time = e[i]->flow->share[c->lane].time;
     sort(e, n, before_in_account);
     for (size_t i = 0; i < n; i++) {
         if (e[i]->account != account)
-            time = e[i]->account->share.time;
+            time = e[i]->account->share[c->lane].time;
         if (e[i]->flow != flow)
-            flow_time = e[i]->flow->share.time;
+            flow_time = e[i]->flow_time;
         account = e[i]->account;
         flow = e[i]->flow;
-        if (time - least > LEAD || flow_time - account->least_decoding > LEAD)
+        if (time - c->least_decoding > LEAD || flow_time - account->least_decoding > LEAD)
             continue;
         e[i]->key = time;
-        time += account_pace(account);
-        flow_time += flow_pace(account, flow);
+        time += account_pace(account, c->lane);
+        flow_time += flow_pace(account, flow, c->lane);
         e[n_kept++] = e[i];
     }
     sort(e, n_kept, before_by_key);
     return n_kept;
 }
 
-static size_t keep_prompts(struct scheduler_entry **e, size_t n, double least)
+static size_t keep_prompts(const struct choice *c, struct scheduler_entry **e, size_t n)
 {
     size_t n_kept = 0;
 
     for (size_t i = 0; i < n; i++) {
-        const struct account *a = e[i]->account;
+        const struct share *a = &e[i]->account->share[c->lane];
 
-        if (a->share.time - least > LEAD || e[i]->flow->share.time - a->least > LEAD)
+        e[i]->flow_time = e[i]->flow->share[c->lane].time;
+        if (a->time - c->least > LEAD || e[i]->flow_time - a->least > LEAD)
             continue;
-        e[i]->key = a->share.time;
+        e[i]->key = a->time;
         e[n_kept++] = e[i];
     }
     sort(e, n_kept, before_by_key);
@@ -795,53 +887,55 @@ static size_t keep_prompts(struct scheduler_entry **e, size_t n, double least)
 }
 
 /* What a token costs alone, as well as that is known. */
-static double token_usec(const struct scheduler *s)
+static double token_usec(const struct lane *l)
 {
     for (size_t i = 1; i < MEASURED; i++)
-        if (s->measured[i].usec > 0)
-            return s->measured[i].usec;
+        if (l->measured[i].usec > 0)
+            return l->measured[i].usec;
     return 0;
 }
 
 /* How many rows of prompts fit a step beside n_decoding others. */
-static uint32_t rows_for(const struct scheduler *s, enum situation situation, size_t n_decoding)
+static uint32_t rows_for(const struct scheduler *s, const struct lane *l, enum situation situation,
+                         size_t n_decoding)
 {
-    double step = s->measured[MIN(n_decoding, (size_t)MEASURED - 1)].usec;
-    double limit = BESIDE_FACTOR * (n_decoding > 0 ? step : token_usec(s));
-    double cost = prompt_row_usec(s, situation), n = s->cost[situation].most_rows;
+    double step = l->measured[MIN(n_decoding, (size_t)MEASURED - 1)].usec;
+    double limit = BESIDE_FACTOR * (n_decoding > 0 ? step : token_usec(l));
+    double cost = prompt_row_usec(l, situation), n = l->cost[situation].most_rows;
 
     if (s->is_loading)
         return s->max_rows;
     if (situation == ALONE)
         limit = MAX(limit, STEP_USEC);
     if (cost == 0)
-        cost = PROMPT_COST * token_usec(s);
+        cost = PROMPT_COST * token_usec(l);
     if (cost > 0)
         n = MIN(n, (limit - step) / cost);
     return (uint32_t)MAX(MIN(n, (double)s->max_rows), 1.0);
 }
 
-static size_t choose_prompts(struct scheduler *s, struct scheduler_entry **e, size_t n,
-                             struct scheduler_pick *picks, size_t n_picks, size_t max_picks,
-                             uint32_t n_logits)
+static size_t choose_prompts(struct scheduler *s, unsigned lane, struct scheduler_entry **e,
+                             size_t n, struct scheduler_pick *picks, size_t n_picks,
+                             size_t max_picks, uint32_t n_logits)
 {
     const struct account *waiting = NULL; /* one whose interactive tasks decode */
     uint32_t n_decoding = (uint32_t)n_picks, n_prompt_rows = 0;
+    struct lane *l = &s->lanes[lane];
     bool several_wait = false;
 
     for (size_t i = 0; i < s->n_running; i++) {
         const struct scheduler_entry *r = s->running[i];
 
-        if (!is_runnable(r) || !is_decoding(s, r) || r->task->class != CLASS_INTERACTIVE)
+        if (!can_be_picked(r, lane) || !is_decoding(s, r) || r->task->class != CLASS_INTERACTIVE)
             continue;
         several_wait = several_wait || (waiting && waiting != r->account);
         waiting = r->account;
     }
-    s->situation = ALONE;
+    l->situation = ALONE;
     for (size_t i = 0; i < n && n_picks < max_picks; i++) {
         bool beside =
-            s->situation == BESIDE || several_wait || (waiting && waiting != e[i]->account);
-        uint32_t most = rows_for(s, beside ? BESIDE : ALONE, n_decoding), rows;
+            l->situation == BESIDE || several_wait || (waiting && waiting != e[i]->account);
+        uint32_t most = rows_for(s, l, beside ? BESIDE : ALONE, n_decoding), rows;
 
         most = MIN(most, s->max_rows - n_decoding);
         if (most <= n_prompt_rows)
@@ -854,7 +948,7 @@ static size_t choose_prompts(struct scheduler *s, struct scheduler_entry **e, si
         if (rows == 0)
             continue;
         if (beside)
-            s->situation = BESIDE;
+            l->situation = BESIDE;
         e[i]->was_decoding = false;
         picks[n_picks++] = (struct scheduler_pick){e[i]->task, rows};
         n_prompt_rows += rows;
@@ -862,17 +956,19 @@ static size_t choose_prompts(struct scheduler *s, struct scheduler_entry **e, si
     return n_picks;
 }
 
-size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_t max_picks)
+size_t scheduler_choose(struct scheduler *s, unsigned lane, struct scheduler_pick *picks,
+                        size_t max_picks)
 {
+    struct choice c = {.lane = lane, .is_idle = true};
+    struct lane *l = &s->lanes[lane];
     struct scheduler_entry **prompts;
     size_t n_decoding = 0, n_prompts = 0, n_picks, n_rows;
     const struct measured *m;
-    bool is_idle = true;
-    double least, least_decoding;
 
-    for (size_t i = 0; i < s->n_running && is_idle; i++)
-        is_idle = s->running[i]->account->is_idle || !is_runnable(s->running[i]);
-    gather(s, is_idle, &least, &least_decoding);
+    assert(lane < SCHEDULER_LANES);
+    for (size_t i = 0; i < s->n_running && c.is_idle; i++)
+        c.is_idle = s->running[i]->account->is_idle || !is_runnable(s->running[i]);
+    gather(s, &c);
     if (s->n_running == 0)
         return 0;
 
@@ -881,7 +977,7 @@ size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_
     for (size_t i = 0; i < s->n_running; i++) {
         struct scheduler_entry *e = s->running[i];
 
-        if (e->account->is_idle != is_idle || !is_runnable(e))
+        if (e->account->is_idle != c.is_idle || !can_be_picked(e, lane))
             continue;
         if (is_decoding(s, e)) {
             s->sorted[n_decoding++] = e;
@@ -890,9 +986,9 @@ size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_
             n_prompts++;
         }
     }
-    s->n_decoding = (uint32_t)n_decoding;
-    n_decoding = keep_decoding(s->sorted, n_decoding, least_decoding);
-    n_prompts = keep_prompts(prompts, n_prompts, least);
+    l->n_decoding = (uint32_t)n_decoding;
+    n_decoding = keep_decoding(&c, s->sorted, n_decoding);
+    n_prompts = keep_prompts(&c, prompts, n_prompts);
 
     n_rows = n_prompts > 0 && s->max_rows > 1 ? s->max_rows - 1 : s->max_rows;
     n_picks = MIN(MIN(n_decoding, (size_t)s->max_logits), MIN(n_rows, max_picks));
@@ -902,10 +998,10 @@ size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_
         e->was_decoding = true;
         picks[i] = (struct scheduler_pick){e->task, 1};
     }
-    m = &s->measured[MIN(n_picks, (size_t)MEASURED - 1)];
-    if (n_picks > 0 && !s->is_loading && (m->usec == 0 || s->n_steps - m->at > MEASURE_AGAIN))
+    m = &l->measured[MIN(n_picks, (size_t)MEASURED - 1)];
+    if (n_picks > 0 && !s->is_loading && (m->usec == 0 || l->n_steps - m->at > MEASURE_AGAIN))
         return n_picks;
-    return choose_prompts(s, prompts, n_prompts, picks, n_picks, max_picks,
+    return choose_prompts(s, lane, prompts, n_prompts, picks, n_picks, max_picks,
                           s->max_logits - (uint32_t)n_picks);
 }
 
@@ -913,9 +1009,9 @@ size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_
 
 /* Steps without prompts. Goes down fast and up slowly: a step disturbed from outside says little.
  */
-static void learn_decoding(struct scheduler *s, size_t n, double usec)
+static void learn_decoding(struct lane *l, size_t n, double usec)
 {
-    struct measured *m = &s->measured[MIN(n, (size_t)MEASURED - 1)];
+    struct measured *m = &l->measured[MIN(n, (size_t)MEASURED - 1)];
 
     if (m->usec == 0)
         m->usec = usec;
@@ -924,15 +1020,16 @@ static void learn_decoding(struct scheduler *s, size_t n, double usec)
     else
         m->usec += 0.1 * (MIN(usec, 3 * m->usec) - m->usec);
     m->usec = MAX(m->usec, 1.0);
-    m->at = s->n_steps;
+    m->at = l->n_steps;
 }
 
-static void learn_prompts(struct scheduler *s, size_t n_decoding, uint32_t rows, double usec)
+static void learn_prompts(struct lane *l, size_t n_decoding, uint32_t rows, double usec,
+                          uint32_t max_rows)
 {
-    struct prompt_cost *c = &s->cost[s->situation];
-    double step = n_decoding > 0 ? s->measured[MIN(n_decoding, (size_t)MEASURED - 1)].usec : 0;
+    struct prompt_cost *c = &l->cost[l->situation];
+    double step = n_decoding > 0 ? l->measured[MIN(n_decoding, (size_t)MEASURED - 1)].usec : 0;
     double extra = MAX(usec - step, 0.0);
-    double growth = s->situation == BESIDE ? 1.25 : 2;
+    double growth = l->situation == BESIDE ? 1.25 : 2;
 
     /* What others on the machine take away does not become less with smaller chunks. */
     if (c->rows > 0)
@@ -940,53 +1037,70 @@ static void learn_prompts(struct scheduler *s, size_t n_decoding, uint32_t rows,
     c->usec = 0.5 * c->usec + extra;
     c->rows = 0.5 * c->rows + rows;
     c->most_rows = MAX(0.9 * c->most_rows, growth * rows + 1);
-    c->most_rows = MIN(c->most_rows, (double)s->max_rows);
+    c->most_rows = MIN(c->most_rows, (double)max_rows);
 }
 
-static void note_rate(struct scheduler *s, uint64_t usec, uint32_t prompt_rows, uint32_t decoded)
+static void note_rate(struct lane *l, uint64_t usec, uint32_t prompt_rows, uint32_t decoded)
 {
-    struct rate_slot *slot = &s->slots[s->slot];
+    struct rate_slot *slot = &l->slots[l->slot];
 
     slot->usec += usec;
     slot->prompt_rows += prompt_rows;
     slot->decoded += decoded;
     if (slot->usec >= RATE_SLOT_USEC) {
-        s->slot = (s->slot + 1) % RATE_SLOTS;
-        s->slots[s->slot] = (struct rate_slot){0};
+        l->slot = (l->slot + 1) % RATE_SLOTS;
+        l->slots[l->slot] = (struct rate_slot){0};
     }
 }
 
 /* for_prompts: rows of prompts, with those that were picked as if they decoded. */
-static void learn(struct scheduler *s, size_t n_decoding, uint32_t prompt_rows,
-                  uint32_t for_prompts, uint64_t took_usec)
+static void learn(struct lane *l, size_t n_decoding, uint32_t prompt_rows, uint32_t for_prompts,
+                  uint64_t took_usec, uint32_t max_rows)
 {
     if (prompt_rows > 0)
-        learn_prompts(s, n_decoding, prompt_rows, (double)took_usec);
+        learn_prompts(l, n_decoding, prompt_rows, (double)took_usec, max_rows);
     else
-        learn_decoding(s, n_decoding, (double)took_usec);
+        learn_decoding(l, n_decoding, (double)took_usec);
     if (n_decoding > 0) {
-        double usec = (double)took_usec * MAX(s->n_decoding, 1u) / (double)n_decoding;
+        double usec = (double)took_usec * MAX(l->n_decoding, 1u) / (double)n_decoding;
 
-        s->token_usec += s->token_usec > 0 ? 0.1 * (usec - s->token_usec) : usec;
+        l->token_usec += l->token_usec > 0 ? 0.1 * (usec - l->token_usec) : usec;
     }
-    note_rate(s, took_usec, for_prompts, (uint32_t)n_decoding + prompt_rows - for_prompts);
+    note_rate(l, took_usec, for_prompts, (uint32_t)n_decoding + prompt_rows - for_prompts);
 }
 
 /* What a row of a prompt costs in tokens. */
-static double prompt_price(const struct scheduler *s)
+static double prompt_price(const struct lane *l)
 {
-    double token = token_usec(s);
+    double token = token_usec(l);
 
-    return token > 0 ? MIN(MAX(prompt_row_usec(s, s->situation) / token, 0.01), 1.0) : PROMPT_COST;
+    return token > 0 ? MIN(MAX(prompt_row_usec(l, l->situation) / token, 0.01), 1.0) : PROMPT_COST;
 }
 
-void scheduler_account(struct scheduler *s, const struct scheduler_pick *picks, size_t n_picks,
-                       uint64_t took_usec)
+static void charge(struct scheduler *s, unsigned lane, const struct scheduler_pick *pick,
+                   double price)
 {
+    struct scheduler_entry *e = pick->task->entry;
+    struct account *a = e->account;
+    double work = pick->n_rows * (e->was_decoding ? 1 : price), *most;
+
+    most = &s->lanes[lane].most[a->is_idle];
+    a->share[lane].time += work * account_pace(a, lane);
+    e->flow->share[lane].time += work * flow_pace(a, e->flow, lane);
+    *most = MAX(*most, a->share[lane].time);
+    if (e->was_decoding && !e->task->is_prompt)
+        e->n_decoded += pick->n_rows;
+}
+
+void scheduler_account(struct scheduler *s, unsigned lane, const struct scheduler_pick *picks,
+                       size_t n_picks, uint64_t took_usec)
+{
+    struct lane *l = &s->lanes[lane];
     uint32_t prompt_rows = 0, for_prompts = 0;
     size_t n_decoding = 0;
     double price;
 
+    assert(lane < SCHEDULER_LANES);
     for (size_t i = 0; i < n_picks; i++) {
         if (picks[i].n_rows == 0)
             continue;
@@ -999,38 +1113,43 @@ void scheduler_account(struct scheduler *s, const struct scheduler_pick *picks, 
     }
     if (n_decoding + prompt_rows == 0)
         return;
-    s->n_steps++;
+    l->n_steps++;
+    l->statistics.prompt_rows += for_prompts;
+    l->statistics.decoded_rows += n_decoding + prompt_rows - for_prompts;
+    l->statistics.usec += took_usec;
     s->is_ranked = false;
     if (!s->is_loading)
-        learn(s, n_decoding, prompt_rows, for_prompts, took_usec);
+        learn(l, n_decoding, prompt_rows, for_prompts, took_usec, s->max_rows);
+    price = prompt_price(l);
+    for (size_t i = 0; i < n_picks; i++)
+        charge(s, lane, &picks[i], price);
+}
 
-    price = prompt_price(s);
-    for (size_t i = 0; i < n_picks; i++) {
-        struct scheduler_entry *e = picks[i].task->entry;
-        double work = picks[i].n_rows * (e->was_decoding ? 1 : price);
+static void get_lane(const struct lane *l, struct lane_statistics *ret)
+{
+    struct rate_slot sum = {0};
 
-        e->account->share.time += work * account_pace(e->account);
-        e->flow->share.time += work * flow_pace(e->account, e->flow);
-        s->most[e->account->is_idle] = MAX(s->most[e->account->is_idle], e->account->share.time);
-        if (e->was_decoding && !e->task->is_prompt)
-            e->n_decoded += picks[i].n_rows;
+    *ret = l->statistics;
+    ret->passes = l->n_steps;
+    for (size_t i = 0; i < RATE_SLOTS; i++) {
+        sum.usec += l->slots[i].usec;
+        sum.prompt_rows += l->slots[i].prompt_rows;
+        sum.decoded += l->slots[i].decoded;
+    }
+    if (sum.usec > 0) {
+        ret->prefill_rate = (double)sum.prompt_rows * 1e6 / (double)sum.usec;
+        ret->decode_rate = (double)sum.decoded * 1e6 / (double)sum.usec;
     }
 }
 
 void scheduler_get_statistics(const struct scheduler *s, struct scheduler_statistics *ret)
 {
-    struct rate_slot sum = {0};
-
-    for (size_t i = 0; i < RATE_SLOTS; i++) {
-        sum.usec += s->slots[i].usec;
-        sum.prompt_rows += s->slots[i].prompt_rows;
-        sum.decoded += s->slots[i].decoded;
-    }
     *ret = (struct scheduler_statistics){.n_queued = (uint32_t)s->n_queued,
-                                         .n_running = (uint32_t)s->n_running,
-                                         .n_steps = s->n_steps};
-    if (sum.usec > 0) {
-        ret->prefill_rate = (double)sum.prompt_rows * 1e6 / (double)sum.usec;
-        ret->decode_rate = (double)sum.decoded * 1e6 / (double)sum.usec;
+                                         .n_running = (uint32_t)s->n_running};
+    for (unsigned l = 0; l < SCHEDULER_LANES; l++) {
+        get_lane(&s->lanes[l], &ret->lanes[l]);
+        ret->n_steps += ret->lanes[l].passes;
+        ret->prefill_rate += ret->lanes[l].prefill_rate;
+        ret->decode_rate += ret->lanes[l].decode_rate;
     }
 }

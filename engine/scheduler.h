@@ -4,7 +4,15 @@
 
 /*
  * scheduler: which rows of whom make up the next step. It knows neither models nor clients: it is
- * told tasks, picks rows, and is told what they took. Engine thread. Nothing but scheduler_add()
+ * told tasks, picks rows, and is told what they took.
+ *
+ * Lanes: two steps may be under way at once, one in each lane, on different tasks. Every task says
+ * which lanes may take it now. A lane is shared out by itself: what steps of it take is learned
+ * apart, accounts have a virtual time in each, and compete for it with those only that it could
+ * pick. So who is served by one lane alone loses nothing of the other, and no lane waits for
+ * fairness' sake while it is the only one that could do the work.
+ *
+ * Engine thread. Nothing but scheduler_add()
  * and scheduler_set_weight() allocates.
  *
  * A task is one request at work. It counts against an account (the daemon: a uid) and a flow (a
@@ -38,6 +46,8 @@
 
 struct scheduler;
 
+#define SCHEDULER_LANES 2u /* numbers from 0; engine.h has names for them */
+
 enum scheduler_class {
     CLASS_INTERACTIVE,
     CLASS_BATCH,
@@ -54,6 +64,10 @@ struct scheduler_task {
                            what is computed again; 0: nothing at the moment */
     bool is_prompt;     /* one row may be the rest of a prompt as well: for statistics */
     bool is_blocked;   /* its reader is slow: not to be picked, and no reason to hold others back */
+    unsigned lanes;    /* bits, 1 << lane: those that may take it now */
+    bool is_under_way; /* picked, and its step goes on: no lane picks it, it is no victim, and must
+                          not be requeued nor removed. Runnable all the same: idle ones wait for it
+                        */
     uint64_t kv_bytes; /* beyond those it holds, that it will take at most soon: prompt and some
                           headroom; for admission, so less and less while it runs */
     uint32_t max_tokens; /* it may still generate, 0: not known; for estimates */
@@ -110,22 +124,30 @@ struct scheduler_pick {
     uint32_t n_rows; /* <= n_pending */
 };
 
-/* The next step: at most max_rows rows, at most max_logits tasks whose n_rows reach n_pending.
- * picks[max_picks], max_picks >= 1. Returns how many; 0: nothing is runnable. */
-size_t scheduler_choose(struct scheduler *s, struct scheduler_pick *picks, size_t max_picks);
+/* The lane's next step: at most max_rows rows, at most max_logits tasks whose n_rows reach
+ * n_pending. picks[max_picks], max_picks >= 1. Returns how many; 0: nothing is runnable. */
+size_t scheduler_choose(struct scheduler *s, unsigned lane, struct scheduler_pick *picks,
+                        size_t max_picks);
 
-/* Charges the picks last chosen (those that failed with n_rows 0) and learns from the time. Right
- * after the step: before tasks are changed, requeued or removed. */
-void scheduler_account(struct scheduler *s, const struct scheduler_pick *picks, size_t n_picks,
-                       uint64_t took_usec);
+/* Charges the picks that the lane last chose (those that failed with n_rows 0) and learns from the
+ * time. Right after the step: before its tasks are changed, requeued or removed. A step that came
+ * to nothing as a whole need not be accounted for. */
+void scheduler_account(struct scheduler *s, unsigned lane, const struct scheduler_pick *picks,
+                       size_t n_picks, uint64_t took_usec);
 
 /* 0: it runs; 1: the next to be let in. *ret_estimate_usec from now; 0 when not known yet. */
 uint32_t scheduler_position(struct scheduler *s, const struct scheduler_task *task,
                             uint64_t *ret_estimate_usec);
 
+struct lane_statistics {
+    uint64_t passes, prompt_rows, decoded_rows, usec; /* since the start; usec: of its passes */
+    double prefill_rate, decode_rate; /* tokens per second over its last 10 s of work */
+};
+
 struct scheduler_statistics {
     uint32_t n_queued, n_running;
     uint64_t n_steps;
-    double prefill_rate, decode_rate; /* tokens per second over the last 10 s of work */
+    double prefill_rate, decode_rate; /* of all lanes together */
+    struct lane_statistics lanes[SCHEDULER_LANES];
 };
 void scheduler_get_statistics(const struct scheduler *s, struct scheduler_statistics *ret);

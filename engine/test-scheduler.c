@@ -12,6 +12,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -116,7 +117,7 @@ static struct client *client(struct world *w, uint64_t account, enum scheduler_c
 
     assert(w->n <= MOST_CLIENTS);
     *c = (struct client){.prompt = prompt, .answer = answer, .pause = pause};
-    c->task = (struct scheduler_task){.account = account, .flow = w->n, .class = class};
+    c->task = (struct scheduler_task){.account = account, .flow = w->n, .class = class, .lanes = 1};
     return c;
 }
 
@@ -167,7 +168,7 @@ static size_t step(struct world *w)
     allocations = n_allocations;
     while ((t = scheduler_admit(w->s, UINT64_MAX)))
         ((struct client *)t)->is_running = true;
-    n = scheduler_choose(w->s, picks, MOST_CLIENTS);
+    n = scheduler_choose(w->s, 0, picks, MOST_CLIENTS);
 
     w->n_decoding = w->n_prompt = 0;
     for (size_t i = 0; i < n; i++) {
@@ -191,7 +192,7 @@ static size_t step(struct world *w)
     }
     w->took = takes(w->m, w->n_decoding, w->n_prompt);
     w->now += w->took;
-    scheduler_account(w->s, picks, n, (uint64_t)w->took);
+    scheduler_account(w->s, 0, picks, n, (uint64_t)w->took);
     assert(n_allocations == allocations);
 
     for (size_t i = 0; i < n; i++) {
@@ -620,7 +621,7 @@ static void check_alone(void)
     }
 }
 
-/* A model that is still being read: every step takes a second, and says nothing about later ones. */
+/* A model that is still being read: every step takes a second and says nothing about later ones. */
 static void check_loading(void)
 {
     static const struct machine disk = {.base = 1000000, .decode = 100, .prompt = 100};
@@ -712,8 +713,12 @@ static void check_limits(void)
 static struct scheduler_task task(uint64_t account, uint64_t flow, enum scheduler_class class,
                                   uint64_t kv)
 {
-    return (struct scheduler_task){
-        .account = account, .flow = flow, .class = class, .n_pending = 1, .kv_bytes = kv};
+    return (struct scheduler_task){.account = account,
+                                   .flow = flow,
+                                   .class = class,
+                                   .n_pending = 1,
+                                   .kv_bytes = kv,
+                                   .lanes = 1};
 }
 
 static void check_admission(void)
@@ -761,9 +766,9 @@ static void check_admission(void)
 
     /* Estimates: nothing before a step; then by position. */
     for (int i = 0; i < 50; i++) {
-        n = scheduler_choose(s, picks, 8);
+        n = scheduler_choose(s, 0, picks, 8);
         assert(n >= 2 && n <= 3);
-        scheduler_account(s, picks, n, 100000);
+        scheduler_account(s, 0, picks, n, 100000);
     }
     scheduler_get_statistics(s, &st);
     assert(st.n_steps == 50 && st.decode_rate > 20 && st.decode_rate <= 30);
@@ -775,9 +780,9 @@ static void check_admission(void)
         earlier = usec;
     }
     t[0].max_tokens = t[1].max_tokens = t[3].max_tokens = 2;
-    scheduler_account(s, (struct scheduler_pick[]){{&t[0], 0}}, 1, 5); /* none of it worked */
-    n = scheduler_choose(s, picks, 8);
-    scheduler_account(s, picks, n, 100000);
+    scheduler_account(s, 0, (struct scheduler_pick[]){{&t[0], 0}}, 1, 5); /* none of it worked */
+    n = scheduler_choose(s, 0, picks, 8);
+    scheduler_account(s, 0, picks, n, 100000);
     scheduler_position(s, &t[2], &usec);
     near((double)usec, 250000, 100000, "estimate: two tokens of 0.1 s");
 
@@ -797,8 +802,8 @@ static void check_admission(void)
 
     /* Of the last ten seconds only. */
     for (int i = 0; i < 50; i++) {
-        n = scheduler_choose(s, picks, 8);
-        scheduler_account(s, picks, n, 400000);
+        n = scheduler_choose(s, 0, picks, 8);
+        scheduler_account(s, 0, picks, n, 400000);
     }
     scheduler_get_statistics(s, &st);
     near(st.decode_rate, 2.5 * (double)n, 2.6, "tokens per second");
@@ -815,7 +820,7 @@ static void check_admission(void)
     assert(scheduler_position(s, &t[2], &usec) == 2);
     for (int i = 0; i < 6; i++)
         scheduler_remove(s, &t[i]);
-    assert(scheduler_choose(s, picks, 8) == 0);
+    assert(scheduler_choose(s, 0, picks, 8) == 0);
     scheduler_get_statistics(s, &st);
     assert(st.n_running == 0 && st.n_queued == 0);
 
@@ -827,15 +832,15 @@ static void check_admission(void)
         assert(scheduler_add(s, &t[i]) == 0);
     while (scheduler_admit(s, UINT64_MAX))
         ;
-    assert(scheduler_choose(s, picks, 8) > 0);
-    scheduler_account(s, (struct scheduler_pick[]){{&t[6], 100}, {&t[7], 10}}, 2, 1000);
+    assert(scheduler_choose(s, 0, picks, 8) > 0);
+    scheduler_account(s, 0, (struct scheduler_pick[]){{&t[6], 100}, {&t[7], 10}}, 2, 1000);
     scheduler_requeue(s, &t[6]);
     scheduler_requeue(s, &t[7]);
     for (int i = 0; i < 2; i++) {
         assert(scheduler_position(s, &t[7], &usec) == 1);
         assert(scheduler_position(s, &t[6], &usec) == 2);
         t[8].is_blocked = true;
-        assert(scheduler_choose(s, picks, 8) == 0);
+        assert(scheduler_choose(s, 0, picks, 8) == 0);
         scheduler_set_weight(s, 99, 50); /* the order is made anew */
     }
     for (int i = 6; i < 9; i++)
@@ -872,7 +877,7 @@ static void check_victim(void)
         if (i == 0)
             assert(!scheduler_victim(s, &t[0])); /* nobody else runs */
     }
-    assert(scheduler_choose(s, picks, 1) == 1); /* all are at the start: who is charged leads */
+    assert(scheduler_choose(s, 0, picks, 1) == 1); /* all are at the start: who is charged leads */
     for (int i = 0; i < 5; i++)
         queued[i % 3] = task(9, 9, (enum scheduler_class)(i % 3), 0);
     for (int i = 0; i < 3; i++)
@@ -896,10 +901,10 @@ static void check_victim(void)
         assert(scheduler_admit(s, UINT64_MAX));
     assert(scheduler_victim(s, &t[0]) == &t[5]);
     for (int i = 0; i < 3; i++)
-        scheduler_account(s, (struct scheduler_pick[]){{&t[2], 1}}, 1, 1000);
+        scheduler_account(s, 0, (struct scheduler_pick[]){{&t[2], 1}}, 1, 1000);
     assert(scheduler_victim(s, &t[0]) == &t[2] && scheduler_victim(s, &t[2]) == &t[2]);
     for (int i = 0; i < 20; i++)
-        scheduler_account(s, (struct scheduler_pick[]){{&t[0], 1}}, 1, 1000);
+        scheduler_account(s, 0, (struct scheduler_pick[]){{&t[0], 1}}, 1, 1000);
     assert(scheduler_victim(s, &t[0]) == &t[2]); /* the oldest never */
     for (int i = 0; i < 6; i++)
         scheduler_remove(s, &t[i]);
@@ -956,15 +961,337 @@ static void check_memory(void)
     scheduler_free(s);
 }
 
+/* ---- two lanes ---- */
+
+enum { CPU, GPU };
+enum { ON_CPU = 1u << CPU, ON_GPU = 1u << GPU, ON_BOTH = ON_CPU | ON_GPU };
+
+/* As the engine thread drives it: between two steps of the CPU it looks at the GPU. */
+struct pair {
+    struct scheduler *s;
+    const struct machine *m[SCHEDULER_LANES];
+    double beside; /* a step of the CPU takes so much longer while the GPU works */
+    struct client c[40];
+    unsigned decode_lanes[40], prompt_lanes[40];
+    size_t n;
+    double now, began, ends; /* of the GPU's pass */
+    struct scheduler_pick picks[SCHEDULER_LANES][40];
+    size_t n_picks[SCHEDULER_LANES];
+    /* what was seen */
+    double longest[SCHEDULER_LANES], busy[SCHEDULER_LANES];
+    uint32_t n_decoding, n_prompt; /* of the CPU's last step */
+};
+
+static void pair_init(struct pair *p, const struct machine *cpu, const struct machine *gpu)
+{
+    struct scheduler_options o = {256, 16, 0};
+
+    *p = (struct pair){.m = {cpu, gpu}, .beside = 1.2};
+    assert(scheduler_new(&p->s, &o) == 0);
+}
+
+static struct client *pair_client(struct pair *p, uint64_t account, enum scheduler_class class,
+                                  uint32_t prompt, uint32_t answer)
+{
+    struct client *c = &p->c[p->n];
+
+    assert(p->n < ARRAY_SIZE(p->c));
+    p->prompt_lanes[p->n] = ON_GPU;
+    p->decode_lanes[p->n++] = ON_CPU;
+    *c = (struct client){.prompt = prompt, .answer = answer};
+    c->task = (struct scheduler_task){.account = account, .flow = p->n, .class = class};
+    return c;
+}
+
+static void pair_done(struct pair *p)
+{
+    for (size_t i = 0; i < p->n; i++) {
+        p->c[i].task.is_under_way = false;
+        if (p->c[i].is_added)
+            scheduler_remove(p->s, &p->c[i].task);
+    }
+    p->s = scheduler_free(p->s);
+}
+
+static void pair_end(struct pair *p, unsigned lane, double took)
+{
+    size_t n = p->n_picks[lane];
+
+    p->n_picks[lane] = 0;
+    p->longest[lane] = MAX(p->longest[lane], took);
+    p->busy[lane] += took;
+    for (size_t i = 0; i < n; i++)
+        p->picks[lane][i].task->is_under_way = false;
+    scheduler_account(p->s, lane, p->picks[lane], n, (uint64_t)took);
+    for (size_t i = 0; i < n; i++) {
+        struct client *c = (struct client *)p->picks[lane][i].task;
+
+        *(c->task.is_prompt ? &c->prompt_rows : &c->decoded) += p->picks[lane][i].n_rows;
+        c->task.n_pending -= p->picks[lane][i].n_rows;
+        if (c->task.n_pending > 0)
+            continue;
+        c->task.is_prompt = false;
+        c->task.n_pending = 1;
+        if (c->answer > 0 && c->left-- == 0) {
+            c->requests++;
+            scheduler_remove(p->s, &c->task);
+            c->is_added = false;
+        }
+    }
+}
+
+/* Microseconds that it will take, 0: there is nothing for the lane. */
+static double pair_begin(struct pair *p, unsigned lane)
+{
+    uint32_t decoding = 0, prompt = 0;
+    size_t n;
+
+    for (size_t i = 0; i < p->n; i++)
+        p->c[i].task.lanes = p->c[i].task.is_prompt ? p->prompt_lanes[i] : p->decode_lanes[i];
+    n = p->n_picks[lane] = scheduler_choose(p->s, lane, p->picks[lane], ARRAY_SIZE(p->c));
+    for (size_t i = 0; i < n; i++) {
+        const struct scheduler_pick *pick = &p->picks[lane][i];
+
+        assert(!pick->task->is_under_way && !pick->task->is_blocked);
+        assert(pick->task->lanes & 1u << lane);
+        assert(pick->n_rows >= 1 && pick->n_rows <= pick->task->n_pending);
+        pick->task->is_under_way = true;
+        *(pick->task->n_pending == 1 ? &decoding : &prompt) += pick->n_rows;
+    }
+    if (lane == CPU) {
+        p->n_decoding = decoding;
+        p->n_prompt = prompt;
+    }
+    return n > 0 ? takes(p->m[lane], decoding, prompt) : 0;
+}
+
+static void turn(struct pair *p)
+{
+    double took;
+
+    for (size_t i = 0; i < p->n; i++) {
+        struct client *c = &p->c[i];
+
+        if (c->is_added)
+            continue;
+        c->task.n_pending = c->prompt;
+        c->task.is_prompt = true;
+        c->left = c->answer;
+        assert(scheduler_add(p->s, &c->task) == 0);
+        c->is_added = true;
+    }
+    while (scheduler_admit(p->s, UINT64_MAX))
+        ;
+    if (p->n_picks[GPU] > 0 && p->now >= p->ends)
+        pair_end(p, GPU, p->ends - p->began);
+    if (p->n_picks[GPU] == 0) {
+        p->began = p->now;
+        p->ends = p->now + pair_begin(p, GPU);
+    }
+    took = pair_begin(p, CPU) * (p->n_picks[GPU] > 0 ? p->beside : 1);
+    if (took > 0) {
+        p->now += took;
+        pair_end(p, CPU, took);
+    } else {
+        assert(p->n_picks[GPU] > 0);
+        p->now = MAX(p->now, p->ends);
+    }
+}
+
+static void turns(struct pair *p, int n)
+{
+    for (int i = 0; i < n; i++)
+        turn(p);
+}
+
+/* Somebody decodes on the CPU, somebody else's prompts are for the GPU. */
+static void check_prompts_elsewhere(const struct machine *cpu, const struct machine *gpu,
+                                    double gpu_usec)
+{
+    struct client *decodes, *reads;
+    struct pair p;
+    double start, steps_of; /* time of the steps beside a pass, in passes */
+    uint64_t n;
+
+    pair_init(&p, cpu, gpu);
+    decodes = pair_client(&p, 1, CLASS_INTERACTIVE, 1, 0);
+    p.prompt_lanes[0] = ON_CPU;
+    turns(&p, 50);
+    reads = pair_client(&p, 2, CLASS_INTERACTIVE, 20000, 0);
+    p.longest[CPU] = 0;
+    start = p.now;
+    n = decodes->decoded;
+    while (reads->prompt_rows < 20000) {
+        turn(&p);
+        assert(p.n_prompt == 0 && p.n_decoding >= 1);
+    }
+    /* Decoding feels nothing of it but the memory's bandwidth, and has a token in each step. */
+    near(p.longest[CPU] / takes(cpu, 1, 0), p.beside, 0.01, "prompts elsewhere: longest step");
+    assert((double)(decodes->decoded - n + 1) >= (p.now - start) / p.longest[CPU]);
+    /* Passes are as long as they may be, and follow each other as soon as somebody looks. */
+    near(p.longest[GPU] / gpu_usec, 1, 0.3, "prompts elsewhere: longest pass");
+    start = p.now - start;
+    steps_of = ceil(p.longest[GPU] / p.longest[CPU]) * p.longest[CPU] / p.longest[GPU];
+    assert(p.busy[GPU] * steps_of > 0.9 * start - 8 * steps_of * p.longest[GPU]);
+
+    /* That was no debt: who has read so much has half of the CPU at once. */
+    decodes->decoded = reads->decoded = 0;
+    turns(&p, 20);
+    assert(decodes->decoded == 20 && reads->decoded == 20);
+    for (int i = 0; i < 20; i++)
+        pair_client(&p, 1, CLASS_INTERACTIVE, 1, 0);
+    turns(&p, 20);
+    for (size_t i = 0; i < p.n; i++)
+        p.c[i].decoded = 0;
+    turns(&p, 400);
+    n = 0;
+    for (size_t i = 0; i < p.n; i++)
+        n += p.c[i].decoded;
+    near((double)reads->decoded / (double)n, 0.5, 0.02, "prompts elsewhere: decoding afterwards");
+    pair_done(&p);
+}
+
+/* Accounts share what they compete for; each lane by itself. */
+static void check_lanes_apart(void)
+{
+    struct client *one, *other, *alone;
+    uint64_t all = 0;
+    struct pair p;
+
+    pair_init(&p, &slow, &fast);
+    assert(scheduler_set_weight(p.s, 1, 200) == 0);
+    one = pair_client(&p, 1, CLASS_INTERACTIVE, 5000, 1);
+    other = pair_client(&p, 2, CLASS_INTERACTIVE, 5000, 1);
+    alone = pair_client(&p, 3, CLASS_INTERACTIVE, 1, 0);
+    for (int i = 0; i < 20; i++)
+        pair_client(&p, 4, CLASS_INTERACTIVE, 1, 0);
+    turns(&p, 2000);
+    near((double)one->prompt_rows / (double)(one->prompt_rows + other->prompt_rows), 0.667, 0.03,
+         "prompts elsewhere, weights 200 and 100");
+    for (int i = 2; i < 23; i++)
+        all += p.c[i].decoded;
+    near((double)alone->decoded / (double)all, 0.5, 0.03, "decoding meanwhile, 1 against 20");
+    pair_done(&p);
+}
+
+/* Tasks that either may take: both are busy, and together they do what both can. */
+static void check_both(void)
+{
+    double rows[2], usec[2];
+    struct pair p;
+
+    for (int both = 0; both < 2; both++) {
+        pair_init(&p, &fast, &fast);
+        p.beside = 1;
+        for (int i = 0; i < 6; i++) {
+            pair_client(&p, (uint64_t)i % 3, CLASS_INTERACTIVE, 3000, 1);
+            p.prompt_lanes[i] = p.decode_lanes[i] = both ? ON_BOTH : ON_CPU;
+        }
+        turns(&p, 2000);
+        rows[both] = 0;
+        for (int i = 0; i < 6; i++) {
+            rows[both] += (double)p.c[i].prompt_rows;
+            assert(p.c[i].requests > 5);
+        }
+        usec[both] = p.now;
+        pair_done(&p);
+    }
+    near(rows[1] / usec[1] / (rows[0] / usec[0]), 1.92, 0.08, "rows of two lanes, of those of one");
+
+    /* A session alone goes from one to the other, and nothing is lost by it. */
+    pair_init(&p, &slow, &fast);
+    pair_client(&p, 1, CLASS_INTERACTIVE, 400, 10);
+    while (p.c[0].requests < 20)
+        turn(&p);
+    assert(p.c[0].prompt_rows == 8000 && p.c[0].decoded == 200);
+    assert(p.busy[CPU] > 0 && p.busy[GPU] > 0);
+    pair_done(&p);
+}
+
+static void check_under_way(void)
+{
+    struct scheduler_options o = {.max_rows = 64, .max_logits = 8};
+    CLEANUP(scheduler_freep) struct scheduler *s = NULL;
+    struct scheduler_pick picks[8];
+    struct scheduler_task t[4];
+    struct scheduler_statistics st;
+
+    assert(scheduler_new(&s, &o) == 0);
+    for (int i = 0; i < 4; i++) {
+        t[i] = task((uint64_t)i, (uint64_t)i, i == 3 ? CLASS_IDLE : CLASS_INTERACTIVE, 0);
+        t[i].lanes = ON_BOTH;
+        assert(scheduler_add(s, &t[i]) == 0);
+        while (scheduler_admit(s, UINT64_MAX))
+            ;
+    }
+    t[1].lanes = t[3].lanes = ON_CPU;
+    t[2].lanes = 0;
+    assert(scheduler_choose(s, GPU, picks, 8) == 1 && picks[0].task == &t[0]);
+    t[0].is_under_way = true;
+    assert(scheduler_choose(s, GPU, picks, 8) == 0);
+    assert(scheduler_choose(s, CPU, picks, 8) == 1 && picks[0].task == &t[1]);
+    t[1].is_under_way = true;
+    assert(scheduler_choose(s, CPU, picks, 8) == 0); /* the idle one waits for both */
+    assert(scheduler_victim(s, &t[0]) == &t[3]);
+    t[3].is_under_way = true;
+    assert(scheduler_victim(s, &t[0]) == &t[2]);
+    t[2].is_under_way = true;
+    assert(!scheduler_victim(s, &t[0]) && !scheduler_victim(s, &t[2]));
+    for (int i = 0; i < 4; i++)
+        t[i].is_under_way = false;
+
+    /* Each in its own order, and counted apart. */
+    scheduler_account(s, CPU, (struct scheduler_pick[]){{&t[1], 1}}, 1, 100000);
+    scheduler_account(s, GPU, (struct scheduler_pick[]){{&t[0], 1}}, 1, 50000);
+    scheduler_get_statistics(s, &st);
+    assert(st.n_steps == 2 && st.lanes[CPU].passes == 1 && st.lanes[GPU].passes == 1);
+    assert(st.lanes[CPU].decoded_rows == 1 && st.lanes[CPU].usec == 100000);
+    assert(st.lanes[GPU].decoded_rows == 1 && st.lanes[GPU].usec == 50000);
+    near(st.decode_rate, 30, 0.001, "tokens per second of both");
+    near(st.lanes[GPU].decode_rate, 20, 0.001, "tokens per second of one");
+    for (int i = 0; i < 3; i++) {
+        t[i].n_pending = 0;
+        t[i].lanes = ON_BOTH;
+    }
+    assert(scheduler_choose(s, CPU, picks, 8) == 1 && picks[0].task == &t[3]);
+    for (int i = 0; i < 4; i++)
+        scheduler_remove(s, &t[i]);
+}
+
 /* ---- whatever comes ---- */
+
+/* A step is over, or has come to nothing. */
+static void end_random(struct scheduler *s, unsigned lane, struct scheduler_pick *picks, size_t *n)
+{
+    bool counts = below(10);
+
+    for (size_t k = 0; k < *n; k++) {
+        picks[k].task->is_under_way = false;
+        if (!counts || below(20) == 0)
+            picks[k].n_rows = 0; /* did not work */
+    }
+    if (counts)
+        scheduler_account(s, lane, picks, *n, below(50) ? below(300000) : 0);
+    for (size_t k = 0; k < *n; k++) {
+        struct scheduler_task *p = picks[k].task;
+
+        p->n_pending -= picks[k].n_rows;
+        if (p->n_pending == 0) {
+            p->n_pending = 1;
+            p->is_prompt = false;
+        }
+    }
+    *n = 0;
+}
 
 static void check_random(uint64_t seed)
 {
     enum { N = 120 };
     static struct scheduler_task t[N];
     bool added[N] = {false}, running[N] = {false};
-    struct scheduler_pick picks[N];
+    struct scheduler_pick picks[2][N];
     uint32_t n_running = 0, n_queued = 0, max_picks;
+    size_t n_under_way[2] = {0};
     struct scheduler_options o;
     struct scheduler *s;
 
@@ -975,7 +1302,7 @@ static void check_random(uint64_t seed)
     memset(t, 0, sizeof(t));
     assert(scheduler_new(&s, &o) == 0);
     for (int round = 0; round < 1500; round++) {
-        uint32_t i = below(N), rows = 0, logits = 0;
+        uint32_t i = below(N), lane = below(2), rows = 0, logits = 0;
         struct scheduler_task *a;
         struct scheduler_statistics st;
         bool runnable = false, others = false;
@@ -991,12 +1318,13 @@ static void check_random(uint64_t seed)
             t[i].n_pending = below(3) ? 1 + below(400) : 1;
             t[i].is_prompt = true;
             t[i].max_tokens = below(100);
+            t[i].lanes = below(4);
             assert(scheduler_add(s, &t[i]) == 0 && t[i].entry);
             added[i] = true;
             n_queued++;
             break;
         case 3:
-            if (!added[i] || below(3))
+            if (!added[i] || t[i].is_under_way || below(3))
                 break;
             scheduler_remove(s, &t[i]);
             assert(!t[i].entry);
@@ -1006,15 +1334,16 @@ static void check_random(uint64_t seed)
             break;
         case 4:
             t[i].is_blocked = below(4) == 0;
+            t[i].lanes = below(4);
             break;
         case 5:
             if (!running[i])
                 break;
             a = scheduler_victim(s, &t[i]);
-            assert((a == NULL) == (n_running == 1));
+            assert(!a || (running[a - t] && !a->is_under_way));
+            assert(a || n_running <= 1 + n_under_way[0] + n_under_way[1]);
             if (!a)
                 break;
-            assert(running[a - t]);
             scheduler_requeue(s, a);
             running[a - t] = false;
             n_running--;
@@ -1024,7 +1353,7 @@ static void check_random(uint64_t seed)
             assert(scheduler_set_weight(s, below(8), below(12000)) == 0);
             break;
         case 7:
-            if (running[i])
+            if (running[i] && !t[i].is_under_way)
                 t[i].n_pending = below(3);
             break;
         }
@@ -1044,39 +1373,34 @@ static void check_random(uint64_t seed)
             assert((position == 0) == running[i] && position <= n_queued);
         }
 
-        for (uint32_t k = 0; k < N; k++)
-            if (running[k] && !t[k].is_blocked && t[k].n_pending > 0) {
-                runnable = true;
-                others = others || t[k].class != CLASS_IDLE;
-            }
-        n = scheduler_choose(s, picks, max_picks);
-        assert((n > 0) == runnable && n <= max_picks);
-        for (size_t k = 0; k < n; k++) {
-            const struct scheduler_task *p = picks[k].task;
+        if (n_under_way[lane] == 0) {
+            for (uint32_t k = 0; k < N; k++)
+                others = others || (running[k] && !t[k].is_blocked && t[k].n_pending > 0 &&
+                                    t[k].class != CLASS_IDLE);
+            for (uint32_t k = 0; k < N; k++)
+                runnable = runnable || (running[k] && !t[k].is_blocked && t[k].n_pending > 0 &&
+                                        (t[k].class != CLASS_IDLE || !others) &&
+                                        !t[k].is_under_way && t[k].lanes & 1u << lane);
+            n = scheduler_choose(s, lane, picks[lane], max_picks);
+            assert((n > 0) == runnable && n <= max_picks);
+            for (size_t k = 0; k < n; k++) {
+                struct scheduler_task *p = picks[lane][k].task;
 
-            assert(running[p - t] && !p->is_blocked);
-            assert(picks[k].n_rows > 0 && picks[k].n_rows <= p->n_pending);
-            assert(p->class != CLASS_IDLE || !others);
-            rows += picks[k].n_rows;
-            logits += picks[k].n_rows == p->n_pending;
-            for (size_t l = 0; l < k; l++)
-                assert(picks[l].task != p);
-            if (below(20) == 0)
-                picks[k].n_rows = 0; /* did not work */
-        }
-        assert(rows <= o.max_rows && logits <= o.max_logits);
-        if (n > 0)
-            scheduler_account(s, picks, n, below(50) ? below(300000) : 0);
-        for (size_t k = 0; k < n; k++) {
-            struct scheduler_task *p = picks[k].task;
-
-            p->n_pending -= picks[k].n_rows;
-            if (p->n_pending == 0) {
-                p->n_pending = 1;
-                p->is_prompt = false;
+                assert(running[p - t] && !p->is_blocked && !p->is_under_way);
+                assert(picks[lane][k].n_rows > 0 && picks[lane][k].n_rows <= p->n_pending);
+                assert((p->class != CLASS_IDLE || !others) && p->lanes & 1u << lane);
+                rows += picks[lane][k].n_rows;
+                logits += picks[lane][k].n_rows == p->n_pending;
+                p->is_under_way = true;
             }
+            n_under_way[lane] = n;
+            assert(rows <= o.max_rows && logits <= o.max_logits);
         }
+        if (below(3) == 0)
+            end_random(s, lane, picks[lane], &n_under_way[lane]);
     }
+    for (unsigned lane = 0; lane < 2; lane++)
+        end_random(s, lane, picks[lane], &n_under_way[lane]);
     for (uint32_t i = 0; i < N; i++)
         if (added[i])
             scheduler_remove(s, &t[i]);
@@ -1117,6 +1441,13 @@ int main(void)
     check_alone();
     check_loading();
     check_disturbed();
+    check_prompts_elsewhere(&slow, &(struct machine){.base = 2000, .prompt = 1000}, 200000);
+    check_prompts_elsewhere(&fast, &(struct machine){.base = 2000, .prompt = 3000}, 200000);
+    check_prompts_elsewhere(&reading, &(struct machine){.base = 50000, .prompt = 20000}, 200000);
+    check_prompts_elsewhere(&slow, &fast, 256 * 60 + 900); /* all rows there are */
+    check_lanes_apart();
+    check_both();
+    check_under_way();
     for (uint64_t seed = 1; seed <= 40; seed++)
         check_random(seed);
     return 0;
