@@ -42,6 +42,10 @@ static void help(void)
          "      --threads N           default: one for each core it may use\n"
          "      --pin-threads yes|no  whether each thread keeps to one core (yes)\n"
          "      --cpu-level LEVEL     at most: reference, avx2, avx512, amx\n"
+         "      --backend WHICH       what computes: cpu, vulkan (the GPU), hybrid (both), or auto\n"
+         "                            (default: both, where there is a GPU)\n"
+         "      --device NAME         the GPU with this in its name (default: the integrated one)\n"
+         "      --calibrate           measure again how fast processor and GPU are\n"
          "      --sandbox MODE        strict (default), report what it would refuse, or off\n"
          "      --ready-fd N          write READY=1 to this descriptor when serving\n"
          "  -h, --help                print this and exit\n"
@@ -85,6 +89,9 @@ enum {
     OPT_THREADS,
     OPT_PIN_THREADS,
     OPT_CPU_LEVEL,
+    OPT_BACKEND,
+    OPT_DEVICE,
+    OPT_CALIBRATE,
     OPT_READY_FD,
     OPT_SANDBOX,
     OPT_VERSION,
@@ -139,6 +146,16 @@ static int parse_value(struct arguments *a, int c, const char *value)
             return usage_error("--pin-threads wants yes or no, not ", value);
         a->has_pinning = true;
         break;
+    case OPT_BACKEND:
+        if (placement_mode_parse(value, &a->backend) < 0)
+            return usage_error("--backend wants auto, cpu, vulkan or hybrid, not ", value);
+        a->has_backend = true;
+        break;
+    case OPT_DEVICE:
+        if (!value[0])
+            return usage_error("--device wants a part of a GPU's name, not nothing", value);
+        a->device = value;
+        break;
     case OPT_SANDBOX:
         if (sandbox_parse_mode(value, &a->sandbox) < 0)
             return usage_error("--sandbox wants strict, report or off, not ", value);
@@ -173,6 +190,9 @@ bool arguments_parse(struct arguments *ret, int argc, char **argv, int *ret_stat
         {"threads", required_argument, NULL, OPT_THREADS},
         {"pin-threads", required_argument, NULL, OPT_PIN_THREADS},
         {"cpu-level", required_argument, NULL, OPT_CPU_LEVEL},
+        {"backend", required_argument, NULL, OPT_BACKEND},
+        {"device", required_argument, NULL, OPT_DEVICE},
+        {"calibrate", no_argument, NULL, OPT_CALIBRATE},
         {"sandbox", required_argument, NULL, OPT_SANDBOX},
         {"ready-fd", required_argument, NULL, OPT_READY_FD},
         {"help", no_argument, NULL, 'h'},
@@ -212,6 +232,9 @@ bool arguments_parse(struct arguments *ret, int argc, char **argv, int *ret_stat
             break;
         case OPT_NO_BUS:
             a.no_bus = true;
+            break;
+        case OPT_CALIBRATE:
+            a.calibrate = true;
             break;
         case OPT_CPU_LEVEL:
             a.engine.cpu_level = optarg; /* engine_new() knows which there are */

@@ -10,6 +10,7 @@
 #include "daemon/sandbox.h"
 #include "daemon/service.h"
 #include "engine/engine.h"
+#include "engine/placement.h"
 
 struct arguments {
     enum service_scope scope;
@@ -19,8 +20,11 @@ struct arguments {
     const char *model;       /* a file, or the name of a model; NULL: configured */
     const char *socket;      /* NULL: where the scope has it */
     struct engine_options engine;
-    uint32_t context; /* 0: configured */
-    bool has_activations, has_kv_type, has_pinning, has_idle, has_sandbox;
+    enum placement_mode backend;
+    const char *device; /* part of the GPU's name; NULL: configured */
+    bool calibrate;     /* measure processor and GPU again, whatever is known of them */
+    uint32_t context;   /* 0: configured */
+    bool has_activations, has_kv_type, has_pinning, has_idle, has_sandbox, has_backend;
     uint64_t idle_usec;
     enum sandbox_mode sandbox;
     bool no_bus;

@@ -42,6 +42,7 @@ enum value_type {
     VALUE_CPU_LEVEL, /* char *; "" or "auto" is NULL */
     VALUE_ACTIVATIONS,
     VALUE_KV_TYPE,
+    VALUE_BACKEND,
     VALUE_LOG_LEVEL,
     VALUE_SANDBOX,
 };
@@ -66,6 +67,9 @@ static const struct key keys[] = {
     {"Engine", "Activations", VALUE_ACTIVATIONS, AT(activations)},
     {"Engine", "KvType", VALUE_KV_TYPE, AT(kv_type)},
     {"Engine", "KvBytes", VALUE_BYTES, AT(kv_bytes), 0, UINT64_C(1) << 46},
+    {"Engine", "Backend", VALUE_BACKEND, AT(backend)},
+    {"Engine", "Device", VALUE_TEXT, AT(device)},
+    {"Engine", "UseGpuOnBattery", VALUE_BOOL, AT(gpu_on_battery)},
     {"Daemon", "Context", VALUE_U32, AT(context), 0, 1u << 24},
     {"Daemon", "IdleTimeoutSec", VALUE_SECONDS, AT(idle_usec), .live = true},
     {"Daemon", "LingerTimeoutSec", VALUE_SECONDS, AT(linger_usec), .live = true},
@@ -180,7 +184,7 @@ static const char *accepted(const struct key *k, char *out, size_t n)
 {
     switch (k->type) {
     case VALUE_TEXT:
-        return "the name of a model, or the path of its file";
+        return "a name";
     case VALUE_FOLDERS:
         return "an absolute path";
     case VALUE_U32:
@@ -199,6 +203,8 @@ static const char *accepted(const struct key *k, char *out, size_t n)
         return "int8 or f32";
     case VALUE_KV_TYPE:
         return "auto, f16 or f32";
+    case VALUE_BACKEND:
+        return "auto, cpu, vulkan or hybrid";
     case VALUE_LOG_LEVEL:
         return "err, warning, notice, info or debug";
     case VALUE_SANDBOX:
@@ -299,6 +305,8 @@ static int set_value(struct config *c, void *base, const struct key *k, const ch
         else
             return -EINVAL;
         return 0;
+    case VALUE_BACKEND:
+        return placement_mode_parse(value, at);
     case VALUE_LOG_LEVEL:
         return parse_log_level(value, at);
     case VALUE_SANDBOX:
@@ -731,6 +739,7 @@ struct config *config_free(struct config *c)
     free(c->files);
     free(c->model);
     free(c->cpu_level);
+    free(c->device);
     free(c->users);
     free(c);
     return NULL;
@@ -799,6 +808,8 @@ static bool same_value(const struct config *a, const struct config *b, const str
         return *(const enum activation_type *)x == *(const enum activation_type *)y;
     case VALUE_KV_TYPE:
         return *(const enum kv_type *)x == *(const enum kv_type *)y;
+    case VALUE_BACKEND:
+        return *(const enum placement_mode *)x == *(const enum placement_mode *)y;
     case VALUE_LOG_LEVEL:
         return *(const int *)x == *(const int *)y;
     case VALUE_SANDBOX:

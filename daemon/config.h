@@ -19,6 +19,7 @@
 #include "daemon/service.h"
 #include "daemon/users.h"
 #include "engine/engine.h"
+#include "engine/placement.h"
 
 struct config {
     char *model;          /* name or file; NULL: the one kept, else the only one there is */
@@ -29,6 +30,9 @@ struct config {
     char *cpu_level;    /* NULL: the best */
     enum activation_type activations;
     enum kv_type kv_type;
+    enum placement_mode backend;
+    char *device;         /* part of the GPU's name; NULL: the best that is hardware */
+    bool gpu_on_battery;  /* it is used there, too */
     uint64_t kv_bytes;    /* 0: a quarter of physical memory */
     uint32_t context;     /* tokens of a session that asks for nothing else; 0: the model's */
     uint64_t idle_usec;   /* leave so long after the last client; 0: never */

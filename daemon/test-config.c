@@ -95,6 +95,9 @@ static void test_values(void)
                             "Activations=f32\n"
                             "KvType=f16\n"
                             "KvBytes=3G\n"
+                            "Backend=hybrid\n"
+                            "Device=Iris Xe\n"
+                            "UseGpuOnBattery=yes\n"
                             "[Daemon]\n"
                             "Context=1024\n"
                             "IdleTimeoutSec=90\n"
@@ -120,6 +123,7 @@ static void test_values(void)
     assert(c->n_threads == 3 && !c->pin_threads && strcmp(c->cpu_level, "avx2") == 0);
     assert(c->activations == ACTIVATIONS_F32 && c->kv_type == KV_F16);
     assert(c->kv_bytes == UINT64_C(3) << 30 && c->context == 1024);
+    assert(c->backend == PLACE_HYBRID && strcmp(c->device, "Iris Xe") == 0 && c->gpu_on_battery);
     assert(c->idle_usec == 90000000 && c->linger_usec == 300000000);
     assert(c->log_level == LOG_DEBUG && c->max_connections == 7);
     assert(c->n_users == 2);
@@ -257,13 +261,13 @@ static void test_order(void)
 static void test_restart(void)
 {
     struct config *a = load("[Engine]\nThreads=1\n[Limits]\nWeight=3\n");
-    struct config *b = load("[Engine]\nThreads=2\nKvBytes=1G\n[Model]\nFolder=/x\n[Limits]\n"
+    struct config *b = load("[Engine]\nThreads=2\nKvBytes=1G\nBackend=cpu\nDevice=x\n[Model]\nFolder=/x\n[Limits]\n"
                             "Weight=4\n[Daemon]\nLogLevel=err\nIdleTimeoutSec=4\n");
     char text[256];
 
     assert(config_need_restart(a, a, text, sizeof(text)) == 0 && !text[0]);
     assert(config_need_restart(a, b, text, sizeof(text)) > 0);
-    assert(strcmp(text, "Folder=, Threads=, KvBytes=") == 0);
+    assert(strcmp(text, "Folder=, Threads=, KvBytes=, Backend=, Device=") == 0);
     config_free(a);
     config_free(b);
 }
