@@ -129,6 +129,9 @@ int landlock_allow(int ruleset_fd, int fd, enum sandbox_access access)
     case SANDBOX_SOCKET:
         a.allowed = FS_MAKE_SOCK | FS_REMOVE_FILE;
         break;
+    case SANDBOX_DEVICE:
+        a.allowed = FS_READ_FILE | FS_WRITE_FILE | FS_IOCTL_DEV;
+        break;
     }
     a.allowed &= rights_of(landlock_version());
     if (!S_ISDIR(st.st_mode))

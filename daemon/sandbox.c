@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -131,9 +132,12 @@ int sandbox_allow_path(struct sandbox *s, const char *path, enum sandbox_access 
 {
     struct allowed_path *more;
     char *real = realpath(path, NULL);
+    struct stat st;
 
     if (!real && errno == ENOMEM)
         return -ENOMEM;
+    if (real && access == SANDBOX_DEVICE && (stat(real, &st) < 0 || !S_ISCHR(st.st_mode)))
+        free(TAKE_PTR(real));
     if (ret_there)
         *ret_there = real;
     if (!real)

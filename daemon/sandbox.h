@@ -34,6 +34,7 @@ enum sandbox_access {
     SANDBOX_READ_FILE,  /* this file; a folder is not opened, nor anything below it */
     SANDBOX_WRITE,      /* besides SANDBOX_READ: make, change, rename, remove files and folders */
     SANDBOX_SOCKET,     /* make sockets, remove files */
+    SANDBOX_DEVICE,     /* this device: read, write, control; what is none is not there */
 };
 
 struct sandbox;

@@ -34,5 +34,7 @@ struct seccomp_list {
 extern const struct seccomp_list seccomp_process;  /* what every process needs */
 extern const struct seccomp_list seccomp_llmd;     /* the daemon, besides */
 extern const struct seccomp_list seccomp_llm_import;
+extern const struct seccomp_list seccomp_vulkan;       /* the daemon with a GPU, besides */
+extern const struct seccomp_list seccomp_machine_code; /* with one in software, besides that */
 extern const struct seccomp_list seccomp_prefetch;   /* the child that reads the model ahead */
 extern const struct seccomp_list seccomp_sanitizers; /* what ASan, LSan, UBSan and TSan call */

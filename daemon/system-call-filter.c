@@ -346,10 +346,11 @@ static bool is_below(const char *path, const char *folder)
 static bool is_allowed_path(const char *path, bool changes)
 {
     for (size_t i = 0; i < report.n_paths; i++)
-        if ((report.paths[i].access == SANDBOX_READ_FILE ? strcmp(path, report.paths[i].path) == 0
-                                                         : is_below(path, report.paths[i].path)) &&
+        if ((report.paths[i].access == SANDBOX_READ_FILE || report.paths[i].access == SANDBOX_DEVICE
+                 ? strcmp(path, report.paths[i].path) == 0
+                 : is_below(path, report.paths[i].path)) &&
             (!changes || report.paths[i].access == SANDBOX_WRITE ||
-             report.paths[i].access == SANDBOX_SOCKET))
+             report.paths[i].access == SANDBOX_SOCKET || report.paths[i].access == SANDBOX_DEVICE))
             return true;
     return false;
 }

@@ -40,6 +40,10 @@
 
 #define SAID_BYTES 65536
 
+/* Requests as a GPU's driver makes them. */
+#define DRM_VERSION 0xc0406400ul
+#define SYNC_MERGE 0xc0303e03ul
+
 static char folder[64]; /* with models/, state/, run/ and outside/ */
 
 /* Until a few more calls. */
@@ -79,6 +83,9 @@ struct run {
     char said[SAID_BYTES];
 };
 
+/* What a daemon without a GPU has not. */
+static const struct seccomp_list *more_calls[2];
+
 static void enter(enum sandbox_mode mode, const char *reachable)
 {
     CLEANUP(sandbox_freep) struct sandbox *s = NULL;
@@ -87,6 +94,8 @@ static void enter(enum sandbox_mode mode, const char *reachable)
     assert(sandbox_new(&s, mode) == 0);
     sandbox_tell_stderr(s, "test", false);
     assert(sandbox_allow_calls(s, &seccomp_llmd) == 0);
+    for (size_t i = 0; i < ARRAY_SIZE(more_calls) && more_calls[i]; i++)
+        assert(sandbox_allow_calls(s, more_calls[i]) == 0);
     assert(!reachable || sandbox_allow_connect(s, reachable) == 0);
     assert(sandbox_allow_path(s, in_folder("models"), SANDBOX_READ, NULL) == 0);
     assert(sandbox_allow_path(s, in_folder("state"), SANDBOX_WRITE, NULL) == 0);
@@ -94,6 +103,9 @@ static void enter(enum sandbox_mode mode, const char *reachable)
     assert(sandbox_allow_path(s, in_folder("single"), SANDBOX_READ_FILE, NULL) == 0);
     assert(sandbox_allow_path(s, in_folder("single/link"), SANDBOX_READ_FILE, NULL) == 0);
     assert(sandbox_allow_path(s, "/proc", SANDBOX_READ_FILES, NULL) == 0);
+    assert(sandbox_allow_path(s, "/dev/null", SANDBOX_DEVICE, NULL) == 0);
+    assert(sandbox_allow_path(s, "/dev/full", SANDBOX_READ_FILES, NULL) == 0);
+    assert(sandbox_allow_path(s, in_folder("outside"), SANDBOX_DEVICE, NULL) == 0);
     if (sandbox_enter(s, &lacks, &err) < 0) {
         fprintf(stderr, "%s\n", err.text);
         abort();
@@ -301,6 +313,18 @@ static int try_typing(void)
     return result(ioctl(STDIN_FILENO, TIOCSTI, &c));
 }
 
+static int asks_device(int fd, unsigned long request)
+{
+    char data[256] = {0};
+
+    return result(ioctl(fd, request, data));
+}
+
+static int try_drm(void)
+{
+    return asks_device(STDIN_FILENO, DRM_VERSION);
+}
+
 static int try_owner(void)
 {
     return result(fcntl(STDIN_FILENO, F_SETOWN, getppid()));
@@ -362,6 +386,7 @@ static const struct attempt attempts[] = {
     {"prctl", try_dumpable, true},
     {"prlimit64", try_limit, true},
     {"ioctl", try_typing, true},
+    {"ioctl", try_drm, true},
     {"fcntl", try_owner, false},
     {"fchmod", try_lent_user, false},
     {"openat", try_created_lent_user, true},
@@ -598,6 +623,108 @@ static void test_allowed(void)
     }
 }
 
+/* ---- with a GPU ---- */
+
+/* Two instructions' worth: return. */
+static const unsigned char code[] = {
+#if defined(__x86_64__)
+    0xc3,
+#elif defined(__aarch64__)
+    0xc0,
+    0x03,
+    0x5f,
+    0xd6,
+#else
+    0,
+#endif
+};
+
+static void must_refuse(const char *what, int r)
+{
+    if (r == -EPERM)
+        return;
+    fprintf(stderr, "%s: %s\n", what, strerror(-r));
+    abort();
+}
+
+static void gpu_child(const void *argument)
+{
+    const bool *runs_code = argument;
+    int fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    void *p = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int r;
+
+    assert(fd >= 0 && p != MAP_FAILED);
+    memcpy(p, code, sizeof(code));
+    more_calls[0] = &seccomp_vulkan;
+    more_calls[1] = *runs_code ? &seccomp_machine_code : NULL;
+    enter(SANDBOX_STRICT, NULL);
+    assert(asks_device(fd, DRM_VERSION) == -ENOTTY && asks_device(fd, SYNC_MERGE) == -ENOTTY);
+    if (!SANITIZED) {
+        must_refuse("typing", try_typing());
+        must_refuse("another kind of request", asks_device(fd, 0xc0484601ul));
+        must_refuse("a request that only begins like one", asks_device(fd, 0xc0640064ul));
+    }
+    r = result(mprotect(p, 4096, PROT_READ | PROT_EXEC));
+    assert(r == (*runs_code ? 0 : -EPERM));
+    if (r == 0) {
+        void (*function)(void) = (void (*)(void))p;
+
+        __builtin___clear_cache(p, (char *)p + sizeof(code));
+        function();
+    }
+    must_refuse("code that can be written",
+                result(mprotect(p, 4096, PROT_READ | PROT_WRITE | PROT_EXEC)));
+    must_refuse("memory that begins as code", try_writable_code());
+    must_refuse("a library", try_code_of_a_file());
+    must_refuse("a program", try_exec());
+    must_refuse("a network", try_internet());
+    must_refuse("netlink, by which devices come and go", try_netlink());
+}
+
+static void test_gpu(void)
+{
+    for (int i = 0; i < 2; i++) {
+        const bool runs_code = i == 1;
+        struct run r;
+
+        if (runs_code && code[0] == 0)
+            continue;
+        run(&r, gpu_child, &runs_code);
+        must_pass(&r, runs_code ? "GPU in software" : "GPU");
+    }
+}
+
+static void devices_child(const void *argument)
+{
+    const bool control_is_a_right = landlock_version() >= 5;
+    int fd;
+
+    (void)argument;
+    more_calls[0] = &seccomp_vulkan;
+    enter(SANDBOX_STRICT, NULL);
+    fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    assert(fd >= 0 && asks_device(fd, DRM_VERSION) == -ENOTTY && close(fd) == 0);
+    /* Another device, whatever it is called; one that may only be read. */
+    assert(opens("/dev/zero", O_RDONLY) == -EACCES && opens("/dev/full", O_RDWR) == -EACCES);
+    fd = open("/dev/full", O_RDONLY | O_CLOEXEC);
+    assert(fd >= 0);
+    assert(asks_device(fd, DRM_VERSION) == (control_is_a_right ? -EACCES : -ENOTTY));
+    assert(close(fd) == 0);
+    assert(!opendir("/dev") && errno == EACCES);
+    /* Allowed as a device, but it is a folder. */
+    assert(opens(in_folder("outside/file"), O_RDONLY) == -EACCES);
+}
+
+static void test_devices(void)
+{
+    struct run r;
+
+    run(&r, devices_child, NULL);
+    must_pass(&r, "devices");
+    assert(lines(&r) == 0);
+}
+
 /* ---- capabilities ---- */
 
 static void capabilities_child(const void *argument)
@@ -742,6 +869,8 @@ int main(void)
     test_paths();
     test_allowed();
     test_reachable();
+    test_gpu();
+    test_devices();
     test_capabilities();
     test_report();
     test_off();
