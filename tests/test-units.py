@@ -65,9 +65,14 @@ def exposures():
     alone, said = exposure()
     assert alone <= 1.0, said
     vulkan, said = exposure("llmd-vulkan.conf")
-    assert alone <= vulkan <= 1.2, said
+    assert alone <= vulkan <= 1.2 and "char-drm:rw" in said, said
+    assert re.search("^✓ MemoryDenyWriteExecute=", said, re.M), "a GPU needs no code at run time"
+    software, said = exposure("llmd-vulkan-software.conf")
+    assert alone <= software <= 1.2, said
     assert re.search("^✗ MemoryDenyWriteExecute=", said, re.M), "the drop-in is not looked at"
-    print(f"exposure: {alone}, {vulkan} with llmd-vulkan.conf")
+    both, said = exposure("llmd-vulkan.conf", "llmd-vulkan-software.conf")
+    assert both <= 1.2, said
+    print(f"exposure: {alone}; {vulkan} with llmd-vulkan.conf, {software} with llmd-vulkan-software.conf, {both} with both")
 
 
 def settings(path):
@@ -106,10 +111,14 @@ def filters_agree():
                 "io_submit"} & allowed
 
 
-def drop_in_relaxes_no_more():
+def drop_ins_relax_no_more():
     """A name for each line; whoever adds one has to think of it here."""
-    keys = [key for key, _ in settings(os.path.join(source, "systemd/llmd-vulkan.conf"))]
-    assert keys == ["MemoryDenyWriteExecute", "BindPaths", "DeviceAllow", "SupplementaryGroups"], keys
+    of_hardware = settings(os.path.join(source, "systemd/llmd-vulkan.conf"))
+    assert [key for key, _ in of_hardware] == ["BindPaths", "DeviceAllow", "SupplementaryGroups"], of_hardware
+    for node in dict(of_hardware)["BindPaths"].split():
+        assert re.fullmatch(r"-/dev/dri/renderD[0-9]+", node), node
+    of_software = settings(os.path.join(source, "systemd/llmd-vulkan-software.conf"))
+    assert of_software == [("MemoryDenyWriteExecute", "no")], of_software
 
 
 def policies():
@@ -150,12 +159,17 @@ def apparmor():
                                   capture_output=True, text=True)
         p = compiles(text)
         assert p.returncode == 0, p
+        # With what it tells to put into local/llmd for a GPU.
+        gpu = re.findall(r"^#     (\S.*,)$", text, re.M)
+        assert len(gpu) > 3, text
+        p = compiles(text.replace("  include if exists <local/llmd>", "\n".join(gpu)))
+        assert p.returncode == 0, p
         assert compiles(text.replace(" mr,", " mr", 1)).returncode != 0, "it takes anything"
 
 
 policies()
 apparmor()
-drop_in_relaxes_no_more()
+drop_ins_relax_no_more()
 if not units():
     print("systemd-analyze is not there: the units were not looked at")
     sys.exit(77)
