@@ -2,75 +2,50 @@
  * SPDX-License-Identifier: Apache-2.0 */
 #pragma once
 
-/* What engine.c (options, steps), session.c and forward.c (the model's arithmetic) share. */
-
-#include "backends/backend.h"
-#include "engine/engine.h"
-#include "engine/kv-cache.h"
-#include "engine/model.h"
-
-/*
- * The rows of one pass of the model: up to max_rows tokens of one or many sessions, at most one
- * run of consecutive positions each.
+/* What engine.c (options, lanes), step.c, session.c and forward.c (the model's arithmetic) share.
  */
-struct forward_row {
-    uint32_t token, pos;
-    const struct kv_cache *kv; /* borrowed from the row's session; pages reserved */
-    bool wanted;               /* its logits are */
-};
 
-/* Activations of a pass, sized once by the engine's limits; names as in gemma3n.md §3. */
-struct forward_buffers {
-    float *h, *pred;    /* [max_rows][n_streams][hidden] */
-    float *x0;          /* [max_rows][hidden]: embedding; later the input of o, b, final norm */
-    float *xn;          /* [max_rows][hidden] */
-    float *laurel;      /* [max_rows][hidden] */
-    float *s;           /* [max_rows][hidden] */
-    float *t;           /* [max_rows][hidden]: what a matrix gives before its norm */
-    float *rank;        /* [max_rows][laurel_rank] */
-    float *q, *attn;    /* [max_rows][n_heads * head_dim] */
-    float *k, *v;       /* [max_rows][n_heads_kv * head_dim] */
-    float *gate, *up;   /* [max_rows][widest ffn, or n_layers * ple_width before layer 0]; up is
-                           sparse_ffn()'s memory as well */
-    float *ple;         /* [max_rows][n_layers * ple_width] */
-    float *ple_gate;    /* [max_rows][ple_width] */
-    float *rope[2];     /* [max_rows][head_dim]: full, sliding */
-    int8_t *act_q;      /* [max_rows][widest, padded]: rounded activations */
-    float *act_d;
-    int32_t *act_sum;
-    int8_t *act_low;    /* [max_rows][hidden, padded]: the second plane of fine activations */
-    int32_t *act_sum_low;
-    float *logits;      /* [max_logits][vocab_size] */
-    struct forward_row *rows;   /* [max_rows] */
-    struct kv_row *kv_rows;     /* [max_rows] */
-    uint32_t *ids;              /* [max_rows] */
-};
+#include "engine/engine.h"
+#include "engine/kv-pool.h"
+#include "engine/lane.h"
+#include "engine/model.h"
 
 struct engine {
     const struct model *model; /* outlives the engine */
     const struct model_config *config;
     const struct model_weights *weights;
-    struct backend *backend;
+    struct lane *lanes[ENGINE_LANES]; /* the processor's is always there */
+    enum engine_lane home;
+    struct vulkan_device *gpu; /* borrowed, or NULL */
+    enum activation_type gpu_activations;
+    struct backend *pool_backend; /* whose memory the pool's pages lie in, or NULL; the engine's */
     struct kv_pool *pool;
-    enum activation_type activations;
+    struct backend_limits limits;
     uint32_t max_rows, max_logits;
     uint32_t widest; /* values in the widest row a matrix reads, padded to 64 */
     uint32_t n_sessions;
-    bool is_under_way; /* between engine_start() and engine_end() */
     double *inv_freq[2]; /* [head_dim / 2]: full, sliding */
-    void *scratch;       /* backend memory behind the buffers */
-    size_t scratch_bytes;
-    struct forward_buffers buf;
-    char description[128];
+    bool has_removed;    /* the GPU's lane went between engine_start() and engine_end() */
+    int removed_result;  /* which then says this */
+    char description[256];
 };
 
-/* Lays the buffers out in one backend allocation. 0, -ENOMEM, -EOVERFLOW */
-int forward_init(struct engine *e);
-void forward_done(struct engine *e);
+/* engine_add_gpu() with a backend of the caller's choice; it is the engine's, on failure too. */
+int engine_add_lane(struct engine *e, struct backend *b, struct error *err);
 
 /*
- * Evaluates e->buf.rows[0 .. n): writes their K and V, and the softcapped logits of wanted rows, in
- * row order, to e->buf.logits. Rows of one cache stand in order of position. 0, -ENODEV, or
- * -ENOTRECOVERABLE: the model's file has changed, and what was computed is worth nothing
+ * gpu.c: what an engine wants of the device in its options, which is to be there.
+ *
+ * gpu_prepare(): from the start: its threads begin before this one keeps to a core, and where it
+ * cannot see a memfd the pool is to lie in its memory, pool_backend's. Whatever fails here fails
+ * again, and is told, in engine_add_gpu(). gpu_identify(): of the device, its driver and what it
+ * computes with; 0, -ENOMEM
  */
-int forward(struct engine *e, uint32_t n);
+void gpu_prepare(struct engine *e);
+int gpu_identify(const struct engine *e, uint8_t ret[KV_IDENTITY]);
+const char *gpu_name(const struct engine *e);
+
+const char *activations_name(enum activation_type a);
+
+/* Waits for the lane's pass, if there is one, and gives its results to the sessions. */
+void engine_settle(struct engine *e, enum engine_lane lane);

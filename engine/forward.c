@@ -41,16 +41,20 @@ static void *take(struct arena *a, size_t rows, size_t width, size_t size)
     return p;
 }
 
-static void lay_out(struct engine *e, struct arena *a)
+static void lay_out(struct lane *l, struct arena *a)
 {
+    const struct engine *e = l->engine;
     const struct model_config *c = e->config;
-    struct forward_buffers *b = &e->buf;
+    struct forward_buffers *b = &l->buf;
     size_t n = e->max_rows, streams = (size_t)c->n_streams * c->hidden;
     size_t heads = (size_t)c->n_heads * c->head_dim, heads_kv = (size_t)c->n_heads_kv * c->head_dim;
     size_t ple = (size_t)c->n_layers * c->ple_width, ffn = 0, blocks = e->widest / WEIGHT_BLOCK;
+    size_t hidden = ALIGN_UP((size_t)c->hidden, (size_t)64), n_rounded = n;
 
-    for (uint32_t l = 0; l < c->n_layers; l++)
-        ffn = MAX(ffn, sparse_ffn_work_bytes(1, c->layers[l].ffn_width) / sizeof(float));
+    for (uint32_t i = 0; i < c->n_layers; i++)
+        ffn = MAX(ffn, sparse_ffn_work_bytes(1, c->layers[i].ffn_width) / sizeof(float));
+    if (l->activations != ACTIVATIONS_INT8)
+        n_rounded = 0;
 
     b->h = take(a, n, streams, sizeof(float));
     b->pred = take(a, n, streams, sizeof(float));
@@ -70,51 +74,71 @@ static void lay_out(struct engine *e, struct arena *a)
     b->ple_gate = take(a, n, c->ple_width, sizeof(float));
     b->rope[0] = take(a, n, c->head_dim, sizeof(float));
     b->rope[1] = take(a, n, c->head_dim, sizeof(float));
-    b->act_q = take(a, n, e->widest, 1);
-    b->act_d = take(a, n, blocks, sizeof(float));
-    b->act_sum = take(a, n, blocks, sizeof(int32_t));
-    b->act_low = take(a, n, ALIGN_UP((size_t)c->hidden, (size_t)64), 1);
-    b->act_sum_low =
-        take(a, n, ALIGN_UP((size_t)c->hidden, (size_t)64) / WEIGHT_BLOCK, sizeof(int32_t));
+    b->act_q = take(a, n_rounded, e->widest, 1);
+    b->act_d = take(a, n_rounded, blocks, sizeof(float));
+    b->act_sum = take(a, n_rounded, blocks, sizeof(int32_t));
+    b->act_low = take(a, n_rounded, hidden, 1);
+    b->act_sum_low = take(a, n_rounded, hidden / WEIGHT_BLOCK, sizeof(int32_t));
     b->logits = take(a, e->max_logits, c->vocab_size, sizeof(float));
-    b->rows = take(a, n, 1, sizeof(*b->rows));
-    b->kv_rows = take(a, n, 1, sizeof(*b->kv_rows));
     b->ids = take(a, n, 1, sizeof(*b->ids));
+    b->ids_ple = take(a, n, 1, sizeof(*b->ids_ple));
+    b->wanted = take(a, e->max_logits, 1, sizeof(*b->wanted));
+    b->ple_wanted = take(a, e->max_logits, ple, sizeof(float));
+    b->rope_wanted[0] = take(a, e->max_logits, c->head_dim, sizeof(float));
+    b->rope_wanted[1] = take(a, e->max_logits, c->head_dim, sizeof(float));
 }
 
-int forward_init(struct engine *e)
+static void *array(size_t n, size_t n2, size_t size)
 {
+    size_t total;
+
+    return ckd_mul(&total, n, n2) ? NULL : calloc(MAX(total, (size_t)1), size);
+}
+
+int forward_init(struct lane *l)
+{
+    const struct engine *e = l->engine;
+    struct forward_buffers *b = &l->buf;
     struct arena a = {0};
-    uint32_t half = e->config->head_dim / 2;
-    const float theta[2] = {e->config->rope_theta, e->config->rope_theta_sliding};
 
-    for (int i = 0; i < 2; i++) {
-        e->inv_freq[i] = calloc(half, sizeof(double));
-        if (!e->inv_freq[i])
-            return -ENOMEM;
-        for (uint32_t k = 0; k < half; k++)
-            e->inv_freq[i][k] = pow((double)theta[i], -(double)k / half);
-    }
-
-    lay_out(e, &a);
+    lay_out(l, &a);
     if (a.overflow)
         return -EOVERFLOW;
-    e->scratch_bytes = a.used;
-    e->scratch = backend_alloc(e->backend, a.used);
-    if (!e->scratch)
+    l->scratch_bytes = a.used;
+    l->scratch = backend_alloc(l->backend, a.used);
+    if (!l->scratch)
         return -ENOMEM;
-    a = (struct arena){.base = e->scratch};
-    lay_out(e, &a);
-    return 0;
+    a = (struct arena){.base = l->scratch};
+    lay_out(l, &a);
+    b->rows = array(e->max_rows, 1, sizeof(*b->rows));
+    b->kv_rows = array(e->config->n_layers_kv, e->max_rows, sizeof(*b->kv_rows));
+    b->kv_rows_wanted = array(e->config->n_layers_kv, e->max_logits, sizeof(*b->kv_rows_wanted));
+    return b->rows && b->kv_rows && b->kv_rows_wanted ? 0 : -ENOMEM;
 }
 
-void forward_done(struct engine *e)
+void forward_done(struct lane *l)
 {
-    if (e->backend)
-        backend_release(e->backend, e->scratch, e->scratch_bytes);
-    free(e->inv_freq[0]);
-    free(e->inv_freq[1]);
+    backend_release(l->backend, l->scratch, l->scratch_bytes);
+    free(l->buf.rows);
+    free(l->buf.kv_rows);
+    free(l->buf.kv_rows_wanted);
 }
+
+/*
+ * A pass while it is issued: its rows, which from keep_wanted() on are the wanted ones, and where
+ * what belongs to them lies. All of it follows from how many rows there are and how many of them
+ * are wanted, which is the pass's key.
+ */
+struct pass {
+    struct lane *lane;
+    const struct model_config *config;
+    struct backend *backend;
+    const struct backend_ops *ops;
+    uint32_t n;
+    float *h, *pred, *x0, *xn, *ple, *rope[2];
+    const struct kv_row *kv_rows; /* [n_layers_kv][ld_kv] */
+    size_t ld_kv;
+};
 
 /* Rows about to meet matrices. One at a time is live: the rounded copy has one buffer. */
 static struct activations rows_of(float *x, uint32_t n, uint32_t k)
@@ -123,19 +147,19 @@ static struct activations rows_of(float *x, uint32_t n, uint32_t k)
 }
 
 /* Fills x's rounded copy if w wants one and it is not there, with the second plane if fine. */
-static void round_for(struct engine *e, const struct weight *w, struct activations *x, bool fine)
+static void round_for(struct pass *p, const struct weight *w, struct activations *x, bool fine)
 {
-    if (e->activations != ACTIVATIONS_INT8 || !weight_type_is_quantized(w->type) ||
+    if (p->lane->activations != ACTIVATIONS_INT8 || !weight_type_is_quantized(w->type) ||
         (fine ? x->q_low != NULL : x->q != NULL))
         return;
-    assert(!fine || x->k <= e->config->hidden);
-    x->q = e->buf.act_q;
-    x->d = e->buf.act_d;
-    x->sum = e->buf.act_sum;
+    assert(!fine || x->k <= p->config->hidden);
+    x->q = p->lane->buf.act_q;
+    x->d = p->lane->buf.act_d;
+    x->sum = p->lane->buf.act_sum;
     x->ld_q = ALIGN_UP((size_t)x->k, (size_t)64);
-    x->q_low = fine ? e->buf.act_low : NULL;
-    x->sum_low = fine ? e->buf.act_sum_low : NULL;
-    e->backend->ops->quantize(e->backend, x);
+    x->q_low = fine ? p->lane->buf.act_low : NULL;
+    x->sum_low = fine ? p->lane->buf.act_sum_low : NULL;
+    p->ops->quantize(p->backend, x);
 }
 
 /*
@@ -143,23 +167,23 @@ static void round_for(struct engine *e, const struct weight *w, struct activatio
  * rounded off there reaches the softmax undamped: a third of the whole mode's divergence came from
  * these two, which are 4 % of a layer (docs/performance.md).
  */
-static void matmul_fine(struct engine *e, const struct weight *w, struct activations *x, float *y,
+static void matmul_fine(struct pass *p, const struct weight *w, struct activations *x, float *y,
                         size_t ld_y)
 {
-    round_for(e, w, x, true);
-    e->backend->ops->matmul(e->backend, w, x, y, ld_y);
+    round_for(p, w, x, true);
+    p->ops->matmul(p->backend, w, x, y, ld_y);
 }
 
 /* y = w x. Rounds x once, at the first matrix that wants it rounded. */
-static void matmul(struct engine *e, const struct weight *w, struct activations *x, float *y,
+static void matmul(struct pass *p, const struct weight *w, struct activations *x, float *y,
                    size_t ld_y)
 {
     struct activations coarse;
 
-    round_for(e, w, x, false);
+    round_for(p, w, x, false);
     coarse = *x;
     coarse.q_low = NULL;
-    e->backend->ops->matmul(e->backend, w, &coarse, y, ld_y);
+    p->ops->matmul(p->backend, w, &coarse, y, ld_y);
 }
 
 static const float *plain(const struct weight *w)
@@ -167,224 +191,204 @@ static const float *plain(const struct weight *w)
     return w->data;
 }
 
-static struct router_weights router_of(const struct engine *e, const struct layer_weights *w)
+static struct router_weights router_of(const struct pass *p, const struct layer_weights *w)
 {
-    return (struct router_weights){plain(&w->router_norm), plain(&w->router), e->config->rms_eps};
-}
-
-/* cos and sin of every row's position, both bases; angles in double (§3.6). */
-static void fill_rope(struct engine *e, uint32_t n)
-{
-    uint32_t half = e->config->head_dim / 2;
-
-    for (uint32_t i = 0; i < n; i++)
-        for (int kind = 0; kind < 2; kind++) {
-            float *out = e->buf.rope[kind] + (size_t)i * 2 * half;
-
-            for (uint32_t k = 0; k < half; k++) {
-                double angle = e->buf.rows[i].pos * e->inv_freq[kind][k];
-
-                out[k] = (float)cos(angle);
-                out[half + k] = (float)sin(angle);
-            }
-        }
+    return (struct router_weights){plain(&w->router_norm), plain(&w->router), p->config->rms_eps};
 }
 
 /* Stream k := t, brought to the magnitude of ref's rows (§3.4, §3.8). */
-static void set_stream(struct engine *e, uint32_t n, uint32_t k, const float *ref, size_t ld_ref)
+static void set_stream(struct pass *p, uint32_t k, const float *ref, size_t ld_ref)
 {
-    e->backend->ops->rescale(e->backend, &(struct rescale_args){
-                                             .n = n,
-                                             .hidden = e->config->hidden,
-                                             .n_streams = e->config->n_streams,
-                                             .stream = k,
-                                             .y = e->buf.t,
-                                             .ref = ref,
-                                             .ld_ref = ld_ref,
-                                             .h = e->buf.h,
-                                         });
+    p->ops->rescale(p->backend, &(struct rescale_args){
+                                    .n = p->n,
+                                    .hidden = p->config->hidden,
+                                    .n_streams = p->config->n_streams,
+                                    .stream = k,
+                                    .y = p->lane->buf.t,
+                                    .ref = ref,
+                                    .ld_ref = ld_ref,
+                                    .h = p->h,
+                                });
+}
+
+/* The rows of the table of per-layer embeddings. */
+static void get_ple_rows(struct lane *l, struct backend *b, uint32_t n)
+{
+    const struct engine *e = l->engine;
+    const struct model_config *c = e->config;
+
+    b->ops->get_rows(b, &e->weights->ple_embed, l->buf.ids_ple, n, sqrtf((float)c->ple_width),
+                     l->buf.ple, (size_t)c->n_layers * c->ple_width);
 }
 
 /* §3.2 to §3.4: embedding, per-layer inputs, the other streams. */
-static void begin(struct engine *e, uint32_t n)
+static void begin(struct pass *p)
 {
-    const struct model_config *c = e->config;
-    const struct model_weights *w = e->weights;
-    const struct backend_ops *ops = e->backend->ops;
-    struct forward_buffers *b = &e->buf;
+    const struct model_config *c = p->config;
+    const struct model_weights *w = p->lane->engine->weights;
+    struct forward_buffers *b = &p->lane->buf;
     struct activations x;
     size_t ple = (size_t)c->n_layers * c->ple_width;
 
-    for (uint32_t i = 0; i < n; i++)
-        b->ids[i] = b->rows[i].token < c->vocab_size_ple ? b->rows[i].token : 0;
-    read_ahead_rows(&w->ple_embed, b->ids, n); /* read last, they have until then to arrive */
-
-    for (uint32_t i = 0; i < n; i++)
-        b->ids[i] = b->rows[i].token;
-    ops->get_rows(e->backend, &w->embed, b->ids, n, sqrtf((float)c->hidden), b->x0, c->hidden);
-    x = rows_of(b->x0, n, c->hidden);
-    matmul(e, &w->ple_projection, &x, b->gate, ple);
+    p->ops->get_rows(p->backend, &w->embed, b->ids, p->n, sqrtf((float)c->hidden), p->x0,
+                     c->hidden);
+    x = rows_of(p->x0, p->n, c->hidden);
+    matmul(p, &w->ple_projection, &x, b->gate, ple);
     for (uint32_t k = 1; k < c->n_streams; k++) {
-        matmul(e, &w->altup_projection[k - 1], &x, b->t, c->hidden);
-        set_stream(e, n, k, b->x0, c->hidden);
+        matmul(p, &w->altup_projection[k - 1], &x, b->t, c->hidden);
+        set_stream(p, k, p->x0, c->hidden);
     }
 
-    for (uint32_t i = 0; i < n; i++)
-        b->ids[i] = b->rows[i].token < c->vocab_size_ple ? b->rows[i].token : 0;
-    ops->get_rows(e->backend, &w->ple_embed, b->ids, n, sqrtf((float)c->ple_width), b->ple, ple);
-    ops->ple(e->backend, &(struct ple_args){
-                             .n = n,
-                             .n_layers = c->n_layers,
-                             .width = c->ple_width,
-                             .g = b->gate,
-                             .e = b->ple,
-                             .w = plain(&w->ple_projection_norm),
-                             .g_scale = 1 / sqrtf((float)c->hidden),
-                             .eps = c->rms_eps,
-                             .ple = b->ple,
-                         });
-    backend_finish(e->backend); /* the rows below are copied by hand */
-    for (uint32_t i = 0; i < n; i++)
-        memcpy(b->h + (size_t)i * c->n_streams * c->hidden, b->x0 + (size_t)i * c->hidden,
-               c->hidden * sizeof(float));
+    if (!p->lane->maps)
+        get_ple_rows(p->lane, p->backend, p->n); /* last, so that they had time to arrive */
+    p->ops->ple(p->backend, &(struct ple_args){
+                                .n = p->n,
+                                .n_layers = c->n_layers,
+                                .width = c->ple_width,
+                                .g = b->gate,
+                                .e = p->ple,
+                                .w = plain(&w->ple_projection_norm),
+                                .g_scale = 1 / sqrtf((float)c->hidden),
+                                .eps = c->rms_eps,
+                                .ple = p->ple,
+                            });
+    p->ops->copy_rows(p->backend, &(struct copy_rows_args){
+                                      .n = p->n,
+                                      .k = c->hidden,
+                                      .x = p->x0,
+                                      .ld_x = c->hidden,
+                                      .y = p->h,
+                                      .ld_y = (size_t)c->n_streams * c->hidden,
+                                  });
 }
 
-static void norm(struct engine *e, uint32_t n, const float *x, size_t ld_x, const struct weight *w,
-                 float *y)
+static void norm(struct pass *p, const float *x, size_t ld_x, const struct weight *w, float *y)
 {
-    e->backend->ops->norm(e->backend, &(struct norm_args){
-                                          .n = n,
-                                          .k = e->config->hidden,
-                                          .x = x,
-                                          .ld_x = ld_x,
-                                          .w = plain(w),
-                                          .eps = e->config->rms_eps,
-                                          .scale = 1,
-                                          .y = y,
-                                          .ld_y = e->config->hidden,
-                                      });
+    p->ops->norm(p->backend, &(struct norm_args){
+                                 .n = p->n,
+                                 .k = p->config->hidden,
+                                 .x = x,
+                                 .ld_x = ld_x,
+                                 .w = plain(w),
+                                 .eps = p->config->rms_eps,
+                                 .scale = 1,
+                                 .y = y,
+                                 .ld_y = p->config->hidden,
+                             });
+}
+
+/* Where the rows of layer l look for K and V. */
+static const struct kv_row *kv_rows(const struct pass *p, uint32_t l)
+{
+    return p->kv_rows + model_config_kv_source(p->config, l) * p->ld_kv;
 }
 
 /* K and V of an owning layer (§3.6, 2). */
-static void store_kv(struct engine *e, uint32_t l, uint32_t n, struct activations *x)
+static void store_kv(struct pass *p, uint32_t l, struct activations *x)
 {
-    const struct model_config *c = e->config;
-    const struct layer_weights *w = &e->weights->layers[l];
-    const struct backend_ops *ops = e->backend->ops;
-    struct forward_buffers *b = &e->buf;
+    const struct model_config *c = p->config;
+    const struct layer_weights *w = &p->lane->engine->weights->layers[l];
+    struct forward_buffers *b = &p->lane->buf;
     size_t width = (size_t)c->n_heads_kv * c->head_dim;
     struct head_norm_args a = {
-        .n = n,
+        .n = p->n,
         .n_heads = c->n_heads_kv,
         .head_dim = c->head_dim,
         .ld = width,
         .eps = c->rms_eps,
     };
 
-    matmul_fine(e, &w->k, x, b->k, width);
-    matmul(e, &w->v, x, b->v, width);
+    matmul_fine(p, &w->k, x, b->k, width);
+    matmul(p, &w->v, x, b->v, width);
     a.x = b->v;
-    ops->head_norm(e->backend, &a);
+    p->ops->head_norm(p->backend, &a);
     a.x = b->k;
     a.w = plain(&w->k_norm);
-    a.rope = b->rope[c->layers[l].sliding];
-    ops->head_norm(e->backend, &a);
-    ops->kv_store(e->backend, &(struct kv_store_args){
-                                  .n = n,
-                                  .shape = *kv_pool_shape(e->pool),
-                                  .k = b->k,
-                                  .v = b->v,
-                                  .ld = width,
-                                  .rows = b->kv_rows,
-                              });
-}
-
-/* Where the rows of layer l look for K and V. */
-static void find_kv(struct engine *e, uint32_t l, uint32_t n)
-{
-    uint32_t source = model_config_kv_source(e->config, l);
-
-    for (uint32_t i = 0; i < n; i++)
-        e->buf.kv_rows[i] = kv_cache_row(e->buf.rows[i].kv, source, e->buf.rows[i].pos);
+    a.rope = p->rope[c->layers[l].sliding];
+    p->ops->head_norm(p->backend, &a);
+    p->ops->kv_store(p->backend, &(struct kv_store_args){
+                                     .n = p->n,
+                                     .shape = *kv_pool_shape(p->lane->engine->pool),
+                                     .k = b->k,
+                                     .v = b->v,
+                                     .ld = width,
+                                     .rows = kv_rows(p, l),
+                                 });
 }
 
 /* (b), (c) and the K and V of (d); pred, xn are then there for all n rows. Returns xn, rounded
  * if K or V wanted that. */
-static struct activations layer_begin(struct engine *e, uint32_t l, uint32_t n)
+static struct activations layer_begin(struct pass *p, uint32_t l)
 {
-    const struct model_config *c = e->config;
-    const struct layer_weights *w = &e->weights->layers[l];
-    struct forward_buffers *b = &e->buf;
+    const struct model_config *c = p->config;
+    const struct layer_weights *w = &p->lane->engine->weights->layers[l];
     struct activations x;
 
-    e->backend->ops->altup_predict(e->backend, &(struct altup_predict_args){
-                                                   .n = n,
-                                                   .hidden = c->hidden,
-                                                   .n_streams = c->n_streams,
-                                                   .router = router_of(e, w),
-                                                   .coefs = plain(&w->predict_coefs),
-                                                   .h = b->h,
-                                                   .pred = b->pred,
-                                               });
-    norm(e, n, b->pred, (size_t)c->n_streams * c->hidden, &w->input_norm, b->xn);
-    find_kv(e, l, n);
-    x = rows_of(b->xn, n, c->hidden);
+    p->ops->altup_predict(p->backend, &(struct altup_predict_args){
+                                          .n = p->n,
+                                          .hidden = c->hidden,
+                                          .n_streams = c->n_streams,
+                                          .router = router_of(p, w),
+                                          .coefs = plain(&w->predict_coefs),
+                                          .h = p->h,
+                                          .pred = p->pred,
+                                      });
+    norm(p, p->pred, (size_t)c->n_streams * c->hidden, &w->input_norm, p->xn);
+    x = rows_of(p->xn, p->n, c->hidden);
     if (l < c->n_layers_kv)
-        store_kv(e, l, n, &x);
+        store_kv(p, l, &x);
     return x;
 }
 
 /* (f) without its norms: t = down . (gelu(cut(gate . x)) * (up . x)) */
-static void feed_forward(struct engine *e, uint32_t l, struct activations *x)
+static void feed_forward(struct pass *p, uint32_t l, struct activations *x)
 {
-    const struct layer_weights *w = &e->weights->layers[l];
-    const struct layer_config *layer = &e->config->layers[l];
-    const struct backend_ops *ops = e->backend->ops;
-    struct forward_buffers *b = &e->buf;
+    const struct layer_weights *w = &p->lane->engine->weights->layers[l];
+    const struct layer_config *layer = &p->config->layers[l];
+    struct forward_buffers *b = &p->lane->buf;
     size_t ffn = layer->ffn_width;
     struct activations h = rows_of(b->gate, x->n, (uint32_t)ffn);
 
-    matmul(e, &w->gate, x, b->gate, ffn);
+    matmul(p, &w->gate, x, b->gate, ffn);
     if (layer->sparsity_z > 0) { /* the model checks that up and down are laid out for it */
-        round_for(e, &w->up, x, false);
-        ops->sparse_ffn(e->backend, &(struct sparse_ffn_args){
-                                        .x = x,
-                                        .gate = b->gate,
-                                        .ld_gate = ffn,
-                                        .z = layer->sparsity_z,
-                                        .up = &w->up,
-                                        .down = &w->down,
-                                        .work = b->up,
-                                        .y = b->t,
-                                        .ld_y = e->config->hidden,
-                                    });
+        round_for(p, &w->up, x, false);
+        p->ops->sparse_ffn(p->backend, &(struct sparse_ffn_args){
+                                           .x = x,
+                                           .gate = b->gate,
+                                           .ld_gate = ffn,
+                                           .z = layer->sparsity_z,
+                                           .up = &w->up,
+                                           .down = &w->down,
+                                           .work = b->up,
+                                           .y = b->t,
+                                           .ld_y = p->config->hidden,
+                                       });
         return;
     }
-    matmul(e, &w->up, x, b->up, ffn);
-    ops->gate(e->backend, &(struct gate_args){
-                              .n = x->n,
-                              .k = (uint32_t)ffn,
-                              .gate = b->gate,
-                              .up = b->up,
-                              .ld_gate = ffn,
-                              .ld_up = ffn,
-                              .y = b->gate,
-                              .ld_y = ffn,
-                          });
-    matmul(e, &w->down, &h, b->t, e->config->hidden);
+    matmul(p, &w->up, x, b->up, ffn);
+    p->ops->gate(p->backend, &(struct gate_args){
+                                 .n = x->n,
+                                 .k = (uint32_t)ffn,
+                                 .gate = b->gate,
+                                 .up = b->up,
+                                 .ld_gate = ffn,
+                                 .ld_up = ffn,
+                                 .y = b->gate,
+                                 .ld_y = ffn,
+                             });
+    matmul(p, &w->down, &h, b->t, p->config->hidden);
 }
 
 /* (c) to (h). */
-static void layer_end(struct engine *e, uint32_t l, uint32_t n, struct activations *xn)
+static void layer_end(struct pass *p, uint32_t l, struct activations *xn)
 {
-    const struct model_config *c = e->config;
-    const struct layer_weights *w = &e->weights->layers[l];
-    const struct backend_ops *ops = e->backend->ops;
-    struct forward_buffers *b = &e->buf;
+    const struct model_config *c = p->config;
+    const struct layer_weights *w = &p->lane->engine->weights->layers[l];
+    struct forward_buffers *b = &p->lane->buf;
     size_t streams = (size_t)c->n_streams * c->hidden, heads = (size_t)c->n_heads * c->head_dim;
     struct activations x;
     struct norm_args a = {
-        .n = n,
+        .n = p->n,
         .k = c->hidden,
         .x = b->t,
         .ld_x = c->hidden,
@@ -396,127 +400,280 @@ static void layer_end(struct engine *e, uint32_t l, uint32_t n, struct activatio
     };
 
     /* (d) attention, while xn is still the live input */
-    matmul_fine(e, &w->q, xn, b->q, heads);
-    matmul(e, &w->laurel_left, xn, b->rank, c->laurel_rank);
-    ops->head_norm(e->backend, &(struct head_norm_args){
-                                   .n = n,
-                                   .n_heads = c->n_heads,
-                                   .head_dim = c->head_dim,
-                                   .x = b->q,
-                                   .ld = heads,
-                                   .w = plain(&w->q_norm),
-                                   .eps = c->rms_eps,
-                                   .rope = b->rope[c->layers[l].sliding],
-                               });
-    ops->attention(e->backend, &(struct attention_args){
-                                   .n = n,
-                                   .n_heads = c->n_heads,
-                                   .shape = *kv_pool_shape(e->pool),
-                                   .window = c->layers[l].sliding ? c->window : 0,
-                                   .q = b->q,
-                                   .out = b->attn,
-                                   .ld = heads,
-                                   .rows = b->kv_rows,
-                               });
+    matmul_fine(p, &w->q, xn, b->q, heads);
+    matmul(p, &w->laurel_left, xn, b->rank, c->laurel_rank);
+    p->ops->head_norm(p->backend, &(struct head_norm_args){
+                                      .n = p->n,
+                                      .n_heads = c->n_heads,
+                                      .head_dim = c->head_dim,
+                                      .x = b->q,
+                                      .ld = heads,
+                                      .w = plain(&w->q_norm),
+                                      .eps = c->rms_eps,
+                                      .rope = p->rope[c->layers[l].sliding],
+                                  });
+    p->ops->attention(p->backend, &(struct attention_args){
+                                      .n = p->n,
+                                      .n_heads = c->n_heads,
+                                      .shape = *kv_pool_shape(p->lane->engine->pool),
+                                      .window = c->layers[l].sliding ? c->window : 0,
+                                      .q = b->q,
+                                      .out = b->attn,
+                                      .ld = heads,
+                                      .rows = kv_rows(p, l),
+                                  });
 
     /* (c) LAuReL: xn + rms(right . left . xn) */
-    x = rows_of(b->rank, n, c->laurel_rank);
-    matmul(e, &w->laurel_right, &x, b->t, c->hidden);
+    x = rows_of(b->rank, p->n, c->laurel_rank);
+    matmul(p, &w->laurel_right, &x, b->t, c->hidden);
     a.w = plain(&w->laurel_norm);
-    a.add = b->xn;
+    a.add = p->xn;
     a.y = b->laurel;
-    ops->norm(e->backend, &a);
+    p->ops->norm(p->backend, &a);
 
     /* (e) s = (pred[0] + rms(o) + laurel) / sqrt(2) */
-    x = rows_of(b->attn, n, (uint32_t)heads);
-    matmul(e, &w->o, &x, b->t, c->hidden);
+    x = rows_of(b->attn, p->n, (uint32_t)heads);
+    matmul(p, &w->o, &x, b->t, c->hidden);
     a.w = plain(&w->post_attention_norm);
-    a.add = b->pred;
+    a.add = p->pred;
     a.ld_add = streams;
     a.add2 = b->laurel;
     a.scale = (float)M_SQRT1_2;
     a.y = b->s;
-    ops->norm(e->backend, &a);
+    p->ops->norm(p->backend, &a);
 
     /* (f) MLP; b = s + rms(f) goes to x0 */
-    norm(e, n, b->s, c->hidden, &w->pre_ffn_norm, b->xn);
-    x = rows_of(b->xn, n, c->hidden);
-    feed_forward(e, l, &x);
+    norm(p, b->s, c->hidden, &w->pre_ffn_norm, p->xn);
+    x = rows_of(p->xn, p->n, c->hidden);
+    feed_forward(p, l, &x);
     a.w = plain(&w->post_ffn_norm);
     a.add = b->s;
     a.ld_add = c->hidden;
     a.add2 = NULL;
     a.scale = 1;
-    a.y = b->x0;
-    ops->norm(e->backend, &a);
+    a.y = p->x0;
+    p->ops->norm(p->backend, &a);
 
     /* (g) correct */
-    ops->altup_correct(e->backend, &(struct altup_correct_args){
-                                       .n = n,
-                                       .hidden = c->hidden,
-                                       .n_streams = c->n_streams,
-                                       .router = router_of(e, w),
-                                       .coefs = plain(&w->correct_coefs),
-                                       .pred = b->pred,
-                                       .b = b->x0,
-                                       .scale = plain(&w->correct_scale),
-                                       .h = b->h,
-                                       .scaled = b->s,
-                                   });
+    p->ops->altup_correct(p->backend, &(struct altup_correct_args){
+                                          .n = p->n,
+                                          .hidden = c->hidden,
+                                          .n_streams = c->n_streams,
+                                          .router = router_of(p, w),
+                                          .coefs = plain(&w->correct_coefs),
+                                          .pred = p->pred,
+                                          .b = p->x0,
+                                          .scale = plain(&w->correct_scale),
+                                          .h = p->h,
+                                          .scaled = b->s,
+                                      });
 
     /* (h) per-layer input */
-    x = rows_of(b->s, n, c->hidden);
-    matmul(e, &w->ple_gate, &x, b->ple_gate, c->ple_width);
-    ops->gate(e->backend, &(struct gate_args){
-                              .n = n,
-                              .k = c->ple_width,
-                              .gate = b->ple_gate,
-                              .up = b->ple + (size_t)l * c->ple_width,
-                              .ld_gate = c->ple_width,
-                              .ld_up = (size_t)c->n_layers * c->ple_width,
-                              .y = b->ple_gate,
-                              .ld_y = c->ple_width,
-                          });
-    x = rows_of(b->ple_gate, n, c->ple_width);
-    matmul(e, &w->ple_proj, &x, b->t, c->hidden);
-    ops->stream_norm(e->backend, &(struct stream_norm_args){
-                                     .n = n,
-                                     .hidden = c->hidden,
-                                     .n_streams = c->n_streams,
-                                     .x = b->t,
-                                     .w = plain(&w->post_ple_norm),
-                                     .eps = c->rms_eps,
-                                     .h = b->h,
-                                 });
+    x = rows_of(b->s, p->n, c->hidden);
+    matmul(p, &w->ple_gate, &x, b->ple_gate, c->ple_width);
+    p->ops->gate(p->backend, &(struct gate_args){
+                                 .n = p->n,
+                                 .k = c->ple_width,
+                                 .gate = b->ple_gate,
+                                 .up = p->ple + (size_t)l * c->ple_width,
+                                 .ld_gate = c->ple_width,
+                                 .ld_up = (size_t)c->n_layers * c->ple_width,
+                                 .y = b->ple_gate,
+                                 .ld_y = c->ple_width,
+                             });
+    x = rows_of(b->ple_gate, p->n, c->ple_width);
+    matmul(p, &w->ple_proj, &x, b->t, c->hidden);
+    p->ops->stream_norm(p->backend, &(struct stream_norm_args){
+                                        .n = p->n,
+                                        .hidden = c->hidden,
+                                        .n_streams = c->n_streams,
+                                        .x = b->t,
+                                        .w = plain(&w->post_ple_norm),
+                                        .eps = c->rms_eps,
+                                        .h = p->h,
+                                    });
 }
 
-static void move_row(float *x, size_t width, uint32_t to, uint32_t from)
+static void copy_wanted(struct pass *p, const float *x, size_t width, float *y)
 {
-    if (to != from)
-        memcpy(x + to * width, x + from * width, width * sizeof(*x));
+    p->ops->copy_rows(p->backend, &(struct copy_rows_args){
+                                      .n = p->n,
+                                      .k = (uint32_t)width,
+                                      .x = x,
+                                      .ld_x = width,
+                                      .ids = p->lane->buf.wanted,
+                                      .y = y,
+                                      .ld_y = width,
+                                  });
 }
 
-/* Keeps only wanted rows, in order, of everything layer_end() reads; returns how many. */
-static uint32_t keep_wanted(struct engine *e, uint32_t n)
+/* Keeps only wanted rows, in order, of everything layer_end() reads. */
+static void keep_wanted(struct pass *p, uint32_t n_wanted)
 {
-    const struct model_config *c = e->config;
-    struct forward_buffers *b = &e->buf;
-    uint32_t k = 0;
+    const struct model_config *c = p->config;
+    struct forward_buffers *b = &p->lane->buf;
+    size_t streams = (size_t)c->n_streams * c->hidden, ple = (size_t)c->n_layers * c->ple_width;
+    float *h = p->h, *x0 = p->x0;
 
-    backend_finish(e->backend);
-    for (uint32_t i = 0; i < n; i++) {
-        if (!b->rows[i].wanted)
-            continue;
-        move_row(b->pred, (size_t)c->n_streams * c->hidden, k, i);
-        move_row(b->xn, c->hidden, k, i);
-        move_row(b->ple, (size_t)c->n_layers * c->ple_width, k, i);
-        move_row(b->rope[0], c->head_dim, k, i);
-        move_row(b->rope[1], c->head_dim, k, i);
-        b->kv_rows[k] = b->kv_rows[i];
-        b->rows[k] = b->rows[i];
-        k++;
+    if (n_wanted == p->n)
+        return;
+    p->n = n_wanted;
+    if (n_wanted == 0)
+        return;
+    /* h and x0 are free here: each is the other one's place from now on */
+    copy_wanted(p, p->pred, streams, h);
+    copy_wanted(p, p->xn, c->hidden, x0);
+    copy_wanted(p, p->ple, ple, b->ple_wanted);
+    p->h = p->pred;
+    p->pred = h;
+    p->x0 = p->xn;
+    p->xn = x0;
+    p->ple = b->ple_wanted;
+    for (int i = 0; i < 2; i++) {
+        copy_wanted(p, p->rope[i], c->head_dim, b->rope_wanted[i]);
+        p->rope[i] = b->rope_wanted[i];
     }
-    return k;
+    p->kv_rows = b->kv_rows_wanted;
+    p->ld_kv = p->lane->engine->max_logits;
+}
+
+/* §3.8 to §3.10. */
+static void head(struct pass *p)
+{
+    const struct model_config *c = p->config;
+    const struct model_weights *w = p->lane->engine->weights;
+    struct forward_buffers *b = &p->lane->buf;
+    size_t streams = (size_t)c->n_streams * c->hidden;
+    struct weight rows = w->embed; /* rows that repeat <pad> are not computed (§3.9) */
+    struct activations x;
+
+    rows.n_out = c->vocab_size;
+    for (uint32_t k = 1; k < c->n_streams; k++) {
+        x = (struct activations){
+            .n = p->n, .k = c->hidden, .f32 = p->h + (size_t)k * c->hidden, .ld = streams};
+        matmul(p, &w->altup_unembed[k - 1], &x, b->t, c->hidden);
+        set_stream(p, k, p->h, streams);
+    }
+    p->ops->merge(p->backend, &(struct merge_args){
+                                  .n = p->n,
+                                  .hidden = c->hidden,
+                                  .n_streams = c->n_streams,
+                                  .h = p->h,
+                                  .w = plain(&w->final_norm),
+                                  .eps = c->rms_eps,
+                                  .x = b->s,
+                              });
+    x = rows_of(b->s, p->n, c->hidden);
+    matmul(p, &rows, &x, b->logits, c->vocab_size);
+    if (c->softcap > 0)
+        p->ops->softcap(p->backend, b->logits, (size_t)p->n * c->vocab_size, c->softcap);
+}
+
+static void issue(struct lane *l, uint32_t n, uint32_t n_wanted)
+{
+    const struct model_config *c = l->engine->config;
+    struct forward_buffers *b = &l->buf;
+    struct pass p = {
+        .lane = l,
+        .config = c,
+        .backend = l->backend,
+        .ops = l->backend->ops,
+        .n = n,
+        .h = b->h,
+        .pred = b->pred,
+        .x0 = b->x0,
+        .xn = b->xn,
+        .ple = b->ple,
+        .rope = {b->rope[0], b->rope[1]},
+        .kv_rows = b->kv_rows,
+        .ld_kv = l->engine->max_rows,
+    };
+
+    begin(&p);
+    for (uint32_t i = 0; i < c->n_layers; i++) {
+        struct activations xn = layer_begin(&p, i);
+
+        if (i == c->n_layers_kv - 1) {
+            keep_wanted(&p, n_wanted);
+            xn = rows_of(p.xn, p.n, c->hidden); /* other rows: to be rounded anew */
+        }
+        if (p.n == 0)
+            return;
+        layer_end(&p, i, &xn);
+    }
+    head(&p);
+}
+
+/* cos and sin of every row's position, both bases; angles in double (§3.6). */
+static void fill_rope(struct lane *l, uint32_t n)
+{
+    const struct engine *e = l->engine;
+    uint32_t half = e->config->head_dim / 2;
+
+    for (uint32_t i = 0; i < n; i++)
+        for (int kind = 0; kind < 2; kind++) {
+            float *out = l->buf.rope[kind] + (size_t)i * 2 * half;
+
+            for (uint32_t k = 0; k < half; k++) {
+                double angle = l->buf.rows[i].pos * e->inv_freq[kind][k];
+
+                out[k] = (float)cos(angle);
+                out[half + k] = (float)sin(angle);
+            }
+        }
+}
+
+/* All that a pass reads and that differs from one to the next. Returns how many rows are wanted. */
+static uint32_t fill(struct lane *l, uint32_t n)
+{
+    const struct engine *e = l->engine;
+    const struct model_config *c = e->config;
+    struct forward_buffers *b = &l->buf;
+    uint32_t n_wanted = 0;
+
+    fill_rope(l, n);
+    for (uint32_t i = 0; i < n; i++) {
+        const struct forward_row *row = &b->rows[i];
+
+        b->ids[i] = row->token;
+        b->ids_ple[i] = row->token < c->vocab_size_ple ? row->token : 0;
+        for (uint32_t k = 0; k < c->n_layers_kv; k++)
+            b->kv_rows[(size_t)k * e->max_rows + i] = kv_cache_row(row->kv, k, row->pos);
+        if (!row->wanted)
+            continue;
+        assert(n_wanted < e->max_logits);
+        for (uint32_t k = 0; k < c->n_layers_kv; k++)
+            b->kv_rows_wanted[(size_t)k * e->max_logits + n_wanted] =
+                b->kv_rows[(size_t)k * e->max_rows + i];
+        b->wanted[n_wanted++] = i;
+    }
+    read_ahead_rows(&e->weights->ple_embed, b->ids_ple, n);
+    return n_wanted;
+}
+
+int forward_start(struct lane *l, uint32_t n)
+{
+    uint32_t n_wanted;
+
+    assert(n >= 1 && n <= l->engine->max_rows);
+    if (l->maps) {
+        struct backend *processor = l->engine->lanes[LANE_CPU]->backend;
+        int r = lane_map_pages(l);
+
+        if (r < 0)
+            return r;
+        n_wanted = fill(l, n);
+        get_ple_rows(l, processor, n);
+        backend_finish(processor);
+    } else {
+        n_wanted = fill(l, n);
+    }
+    l->n_wanted = n_wanted;
+    if (backend_begin(l->backend, n | (uint64_t)n_wanted << 32)) {
+        issue(l, n, n_wanted);
+        backend_end(l->backend);
+    }
+    return backend_submit(l->backend);
 }
 
 static bool all_finite(const float *x, size_t n)
@@ -527,68 +684,30 @@ static bool all_finite(const float *x, size_t n)
     return true;
 }
 
-/* §3.8 to §3.10. */
-static void head(struct engine *e, uint32_t n)
+/* Rounding to int8 and softcap's exponential make numbers of what is none. */
+static void spoil_logits(struct lane *l)
 {
-    const struct model_config *c = e->config;
-    const struct model_weights *w = e->weights;
-    const struct backend_ops *ops = e->backend->ops;
-    struct forward_buffers *b = &e->buf;
-    size_t streams = (size_t)c->n_streams * c->hidden;
-    struct weight rows = w->embed; /* rows that repeat <pad> are not computed (§3.9) */
-    struct activations x;
+    const struct model_config *c = l->engine->config;
 
-    rows.n_out = c->vocab_size;
-    for (uint32_t k = 1; k < c->n_streams; k++) {
-        x = (struct activations){
-            .n = n, .k = c->hidden, .f32 = b->h + (size_t)k * c->hidden, .ld = streams};
-        matmul(e, &w->altup_unembed[k - 1], &x, b->t, c->hidden);
-        set_stream(e, n, k, b->h, streams);
-    }
-    ops->merge(e->backend, &(struct merge_args){
-                               .n = n,
-                               .hidden = c->hidden,
-                               .n_streams = c->n_streams,
-                               .h = b->h,
-                               .w = plain(&w->final_norm),
-                               .eps = c->rms_eps,
-                               .x = b->xn,
-                           });
-    x = rows_of(b->xn, n, c->hidden);
-    matmul(e, &rows, &x, b->logits, c->vocab_size);
-    if (c->softcap > 0)
-        ops->softcap(e->backend, b->logits, (size_t)n * c->vocab_size, c->softcap);
-    /* Rounding to int8 and softcap's exponential make numbers of what is none. */
-    for (uint32_t i = 0; i < n; i++)
-        if (!all_finite(b->xn + (size_t)i * c->hidden, c->hidden))
+    for (uint32_t i = 0; i < l->n_wanted; i++)
+        if (!all_finite(l->buf.s + (size_t)i * c->hidden, c->hidden))
             for (uint32_t k = 0; k < c->vocab_size; k++)
-                b->logits[(size_t)i * c->vocab_size + k] = NAN;
+                l->buf.logits[(size_t)i * c->vocab_size + k] = NAN;
 }
 
-int forward(struct engine *e, uint32_t n)
+int forward_finish(struct lane *l)
 {
-    int r;
+    int r = backend_finish(l->backend);
 
-    assert(n >= 1 && n <= e->max_rows);
-    fill_rope(e, n);
-    begin(e, n);
-    for (uint32_t l = 0; l < e->config->n_layers; l++) {
-        struct activations xn = layer_begin(e, l, n);
+    if (r < 0)
+        return r;
+    spoil_logits(l);
+    return model_file_is_intact(model_get_file(l->engine->model)) ? 0 : -ENOTRECOVERABLE;
+}
 
-        if (l == e->config->n_layers_kv - 1) {
-            n = keep_wanted(e, n);
-            xn = rows_of(e->buf.xn, n, e->config->hidden); /* other rows: to be rounded anew */
-        }
-        if (n == 0)
-            break;
-        layer_end(e, l, n, &xn);
-    }
-    if (n > 0) {
-        assert(n <= e->max_logits);
-        head(e, n);
-    }
-    r = backend_finish(e->backend);
-    if (r == 0 && !model_file_is_intact(model_get_file(e->model)))
-        r = -ENOTRECOVERABLE;
-    return r;
+int forward(struct lane *l, uint32_t n)
+{
+    int r = forward_start(l, n);
+
+    return r < 0 ? r : forward_finish(l);
 }

@@ -39,8 +39,9 @@ static void write_entry(struct kv_cache *c, uint32_t layer, uint32_t i)
                               memory_order_release);
 }
 
-/* Gives the entry another page, or none (KV_NO_PAGE), and lets go of the one it had. */
-static void set_page(struct kv_cache *c, uint32_t layer, uint32_t i, uint32_t page)
+/* Gives the entry another page, or none (KV_NO_PAGE). Returns the one it had, or NULL: the caller's
+ * to let go of. */
+static void *change_page(struct kv_cache *c, uint32_t layer, uint32_t i, uint32_t page)
 {
     struct kv_layer *l = &c->layers[layer];
     void *old = l->data[i];
@@ -49,12 +50,20 @@ static void set_page(struct kv_cache *c, uint32_t layer, uint32_t i, uint32_t pa
     if (l->data[i])
         l->n_pages++;
     write_entry(c, layer, i);
-    if (!old)
-        return;
-    l->n_pages--;
+    if (old)
+        l->n_pages--;
     /* Another session may be given and fill it: only after this one has stopped to name it. */
     atomic_signal_fence(memory_order_seq_cst);
-    kv_pool_unref(c->pool, kv_pool_page_of(c->pool, old));
+    return old;
+}
+
+/* The same, and lets go of the one it had. */
+static void set_page(struct kv_cache *c, uint32_t layer, uint32_t i, uint32_t page)
+{
+    void *old = change_page(c, layer, i, page);
+
+    if (old)
+        kv_pool_unref(c->pool, kv_pool_page_of(c->pool, old));
 }
 
 /* Drops pages [from, to) of the table. */
@@ -210,6 +219,40 @@ void kv_cache_cut(struct kv_cache *c, uint32_t n)
 {
     for (uint32_t i = 0; i < c->n_layers; i++)
         shrink_to(c, i, DIV_ROUND_UP(n, KV_PAGE));
+}
+
+int kv_cache_retire(struct kv_cache *c, uint32_t from, uint32_t to)
+{
+    uint32_t first = from / KV_PAGE, copies[MODEL_MAX_LAYERS], n = 0;
+    int r = 0;
+
+    /* A copy of what stands before `from` in each layer: all of them, or none is of use. */
+    for (; from % KV_PAGE != 0 && n < c->n_layers && r == 0; n++)
+        r = kv_pool_get(c->pool, false, &copies[n]);
+    if (r < 0) {
+        for (n--; n-- > 0;)
+            kv_pool_unref(c->pool, copies[n]);
+        return r;
+    }
+    for (uint32_t i = 0; i < c->n_layers; i++) {
+        struct kv_layer *l = &c->layers[i];
+
+        for (uint32_t p = first; p < MIN(l->n, DIV_ROUND_UP(to, KV_PAGE)); p++) {
+            bool is_kept = p == first && n > 0;
+            void *old = l->data[p];
+
+            if (!old) {
+                if (is_kept)
+                    kv_pool_unref(c->pool, copies[i]);
+                continue;
+            }
+            if (is_kept)
+                memcpy(kv_pool_data(c->pool, copies[i]), old, kv_pool_page_bytes(c->pool));
+            change_page(c, i, p, is_kept ? copies[i] : KV_NO_PAGE);
+            kv_pool_retire(c->pool, kv_pool_page_of(c->pool, old));
+        }
+    }
+    return 0;
 }
 
 void kv_cache_drop(struct kv_cache *c)

@@ -43,7 +43,7 @@ struct kv_cache {
     struct kv_pool *pool; /* the engine's */
     uint32_t n_layers;    /* owners of K and V */
     uint32_t window;
-    struct kv_layer *layers; /* [n_layers] */
+    struct kv_layer *layers;       /* [n_layers] */
     struct session_memory *memory; /* the session's; NULL: nobody takes it over */
 };
 
@@ -69,13 +69,20 @@ bool kv_cache_holds(const struct kv_cache *c, uint32_t n);
 /* Lets go of pages that lie wholly at n or behind. */
 void kv_cache_cut(struct kv_cache *c, uint32_t n);
 
+/*
+ * What was written to positions [from, to) since they were reserved, and may still be, is of no
+ * use: other pages take the place of those, with what stood before `from`, and they are retired. 0;
+ * -ENOBUFS: no page for that, nothing has changed; not where `from` is at a page's begin
+ */
+int kv_cache_retire(struct kv_cache *c, uint32_t from, uint32_t to);
+
 /* Lets go of every page. */
 void kv_cache_drop(struct kv_cache *c);
 
 /*
- * An empty cache takes the pages of the tables in its memory, n positions of them, while the pool is
- * being adopted. 1: all that a token at n needs is there; 0: it is not, or a table is not sound: the
- * cache is empty again. Neither changes the memory. -ENOMEM
+ * An empty cache takes the pages of the tables in its memory, n positions of them, while the pool
+ * is being adopted. 1: all that a token at n needs is there; 0: it is not, or a table is not sound:
+ * the cache is empty again. Neither changes the memory. -ENOMEM
  */
 int kv_cache_adopt(struct kv_cache *c, uint32_t n);
 

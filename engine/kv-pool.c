@@ -5,6 +5,9 @@
  * The memfd has its full size from the start: what was never touched costs nothing, and one mapping
  * serves for good. Pages that were never used come in order of their numbers; those that came back
  * go first, the last one first.
+ *
+ * In a device's memory, which is there from when it is allocated, pages come in chunks as they are
+ * wanted, and no chunk is given back.
  */
 
 #include "engine/kv-pool.h"
@@ -28,6 +31,7 @@
 #define VERSION 1u
 #define DATA_AT ((uint64_t)2 << 20) /* pages begin where a huge page may */
 #define MEMORY_PAGE 4096u
+#define CHUNK ((size_t)32 << 20) /* bytes that a device sees, or gives, at a time */
 
 struct header {
     char magic[8];
@@ -35,30 +39,37 @@ struct header {
     uint64_t page_bytes, n_pages;
     struct kv_kind kind;
     uint64_t id;
+    uint8_t gpu[KV_IDENTITY]; /* zeros: none has computed anything here */
 };
 
 struct page {
     uint32_t refs;
     uint32_t next_free; /* kv_pool::free */
     bool dirty;         /* may have memory that is not zero */
+    bool retired;       /* never free again */
 };
 
 struct kv_pool {
     struct kv_shape shape;
     size_t page_bytes;
-    uint32_t n_max, n_used;
-    uint32_t n_begun;   /* pages from here on were never taken, and have no memory */
-    uint32_t free;      /* the first of a list, or KV_NO_PAGE */
-    struct page *pages; /* [n_max], touched up to n_begun */
+    uint32_t n_max, n_used, n_retired; /* retired ones are used as well */
+    uint32_t n_begun;                  /* pages from here on were never taken, and have no memory */
+    uint32_t free;                     /* the first of a list, or KV_NO_PAGE */
+    struct page *pages;                /* [n_max], touched up to n_begun */
     bool is_adopted, left;
     struct kv_claim *claims; /* [n_max] while adopting, else NULL */
     int fd;
-    struct header *header; /* the mapping */
+    struct header *header; /* the mapping; or malloc'ed */
     size_t map_bytes;
-    char *data;
+    uint8_t gpu[KV_IDENTITY]; /* this process's; zeros: none */
+
+    struct backend *memory; /* gives the chunks; NULL: one chunk, in the mapping */
+    char **chunks;          /* [n_chunks]; NULL: not wanted yet */
+    uint32_t n_chunks, chunk_pages;
+    uint32_t n_mapped; /* pages that a device was told of */
 };
 
-/* True: fd is a pool of just this header, but for its id. */
+/* True: fd is a pool of just this header, but for its id and the GPU. */
 static bool fits(int fd, const struct header *want, uint64_t size)
 {
     struct header got;
@@ -69,6 +80,7 @@ static bool fits(int fd, const struct header *want, uint64_t size)
     if (read_whole(fd, &got, sizeof(got), 0) < 0 || got.id == 0)
         return false;
     got.id = 0;
+    memset(got.gpu, 0, sizeof(got.gpu));
     return memcmp(&got, want, sizeof(got)) == 0;
 }
 
@@ -97,25 +109,73 @@ static int map(struct kv_pool *p, uint64_t size)
     (void)madvise(start, size, MADV_HUGEPAGE); /* a wish, where shared memory has them */
     p->header = (struct header *)(void *)start;
     p->map_bytes = size;
-    p->data = start + DATA_AT;
+    p->chunks[0] = start + DATA_AT;
     return 0;
 }
 
+static bool is_none(const uint8_t gpu[KV_IDENTITY])
+{
+    static const uint8_t none[KV_IDENTITY];
+
+    return memcmp(gpu, none, sizeof(none)) == 0;
+}
+
+/* Where the pages lie; chunks of a device's come as they are wanted. */
+static int new_chunks(struct kv_pool *p)
+{
+    p->chunk_pages = p->n_max;
+    if (p->memory) {
+        size_t limit = MIN(CHUNK, backend_map_limit(p->memory));
+
+        p->chunk_pages = (uint32_t)MIN(MAX(limit / p->page_bytes, (size_t)1), (size_t)p->n_max);
+    }
+    p->n_chunks = DIV_ROUND_UP(p->n_max, p->chunk_pages);
+    p->chunks = calloc(p->n_chunks, sizeof(*p->chunks));
+    return p->chunks ? 0 : -ENOMEM;
+}
+
+static int new_id(uint64_t *ret)
+{
+    do
+        if (getrandom(ret, sizeof(*ret), 0) != (ssize_t)sizeof(*ret))
+            return -EIO;
+    while (*ret == 0);
+    return 0;
+}
+
+/* The memfd, a former process's or a new one, and its mapping. */
+static int open_memfd(struct kv_pool *p, const struct header *want, int fd)
+{
+    uint64_t size = ALIGN_UP(DATA_AT + p->n_max * (uint64_t)p->page_bytes, (uint64_t)MEMORY_PAGE);
+    int r = 0;
+
+    if (fd >= 0 && fits(fd, want, size)) {
+        p->is_adopted = true;
+        p->claims = calloc(p->n_max, sizeof(*p->claims));
+        if (!p->claims)
+            return -ENOMEM;
+        p->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+        r = p->fd < 0 ? -errno : 0;
+    } else {
+        p->fd = sealed_memory_new("llmd-kv", size);
+        r = p->fd < 0 ? p->fd : 0;
+    }
+    return r < 0 ? r : map(p, size);
+}
+
 int kv_pool_new(struct kv_pool **ret, const struct kv_shape *shape, const struct kv_kind *kind,
-                uint64_t bytes_max, int fd)
+                const struct kv_pool_options *options)
 {
     struct kv_pool *p;
     size_t bytes = kv_page_bytes(shape);
     struct header want = {
         .version = VERSION, .header_bytes = sizeof(want), .page_bytes = bytes, .kind = *kind};
-    uint64_t size;
     int r;
 
     memcpy(want.magic, MAGIC, sizeof(want.magic));
-    want.n_pages = MIN(bytes_max / bytes, (uint64_t)KV_NO_PAGE - 1);
+    want.n_pages = MIN(options->bytes_max / bytes, (uint64_t)KV_NO_PAGE - 1);
     if (want.n_pages == 0)
         return -EINVAL;
-    size = ALIGN_UP(DATA_AT + want.n_pages * bytes, (uint64_t)MEMORY_PAGE);
     p = calloc(1, sizeof(*p));
     if (!p)
         return -ENOMEM;
@@ -123,29 +183,28 @@ int kv_pool_new(struct kv_pool **ret, const struct kv_shape *shape, const struct
                           .page_bytes = bytes,
                           .n_max = (uint32_t)want.n_pages,
                           .free = KV_NO_PAGE,
-                          .fd = -EBADF};
+                          .fd = -EBADF,
+                          .memory = options->memory};
+    if (options->gpu)
+        memcpy(p->gpu, options->gpu, sizeof(p->gpu));
     p->pages = calloc(p->n_max, sizeof(*p->pages));
-    r = p->pages ? 0 : -ENOMEM;
-    if (r == 0 && fd >= 0 && fits(fd, &want, size)) {
-        p->is_adopted = true;
-        p->claims = calloc(p->n_max, sizeof(*p->claims));
-        p->fd = p->claims ? fcntl(fd, F_DUPFD_CLOEXEC, 3) : -EBADF;
-        r = p->fd < 0 ? (p->claims ? -errno : -ENOMEM) : 0;
+    r = p->pages ? new_chunks(p) : -ENOMEM;
+    if (r == 0 && p->memory) {
+        p->header = calloc(1, sizeof(*p->header));
+        r = p->header ? 0 : -ENOMEM;
     } else if (r == 0) {
-        do
-            r = getrandom(&want.id, sizeof(want.id), 0) == (ssize_t)sizeof(want.id) ? 0 : -EIO;
-        while (r == 0 && want.id == 0);
-        p->fd = r == 0 ? sealed_memory_new("llmd-kv", size) : r;
-        r = p->fd < 0 ? p->fd : 0;
+        r = open_memfd(p, &want, options->fd);
     }
-    if (r == 0)
-        r = map(p, size);
+    if (r == 0 && !p->is_adopted) {
+        r = new_id(&want.id);
+        memcpy(want.gpu, p->gpu, sizeof(want.gpu));
+        if (r == 0)
+            *p->header = want;
+    }
     if (r < 0) {
         kv_pool_free(p);
         return r;
     }
-    if (!p->is_adopted)
-        *p->header = want;
     *ret = p;
     return 0;
 }
@@ -154,11 +213,16 @@ struct kv_pool *kv_pool_free(struct kv_pool *p)
 {
     if (!p)
         return NULL;
-    assert(p->n_used == 0 || p->left);
-    if (p->header)
+    assert(p->n_used == p->n_retired || p->left);
+    for (uint32_t i = 0; p->memory && p->chunks && i < p->n_chunks; i++)
+        backend_release(p->memory, p->chunks[i], p->chunk_pages * p->page_bytes);
+    if (p->memory)
+        free(p->header);
+    else if (p->header)
         (void)munmap(p->header, p->map_bytes);
     if (p->fd >= 0)
         close(p->fd);
+    free(p->chunks);
     free(p->claims);
     free(p->pages);
     free(p);
@@ -207,17 +271,36 @@ bool kv_pool_is_adopting(const struct kv_pool *p)
 
 void *kv_pool_data(const struct kv_pool *p, uint32_t page)
 {
-    return p->data + page * p->page_bytes;
+    return p->chunks[page / p->chunk_pages] + page % p->chunk_pages * p->page_bytes;
 }
 
 uint32_t kv_pool_page_of(const struct kv_pool *p, const void *data)
 {
-    return (uint32_t)((size_t)((const char *)data - p->data) / p->page_bytes);
+    uintptr_t at = (uintptr_t)data;
+    uint32_t chunk = 0;
+
+    for (; chunk + 1 < p->n_chunks; chunk++) {
+        uintptr_t begin = (uintptr_t)p->chunks[chunk];
+
+        if (begin && at >= begin && at - begin < p->chunk_pages * p->page_bytes)
+            break;
+    }
+    return chunk * p->chunk_pages + (uint32_t)((at - (uintptr_t)p->chunks[chunk]) / p->page_bytes);
 }
 
 size_t kv_pool_page_bytes(const struct kv_pool *p)
 {
     return p->page_bytes;
+}
+
+/* The chunk of a page that was never taken. */
+static bool have_chunk(struct kv_pool *p, uint32_t page)
+{
+    char **chunk = &p->chunks[page / p->chunk_pages];
+
+    if (!*chunk)
+        *chunk = backend_alloc(p->memory, p->chunk_pages * p->page_bytes);
+    return *chunk != NULL;
 }
 
 int kv_pool_get(struct kv_pool *p, bool zero, uint32_t *ret)
@@ -227,7 +310,7 @@ int kv_pool_get(struct kv_pool *p, bool zero, uint32_t *ret)
     assert(!p->claims);
     if (n != KV_NO_PAGE)
         p->free = p->pages[n].next_free;
-    else if (p->n_begun < p->n_max)
+    else if (p->n_begun < p->n_max && have_chunk(p, p->n_begun))
         n = p->n_begun++;
     else
         return -ENOBUFS;
@@ -263,6 +346,57 @@ void kv_pool_unref(struct kv_pool *p, uint32_t page)
 bool kv_pool_is_shared(const struct kv_pool *p, uint32_t page)
 {
     return p->pages[page].refs > 1;
+}
+
+void kv_pool_retire(struct kv_pool *p, uint32_t page)
+{
+    assert(p->pages[page].refs == 1);
+    p->pages[page].refs = 0;
+    p->pages[page].retired = true;
+    p->n_retired++;
+}
+
+int kv_pool_map(struct kv_pool *p, struct backend *b)
+{
+    size_t limit = MIN(CHUNK, backend_map_limit(b));
+    uint32_t piece, want = MAX(p->n_begun, 1u);
+
+    if (p->claims || p->memory == b)
+        return 0;
+    /* whose own pages of memory may not be whole ones */
+    limit = limit > 2 * MEMORY_PAGE ? limit - 2 * MEMORY_PAGE : 0;
+    piece = (uint32_t)MIN(MAX(limit / p->page_bytes, (size_t)1), (size_t)p->n_max);
+    while (p->n_mapped < want) {
+        uint32_t n = MIN(piece, p->n_max - p->n_mapped);
+        int r = backend_map(b, kv_pool_data(p, p->n_mapped), n * p->page_bytes, BACKEND_SHARED);
+
+        if (r < 0)
+            return r;
+        p->n_mapped += n;
+    }
+    return 0;
+}
+
+void kv_pool_unmap(struct kv_pool *p)
+{
+    p->n_mapped = 0;
+}
+
+bool kv_pool_takes_gpu(struct kv_pool *p, const uint8_t gpu[KV_IDENTITY])
+{
+    if (is_none(p->header->gpu))
+        memcpy(p->header->gpu, gpu, sizeof(p->header->gpu));
+    return memcmp(p->header->gpu, gpu, sizeof(p->header->gpu)) == 0;
+}
+
+const uint8_t *kv_pool_gpu(const struct kv_pool *p)
+{
+    return p->header->gpu;
+}
+
+bool kv_pool_adopts_gpu(const struct kv_pool *p)
+{
+    return is_none(p->gpu) || memcmp(p->header->gpu, p->gpu, sizeof(p->gpu)) == 0;
 }
 
 bool kv_pool_claim(struct kv_pool *p, uint32_t page, const struct kv_claim *claim)
@@ -313,10 +447,10 @@ uint64_t kv_pool_give_back(struct kv_pool *p)
     uint64_t before = bytes_held(p), after;
     uint32_t from = 0;
 
-    if (p->claims)
+    if (p->claims || p->memory || p->n_mapped > 0) /* a device holds what it was told of */
         return 0;
     for (uint32_t i = 0; i <= p->n_begun; i++) {
-        if (i < p->n_begun && p->pages[i].refs == 0 && p->pages[i].dirty)
+        if (i < p->n_begun && p->pages[i].refs == 0 && p->pages[i].dirty && !p->pages[i].retired)
             continue;
         if (i > from)
             punch(p, from, i);
@@ -333,6 +467,8 @@ void kv_pool_adopted_all(struct kv_pool *p)
     if (!p->claims)
         return;
     free(TAKE_PTR(p->claims));
+    if (!is_none(p->gpu))
+        memcpy(p->header->gpu, p->gpu, sizeof(p->gpu));
     for (p->n_begun = p->n_max; p->n_begun > 0 && p->pages[p->n_begun - 1].refs == 0; p->n_begun--)
         ;
     for (uint32_t i = p->n_begun; i-- > 0;) {
@@ -342,7 +478,7 @@ void kv_pool_adopted_all(struct kv_pool *p)
     }
     /* What was never begun counts as zeroed: to the end of the file, with the page's own edge. */
     end = DATA_AT + p->n_begun * (uint64_t)p->page_bytes;
-    memset(p->data + (end - DATA_AT), 0,
+    memset(p->chunks[0] + (end - DATA_AT), 0,
            MIN(ALIGN_UP(end, (uint64_t)MEMORY_PAGE), (uint64_t)p->map_bytes) - end);
     end = ALIGN_UP(end, (uint64_t)MEMORY_PAGE);
     if (end < p->map_bytes && fallocate(p->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,

@@ -10,6 +10,9 @@
  * told by the sessions' tables alone; references are counted in the process, and counted again by
  * the one that takes the memfd over: kv_pool_claim() for each entry of each table, then
  * kv_pool_adopted_all(). Engine thread.
+ *
+ * A device beside the processor sees the memfd where it can: kv_pool_map(). Where it cannot, the
+ * pages lie in memory of the device's, which both see and which goes with the process.
  */
 
 #include <stdbool.h>
@@ -31,19 +34,26 @@ struct kv_kind {
     } shape;
 };
 
-/*
- * fd: of a former process's pool, negative: none; taken where kind and size are the same. Stays the
- * caller's. 0, -ENOMEM, -EINVAL: not even one page fits, -errno of memfd_create() and the like
- */
+struct kv_pool_options {
+    uint64_t bytes_max;
+    int fd; /* of a former process's pool, negative: none; taken where kind and size are the same.
+               Stays the caller's */
+    struct backend *memory; /* pages lie in its memory, and outlive nothing; NULL: in a memfd */
+    const uint8_t *gpu; /* [KV_IDENTITY]: what computes K and V beside the processor; NULL: none */
+};
+
+/* 0, -ENOMEM, -EINVAL: not even one page fits, -errno of memfd_create() and the like */
 int kv_pool_new(struct kv_pool **ret, const struct kv_shape *shape, const struct kv_kind *kind,
-                uint64_t bytes_max, int fd);
-struct kv_pool *kv_pool_free(struct kv_pool *p); /* every page must be back, or left */
+                const struct kv_pool_options *options);
+
+/* Every page must be back, retired or left. Before the backend whose memory it uses. */
+struct kv_pool *kv_pool_free(struct kv_pool *p);
 
 const struct kv_shape *kv_pool_shape(const struct kv_pool *p);
 const struct kv_kind *kv_pool_kind(const struct kv_pool *p);
 uint64_t kv_pool_bytes_used(const struct kv_pool *p);
 uint64_t kv_pool_bytes_max(const struct kv_pool *p);
-int kv_pool_fd(const struct kv_pool *p);      /* the pool's */
+int kv_pool_fd(const struct kv_pool *p);      /* the pool's; negative: its pages are no memfd */
 uint64_t kv_pool_id(const struct kv_pool *p); /* of this memfd: random, not 0 */
 bool kv_pool_is_adopted(const struct kv_pool *p);
 bool kv_pool_is_adopting(const struct kv_pool *p); /* adopted, before kv_pool_adopted_all() */
@@ -57,6 +67,28 @@ int kv_pool_get(struct kv_pool *p, bool zero, uint32_t *ret);
 void kv_pool_ref(struct kv_pool *p, uint32_t page);
 void kv_pool_unref(struct kv_pool *p, uint32_t page);
 bool kv_pool_is_shared(const struct kv_pool *p, uint32_t page);
+
+/* In the place of kv_pool_unref(): somebody may still write to the page, which is used no more. */
+void kv_pool_retire(struct kv_pool *p, uint32_t page);
+
+/*
+ * All pages taken so far, and some more, are told to b by backend_map(), a few MiB at a time: what
+ * a device sees may be kept in memory, used or not. Nothing while adopting. One device at a time;
+ * kv_pool_unmap() when it is gone. 0, or what backend_map() says
+ */
+int kv_pool_map(struct kv_pool *p, struct backend *b);
+void kv_pool_unmap(struct kv_pool *p);
+
+/*
+ * Whether K and V that this GPU had a part in may stand beside those computed here: they were
+ * computed by the one of this process, or there is none. A pool that has nothing of a GPU's, in a
+ * process without one, is such a GPU's from then on.
+ */
+bool kv_pool_takes_gpu(struct kv_pool *p, const uint8_t gpu[KV_IDENTITY]);
+const uint8_t *kv_pool_gpu(const struct kv_pool *p); /* [KV_IDENTITY]; zeros: none */
+
+/* As kv_pool_takes_gpu(), of what the process before computed. */
+bool kv_pool_adopts_gpu(const struct kv_pool *p);
 
 /* What a table says of a page. Two that share it must agree, as far as both can know. */
 struct kv_claim {

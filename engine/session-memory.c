@@ -8,6 +8,7 @@
 
 #include "backends/backend.h"
 #include "base/checked.h"
+#include "engine/engine.h"
 
 #define MAGIC "llmd-se\n"
 #define VERSION 1u
@@ -19,6 +20,7 @@ struct session_header {
     uint32_t version, n_ctx, n_layers, kv_page;
     _Atomic uint64_t pool_id;
     _Atomic uint64_t n_tokens, n_cached, mark; /* sealed */
+    _Atomic uint64_t lanes; /* sealed; 0: of a process that knew of the processor alone */
 };
 
 enum {
@@ -28,6 +30,7 @@ enum {
     SALT_MARK,
     SALT_ENTRY,
     SALT_TOKENS,
+    SALT_LANES,
 };
 
 /* Bijective in x for any h: one changed word always shows. */
@@ -100,6 +103,7 @@ void session_memory_init(struct session_memory *m, uint64_t pool_id)
     session_memory_set_n_cached(m, 0);
     session_memory_set_n_tokens(m, 0);
     session_memory_set_mark(m, UINT32_MAX);
+    session_memory_set_lanes(m, 0);
     session_memory_set_pool(m, pool_id);
     atomic_store_explicit(&h->magic, magic(), memory_order_release);
 }
@@ -127,6 +131,11 @@ void session_memory_set_n_cached(struct session_memory *m, uint32_t n)
 void session_memory_set_mark(struct session_memory *m, uint32_t n)
 {
     store(&m->header->mark, seal(n, SALT_MARK));
+}
+
+void session_memory_set_lanes(struct session_memory *m, uint32_t lanes)
+{
+    store(&m->header->lanes, seal(lanes, SALT_LANES));
 }
 
 void session_memory_set_pool(struct session_memory *m, uint64_t pool_id)
@@ -186,6 +195,12 @@ int session_memory_find(const struct session_memory *m, uint32_t vocab_size,
         f.n_cached = 0;
     if (!unseal(atomic_load(&h->mark), SALT_MARK, &f.mark) || f.mark > f.n_tokens)
         f.mark = UINT32_MAX;
+    if (atomic_load(&h->lanes) == 0)
+        f.lanes = 1u << LANE_CPU;
+    else if (!unseal(atomic_load(&h->lanes), SALT_LANES, &f.lanes))
+        f.n_cached = 0;
+    if (f.n_cached == 0)
+        f.lanes = 0;
     f.pool_id = atomic_load(&h->pool_id);
     *ret = f;
     return 0;

@@ -42,6 +42,7 @@ void session_memory_init(struct session_memory *m, uint64_t pool_id);
 void session_memory_set_n_tokens(struct session_memory *m, uint32_t n);
 void session_memory_set_n_cached(struct session_memory *m, uint32_t n);
 void session_memory_set_mark(struct session_memory *m, uint32_t n);
+void session_memory_set_lanes(struct session_memory *m, uint32_t lanes);
 void session_memory_set_pool(struct session_memory *m, uint64_t pool_id);
 
 /* Tokens [at, at + n), which must not count yet; those before must be there. */
@@ -55,6 +56,7 @@ struct session_found {
     uint32_t n_tokens;
     uint32_t n_cached; /* at most n_tokens; 0 where that is not known */
     uint32_t mark;     /* or UINT32_MAX */
+    uint32_t lanes;    /* see session_lanes() */
     uint64_t pool_id;
 };
 

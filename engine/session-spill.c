@@ -21,7 +21,7 @@
 #include "engine/session.h"
 
 #define MAGIC "llmd-sp\n"
-#define VERSION 1u
+#define VERSION 2u
 #define DIGEST 32u
 
 struct header {
@@ -32,7 +32,8 @@ struct header {
     uint32_t n_cached; /* tokens whose K and V these are */
     uint32_t check;    /* of these tokens */
     uint32_t n_pages;
-    uint32_t reserved;
+    uint32_t lanes;           /* session_lanes() */
+    uint8_t gpu[KV_IDENTITY]; /* where one was among them: which */
 };
 
 struct place {
@@ -84,7 +85,8 @@ static int new_transfer(struct session_transfer **ret, struct session *s, bool w
 }
 
 /* What the file begins with, but for the number of pages. */
-static void fill_header(struct header *h, const struct session *s, uint32_t n_cached)
+static void fill_header(struct header *h, const struct session *s, uint32_t n_cached,
+                        uint32_t lanes)
 {
     memset(h, 0, sizeof(*h));
     memcpy(h->magic, MAGIC, sizeof(h->magic));
@@ -95,6 +97,9 @@ static void fill_header(struct header *h, const struct session *s, uint32_t n_ca
     h->window = s->kv.window;
     h->n_cached = n_cached;
     h->check = session_memory_check(&s->memory, n_cached);
+    h->lanes = lanes;
+    if (lanes & 1u << LANE_GPU)
+        memcpy(h->gpu, kv_pool_gpu(s->engine->pool), sizeof(h->gpu));
 }
 
 static uint64_t page_at(const struct session_transfer *t, uint32_t page)
@@ -134,7 +139,7 @@ static int begin_spill(struct session *s, int fd)
 
     if (r < 0)
         return r;
-    fill_header(&t->header, s, s->n_cached);
+    fill_header(&t->header, s, s->n_cached, s->lanes);
     for (uint32_t l = 0; l < s->kv.n_layers; l++)
         n += s->kv.layers[l].n_pages;
     t->places = reallocarray(NULL, MAX(n, 1u), sizeof(*t->places));
@@ -194,6 +199,7 @@ int session_spill(struct session *s, int fd, uint64_t n_bytes)
 {
     int r;
 
+    session_settle(s);
     if (s->transfer && !goes_on(s->transfer, fd))
         session_end_transfer(s);
     r = s->transfer ? 0 : begin_spill(s, fd);
@@ -242,7 +248,9 @@ static int begin_unspill(struct session *s, int fd)
         return r;
     if (h->n_cached > s->n_tokens)
         return -EBADMSG;
-    fill_header(&want, s, h->n_cached);
+    if (h->lanes & 1u << LANE_GPU && !kv_pool_takes_gpu(t->pool, h->gpu))
+        return -EBADMSG;
+    fill_header(&want, s, h->n_cached, h->lanes);
     want.n_pages = h->n_pages;
     most = (uint64_t)s->kv.n_layers * DIV_ROUND_UP(h->n_cached, KV_PAGE);
     if (memcmp(h, &want, sizeof(want)) != 0 || h->n_pages > most)
@@ -267,7 +275,7 @@ static int begin_unspill(struct session *s, int fd)
 static int take_pages(struct session *s)
 {
     struct session_transfer *t = s->transfer;
-    uint32_t n_cached = t->header.n_cached;
+    uint32_t n_cached = t->header.n_cached, lanes = t->header.lanes;
     int r = 0;
 
     for (uint32_t i = 0; i < t->header.n_pages && r == 0; i++) {
@@ -283,6 +291,7 @@ static int take_pages(struct session *s)
         kv_cache_drop(&s->kv);
         return r;
     }
+    session_add_lanes(s, lanes);
     session_set_cached(s, n_cached);
     return 0;
 }
@@ -329,6 +338,7 @@ int session_unspill(struct session *s, int fd, uint64_t n_bytes)
 {
     int r;
 
+    session_settle(s);
     if (s->n_cached > 0 || kv_pool_is_adopting(s->engine->pool))
         return -EINVAL;
     if (s->transfer && s->transfer->writes)

@@ -84,7 +84,7 @@ struct session *session_free(struct session *s)
 {
     if (!s)
         return NULL;
-    session_drop_kv(s);
+    session_drop_kv(s); /* and waits, if it is busy */
     return done(s);
 }
 
@@ -97,6 +97,7 @@ struct session *session_leave(struct session *s)
 {
     if (!s)
         return NULL;
+    session_settle(s);
     kv_pool_leave(s->engine->pool);
     kv_cache_leave(&s->kv);
     return done(s);
@@ -117,6 +118,24 @@ void session_set_cached(struct session *s, uint32_t n)
 {
     s->n_cached = n;
     session_memory_set_n_cached(&s->memory, n);
+    if (n == 0 && s->lanes != 0) {
+        s->lanes = 0;
+        session_memory_set_lanes(&s->memory, 0);
+    }
+}
+
+void session_add_lanes(struct session *s, unsigned lanes)
+{
+    if ((s->lanes | lanes) == s->lanes)
+        return;
+    s->lanes |= lanes;
+    session_memory_set_lanes(&s->memory, s->lanes);
+}
+
+void session_settle(struct session *s)
+{
+    if (s->busy)
+        engine_settle(s->engine, s->busy->id);
 }
 
 int session_fork(struct session **ret, struct session *s, void *memory)
@@ -124,6 +143,7 @@ int session_fork(struct session **ret, struct session *s, void *memory)
     CLEANUP(session_freep) struct session *f = NULL;
     int r;
 
+    session_settle(s);
     r = session_new(&f, s->engine, s->n_ctx, memory);
     if (r < 0)
         return r;
@@ -132,6 +152,7 @@ int session_fork(struct session **ret, struct session *s, void *memory)
         return r;
     session_put_tokens(f, s->tokens, s->n_tokens);
     session_add_tokens(f, s->n_tokens);
+    session_add_lanes(f, s->lanes);
     session_set_cached(f, s->n_cached);
     *ret = TAKE_PTR(f);
     return 0;
@@ -151,7 +172,8 @@ int session_adopt(struct session **ret, struct engine *e, uint32_t n_ctx, void *
     if (r < 0)
         return error_set(err, -r, "out of memory");
     r = session_memory_find(&s->memory, e->config->vocab_size, &found, err);
-    if (r == 0 && found.pool_id == kv_pool_id(e->pool) && kv_pool_is_adopting(e->pool)) {
+    if (r == 0 && found.pool_id == kv_pool_id(e->pool) && kv_pool_is_adopting(e->pool) &&
+        (!(found.lanes & 1u << LANE_GPU) || kv_pool_adopts_gpu(e->pool))) {
         r = kv_cache_adopt(&s->kv, found.n_cached);
         if (r == 0)
             found.n_cached = 0;
@@ -167,6 +189,7 @@ int session_adopt(struct session **ret, struct engine *e, uint32_t n_ctx, void *
 
     /* Sound at each step, as everything else: what no longer counts first, then its tables. */
     s->n_tokens = found.n_tokens;
+    s->lanes = found.lanes;
     session_set_cached(s, found.n_cached);
     session_set_mark(s, found.mark);
     kv_cache_write_tables(&s->kv);
@@ -177,6 +200,7 @@ int session_adopt(struct session **ret, struct engine *e, uint32_t n_ctx, void *
 
 void session_rewind(struct session *s, uint32_t n)
 {
+    session_settle(s);
     if (n >= s->n_tokens)
         return;
     session_end_transfer(s);
@@ -191,12 +215,14 @@ void session_rewind(struct session *s, uint32_t n)
 
 void session_set_mark(struct session *s, uint32_t n)
 {
+    session_settle(s);
     s->mark = n <= s->n_tokens ? n : KV_NO_MARK;
     session_memory_set_mark(&s->memory, s->mark);
 }
 
 void session_drop_kv(struct session *s)
 {
+    session_settle(s);
     session_end_transfer(s);
     session_set_cached(s, 0);
     kv_cache_drop(&s->kv);
@@ -204,6 +230,7 @@ void session_drop_kv(struct session *s)
 
 int session_set_tokens(struct session *s, const uint32_t *tokens, uint32_t n)
 {
+    session_settle(s);
     if (s->n_tokens > 0)
         return -EINVAL;
     if (n > s->n_ctx)
@@ -229,13 +256,12 @@ uint64_t session_kv_bytes(const struct session *s)
 
 bool session_is_busy(const struct session *s)
 {
-    (void)s;
-    return false; /* the processor's passes are over when engine_start() returns */
+    return s->busy != NULL;
 }
 
 unsigned session_lanes(const struct session *s)
 {
-    return s->n_cached > 0 ? 1u << LANE_CPU : 0;
+    return s->lanes;
 }
 
 uint32_t session_n_tokens(const struct session *s)

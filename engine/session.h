@@ -25,7 +25,9 @@ struct session {
                           lost a window or when they were dropped; steps compute the rest
                           before anything new */
     uint32_t mark;     /* or KV_NO_MARK */
+    unsigned lanes;    /* session_lanes() */
     bool in_step;      /* already part of the step being built */
+    struct lane *busy; /* whose pass under way it is in, or NULL */
     bool own_memory;   /* mapped here */
     struct kv_cache kv;
     struct session_memory memory;
@@ -38,6 +40,12 @@ void session_put_tokens(struct session *s, const uint32_t *tokens, uint32_t n);
 /* Of what is put or computed: they count from now on. */
 void session_add_tokens(struct session *s, uint32_t n);
 void session_set_cached(struct session *s, uint32_t n);
+
+/* Before what a lane computed counts. */
+void session_add_lanes(struct session *s, unsigned lanes);
+
+/* Before anything of it changes: a pass that it is in is waited for, and its results kept. */
+void session_settle(struct session *s);
 
 /* Before K and V or tokens change: a spill under way is of no use. */
 void session_end_transfer(struct session *s);

@@ -194,11 +194,11 @@ static void check_ring(struct engine *e)
     for (uint32_t at = 0; at < LONGEST; at += 50) {
         assert(kv_cache_reserve(&whole, at, at + 50) == 0);
         for (uint32_t i = 0; i < 50; i++)
-            e->buf.rows[i] = (struct forward_row){
+            e->lanes[LANE_CPU]->buf.rows[i] = (struct forward_row){
                 .token = tokens[at + i], .pos = at + i, .kv = &whole, .wanted = i == 49};
-        assert(forward(e, 50) == 0);
+        assert(forward(e->lanes[LANE_CPU], 50) == 0);
     }
-    assert(same(ring, e->buf.logits));
+    assert(same(ring, e->lanes[LANE_CPU]->buf.logits));
     for (uint32_t l = 0; l < whole.n_layers; l++)
         assert(whole.layers[l].data[0]);
     kv_cache_done(&whole);

@@ -455,6 +455,7 @@ NOTHING(no_predict, altup_predict_args)
 NOTHING(no_correct, altup_correct_args)
 NOTHING(no_stream_norm, stream_norm_args)
 NOTHING(no_rescale, rescale_args)
+NOTHING(no_copy_rows, copy_rows_args)
 NOTHING(no_merge, merge_args)
 NOTHING(no_ple, ple_args)
 
@@ -464,7 +465,7 @@ static void store_marks(struct backend *b, const struct kv_store_args *a)
 
     (void)b;
     for (uint32_t i = 0; i < a->n; i++) {
-        const struct kv_cache *kv = marked->buf.rows[i].kv;
+        const struct kv_cache *kv = marked->lanes[LANE_CPU]->buf.rows[i].kv;
         uint32_t pos = a->rows[i].pos;
 
         layer = 0;
@@ -492,6 +493,7 @@ static const struct backend_ops marking_ops = {
     .altup_correct = no_correct,
     .stream_norm = no_stream_norm,
     .rescale = no_rescale,
+    .copy_rows = no_copy_rows,
     .merge = no_merge,
     .ple = no_ple,
 };
@@ -504,7 +506,7 @@ static void work_with_marks(uint64_t seed, uint64_t n)
     random_state = seed;
     take_back(&w);
     marked = w.e;
-    backend = *w.e->backend;
+    backend = *engine_backend(w.e);
     backend.ops = &marking_ops;
     engine_set_backend(w.e, &backend);
     work(&w, 60); /* so that there is something to lose */
@@ -555,10 +557,11 @@ static uint32_t check_state(struct engine *e, char *copies[N_SLOTS], const struc
     struct session *s[N_SLOTS];
     struct kv_kind kind = *kv_pool_kind(e->pool);
     struct kv_shape shape = *kv_pool_shape(e->pool);
+    struct kv_pool_options o = {.bytes_max = kv_bytes, .fd = pool_fd};
     uint32_t cached = 0;
 
     kv_pool_free(e->pool);
-    assert(kv_pool_new(&e->pool, &shape, &kind, kv_bytes, pool_fd) == 0);
+    assert(kv_pool_new(&e->pool, &shape, &kind, &o) == 0);
     assert(kv_pool_is_adopted(e->pool));
     for (uint32_t i = 0; i < N_SLOTS; i++) {
         int r;
