@@ -1,0 +1,87 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+#pragma once
+
+/*
+ * device: what lies behind struct vulkan_device, and memory of it. For the files of this folder and
+ * their tests.
+ */
+
+#include "backends/vulkan/functions.h"
+#include "backends/vulkan/pipelines.h"
+#include "backends/vulkan/vulkan.h"
+
+/* What the device can do beyond what is required. Features named here are enabled. */
+struct vulkan_capabilities {
+    uint32_t subgroup_size;                     /* as drivers choose it where none is asked for */
+    uint32_t subgroup_min, subgroup_max;        /* what can be required; 0: nothing can */
+    bool subgroup_arithmetic, subgroup_shuffle; /* in compute shaders */
+    uint32_t shared_bytes;                      /* of a work group: at least 16384 */
+    uint32_t max_invocations;                   /* in a work group: at least 128 */
+    bool storage_16, storage_8;                 /* buffers of 16- and 8-bit numbers */
+    bool float_16, int_16, int_8, int_64;       /* arithmetic with such */
+    bool dot_8;                                 /* integer dot products (OpSDot and so on) */
+};
+
+enum vulkan_state {
+    VULKAN_WELL,
+    VULKAN_LOST, /* the driver said so: what it holds can be given back, nothing else works */
+    VULKAN_HUNG, /* it may still be at work: what it holds must be left to it */
+};
+
+struct vulkan_device {
+    struct vulkan_functions vk;
+    void *library;
+    VkInstance instance;
+    VkPhysicalDevice physical;
+    VkPhysicalDeviceType type;
+    VkPhysicalDeviceMemoryProperties memory;
+    char name[VK_MAX_PHYSICAL_DEVICE_NAME_SIZE];
+    char identity[2 * (2 * VK_UUID_SIZE + 4) + 1];
+    struct vulkan_capabilities has;
+    uint32_t api_version;
+    uint32_t queue_family;
+    uint32_t timestamp_bits; /* 0: the queue has no timestamps */
+    double timestamp_nsec;   /* between two ticks */
+    uint64_t max_piece;      /* bytes of one allocation and one buffer */
+    size_t import_align;     /* 0: memory cannot be imported */
+    bool copy_weights;
+    uint64_t hang_usec;
+    void *first_cache; /* as given; freed when opened */
+    size_t first_cache_bytes;
+
+    VkDevice device; /* NULL until opened */
+    VkQueue queue;
+    VkPipelineCache cache;
+    VkPipelineLayout layout; /* one for all: 128 bytes of push constants */
+    VkPipeline pipelines[VULKAN_N_PIPELINES];
+    bool shares;
+    enum vulkan_state state;
+};
+
+/* 0, -ENOMEM, -ENODEV, ... of vulkan_errno() */
+int vulkan_device_pipeline(struct vulkan_device *d, enum vulkan_pipeline p, VkPipeline *ret);
+
+/* A buffer with memory of its own, and the address by which shaders find it. */
+struct vulkan_block {
+    VkBuffer buffer;
+    VkDeviceMemory memory;
+    VkDeviceAddress address;
+    void *host; /* NULL: the host cannot see it */
+    size_t bytes;
+};
+
+enum vulkan_place {
+    VULKAN_HOST,   /* host-visible and coherent, cached where there is such; content undefined */
+    VULKAN_DEVICE, /* the device's own where it has any; the host may not see it */
+    VULKAN_UPLOAD, /* the device's own, and host-visible: no device but an integrated one has much
+                    */
+};
+
+/* All: 0 or what vulkan_errno() makes of the driver's answer; *ret is untouched on failure. */
+int vulkan_block_new(struct vulkan_device *d, size_t bytes, enum vulkan_place place,
+                     struct vulkan_block *ret);
+/* p and bytes are multiples of d->import_align; the memory stays the caller's. */
+int vulkan_block_import(struct vulkan_device *d, void *p, size_t bytes, struct vulkan_block *ret);
+/* Nothing that is under way may use it. After a hang it is left as it is. */
+void vulkan_block_free(struct vulkan_device *d, struct vulkan_block *b);
