@@ -64,7 +64,8 @@ const float HUGE = 1.2089258196146292e24;  // 2^80
 // values times 2^-80 or 2^80. A sum so small does not matter where something far larger is added.
 float rescue(float sum, float added)
 {
-    if (!(sum < HUGE))
+    // as bits: an infinity or NaN need not compare as one
+    if ((floatBitsToUint(sum) & 0x7fffffffu) >= floatBitsToUint(HUGE))
         return TINY;
     return sum < TINY && added < 9.094947e-13 ? HUGE : 1;
 }

@@ -3,16 +3,27 @@
 #version 460
 #extension GL_GOOGLE_include_directive : require
 #include "shaders/push-rows.h"
+#include "shaders/math.glsl"
 
-// x := c tanh(x / c), below c for all x. One invocation for each value.
+// x := c tanh(x / c), below c for all x. Each invocation takes several values.
 
 layout(local_size_x_id = 0) in;
 PUSH(softcap_push)
 
 void main()
 {
-    uint i = gl_GlobalInvocationID.x;
+    uint step = gl_NumWorkGroups.x * gl_WorkGroupSize.x;
 
-    if (i < push.n)
-        Floats(push.x).v[i] = push.c * tanh(Floats(push.x).v[i] / push.c);
+    for (uint i = gl_GlobalInvocationID.x; i < push.n; i += step) {
+        float x = Floats(push.x).v[i];
+        precise float q = x / push.c;
+
+        if (abs(q) < 16) // else tanh is 1
+            q = pair_divide(vec2(x, 0), vec2(push.c, 0)).x;
+        precise float e = exponential(-2 * abs(q));
+        vec2 t = pair_divide(two_sum(1, -e), two_sum(1, e));
+        precise float y = min(push.c * t.x, push.below);
+
+        Floats(push.x).v[i] = x < 0 ? -y : y;
+    }
 }

@@ -12,7 +12,23 @@
 
 #define VULKAN_MATMUL_PIPELINES(X)
 
-#define VULKAN_ROWS_PIPELINES(X) X(SOFTCAP, softcap, 64, 0, 0, 0)
+#define VULKAN_ROWS_PIPELINES(X)                    \
+    X(NORM, norm, 128, 0, 0, 0)                     \
+    X(HEAD_NORM, head_norm, 64, 0, 0, 0)            \
+    X(GATE, gate, 64, 0, 0, 0)                      \
+    X(GATE_CUT, gate_cut, 128, 0, 0, 0)             \
+    X(PLE, ple, 64, 0, 0, 0)                        \
+    X(ALTUP_PREDICT, altup_predict, 128, 0, 0, 0)   \
+    X(ALTUP_PREDICT_4, altup_predict, 128, 4, 0, 0) \
+    X(ALTUP_CORRECT, altup_correct, 128, 0, 0, 0)   \
+    X(ALTUP_CORRECT_4, altup_correct, 128, 4, 0, 0) \
+    X(STREAM_NORM, stream_norm, 128, 0, 0, 0)       \
+    X(RESCALE, rescale, 128, 0, 0, 0)               \
+    X(MERGE, merge, 128, 0, 0, 0)                   \
+    X(COPY_ROWS, copy_rows, 64, 0, 0, 0)            \
+    X(SOFTCAP, softcap, 64, 0, 0, 0)                \
+    X(KV_STORE_F16, kv_store, 64, 1, 0, 0)          \
+    X(KV_STORE_F32, kv_store, 64, 0, 0, 0)
 
 #define VULKAN_ATTENTION_PIPELINES(X)
 

@@ -104,6 +104,9 @@ void vulkan_use_rows(struct backend_ops *ops);
 void vulkan_use_attention(struct backend_ops *ops);
 void vulkan_use_sparse(struct backend_ops *ops);
 
+/* kv-store.c, in vulkan_use_rows() */
+void vulkan_kv_store(struct backend *b, const struct kv_store_args *a);
+
 /* ---- between the files of the backend itself ---- */
 
 /* The first failure stays: what happened, in words, from `r` (an errno) at `where`. */
