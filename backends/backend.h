@@ -33,7 +33,7 @@
  * Numbers: inputs are finite, except that hostile model files may bring any bit pattern as weight
  * or scale: the results are then arbitrary, but nothing is read or written out of bounds. Error
  * bounds are given as |got - exact| <= bound, exact being the same formula in real arithmetic;
- * eps = 2^-24.
+ * eps = 2^-24. A device may take floats below 2^-126 for zero (not halves: all of those count).
  *
  * The reference (cpu/reference.c) is the definition: plain loops, sums in double. Every other
  * implementation is tested against it, operation by operation, at odd sizes.
@@ -55,7 +55,8 @@ struct backend;
  * Rows that are about to meet weights. f32 is the caller's; the rounded copy is filled by
  * quantize() and used by matmul() for q4 and q8 weights when it is there: with its second plane
  * for fine activations of 16 bits, without for coarse ones of 8. Who has both chooses for each
- * product: a copy of this struct with q_low NULL is the coarse one.
+ * product: a copy of this struct with q_low NULL is the coarse one. A device needs q and q_low at
+ * multiples of 4 bytes, as it reads words.
  */
 struct activations {
     uint32_t n, k; /* rows, values in a row */

@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "backends/cpu/op-test.h"
+#include "backends/op-test.h"
 #include "base/checked.h"
 
 /* Norms. Each run_ function runs in place where the contract allows it, every other call. */
@@ -40,7 +40,7 @@ static void run_norm(struct backend *b, void *args, uint32_t first, uint32_t n, 
         a.x = y;
         a.ld_x = a.ld_y;
     }
-    b->ops->norm(b, &a);
+    ISSUE(b, norm(b, &a));
 }
 
 static double rms_factor(const float *x, uint32_t k, double scale, double eps)
@@ -65,7 +65,7 @@ static void test_norm(void)
             struct norm_case c = {.a = {.k = k,
                                         .x = x.p,
                                         .ld_x = x.ld,
-                                        .w = variant & 1 ? w.p : NULL,
+                                        .w = variant & 1 ? array_weights(&w) : NULL,
                                         .eps = 1e-6f,
                                         .add = variant & 2 ? add.p : NULL,
                                         .add2 = variant & 4 ? add2.p : NULL,
@@ -117,7 +117,7 @@ static void run_head_norm(struct backend *b, void *args, uint32_t first, uint32_
     a.rope = a.rope ? a.rope + (size_t)first * a.head_dim : NULL;
     for (uint32_t i = 0; i < n; i++)
         memcpy(y + i * a.ld, c->x + (first + i) * a.ld, (size_t)a.n_heads * a.head_dim * 4);
-    b->ops->head_norm(b, &a);
+    ISSUE(b, head_norm(b, &a));
 }
 
 static void test_head_norm(void)
@@ -135,7 +135,7 @@ static void test_head_norm(void)
                                              .head_dim = dim,
                                              .ld = y.ld,
                                              .eps = 1e-6f,
-                                             .w = variant & 1 ? w.p : NULL,
+                                             .w = variant & 1 ? array_weights(&w) : NULL,
                                              .rope = variant & 2 ? rope.p : NULL},
                                        .x = x.p};
 
@@ -206,7 +206,7 @@ static void run_gate(struct backend *b, void *args, uint32_t first, uint32_t n, 
         *from = y;
         *ld = a.ld_y;
     }
-    b->ops->gate(b, &a);
+    ISSUE(b, gate(b, &a));
 }
 
 static void test_gate(void)
@@ -286,7 +286,7 @@ static void run_predict(struct backend *b, void *args, uint32_t first, uint32_t 
                                    .h = c->h + first * row,
                                    .pred = y};
 
-    b->ops->altup_predict(b, &a);
+    ISSUE(b, altup_predict(b, &a));
 }
 
 static void run_correct(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
@@ -308,19 +308,20 @@ static void run_correct(struct backend *b, void *args, uint32_t first, uint32_t 
         memcpy(a.h, a.pred, n * row * 4);
         a.pred = a.h;
     }
-    b->ops->altup_correct(b, &a);
+    ISSUE(b, altup_correct(b, &a));
 }
 
-static void route(const struct altup_case *c, const float *x, double *ret)
+static void route(const struct altup_case *c, const struct router_weights *w, const float *x,
+                  double *ret)
 {
-    double r = rms_factor(x, c->hidden, 1, (double)c->router.eps);
+    double r = rms_factor(x, c->hidden, 1, (double)w->eps);
 
     for (uint32_t j = 0; j < c->n_streams; j++) {
         double sum = 0;
 
         for (uint32_t k = 0; k < c->hidden; k++)
-            sum += (double)c->router.router[(size_t)j * c->hidden + k] *
-                   ((double)x[k] * r * (double)c->router.norm[k] / c->hidden);
+            sum += (double)w->router[(size_t)j * c->hidden + k] *
+                   ((double)x[k] * r * (double)w->norm[k] / c->hidden);
         ret[j] = tanh(sum);
     }
 }
@@ -334,19 +335,20 @@ static void check_altup(uint32_t hidden, uint32_t n)
     struct array coefs = array_random(n * n, n, 0, 1), scale = array_random(1, hidden, 0, 2);
     struct altup_case c = {.hidden = hidden,
                            .n_streams = n,
-                           .coefs = coefs.p,
+                           .coefs = array_weights(&coefs),
                            .h = h.p,
                            .b = b.p,
-                           .scale = scale.p,
-                           .router = {norm.p, router.p, 1e-6f},
+                           .scale = array_weights(&scale),
+                           .router = {array_weights(&norm), array_weights(&router), 1e-6f},
                            .other = other.p};
+    struct router_weights host = {norm.p, router.p, 1e-6f};
     double m[BACKEND_MAX_STREAMS];
 
     check_batches("altup_predict", run_predict, &c, &y);
     for (uint32_t i = 0; i < N_MAX; i++) {
         const float *x = h.p + (size_t)i * n * hidden;
 
-        route(&c, x, m);
+        route(&c, &host, x, m);
         for (uint32_t j = 0; j < n; j++)
             for (uint32_t k = 0; k < hidden; k++) {
                 double sum = (double)x[j * hidden + k], magnitude = fabs(sum);
@@ -373,7 +375,7 @@ static void check_altup(uint32_t hidden, uint32_t n)
         for (uint32_t i = 0; i < N_MAX; i++) {
             const float *pred = h.p + (size_t)i * n * hidden, *out = b.p + (size_t)i * hidden;
 
-            route(&c, out, m);
+            route(&c, &host, out, m);
             for (uint32_t j = 0; j < n; j++) {
                 double coef = 1;
 
@@ -424,7 +426,7 @@ static void run_stream_norm(struct backend *b, void *args, uint32_t first, uint3
                                  .h = y};
 
     memcpy(y, c->h + first * row, n * row * 4);
-    b->ops->stream_norm(b, &a);
+    ISSUE(b, stream_norm(b, &a));
 }
 
 /* ref is stream 0 of the array that is written, as when streams are set up. */
@@ -442,7 +444,7 @@ static void run_rescale(struct backend *b, void *args, uint32_t first, uint32_t 
                              .h = y};
 
     memcpy(y, c->h + first * row, n * row * 4);
-    b->ops->rescale(b, &a);
+    ISSUE(b, rescale(b, &a));
 }
 
 static void run_merge(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
@@ -456,7 +458,7 @@ static void run_merge(struct backend *b, void *args, uint32_t first, uint32_t n,
                            .eps = 1e-6f,
                            .x = y};
 
-    b->ops->merge(b, &a);
+    ISSUE(b, merge(b, &a));
 }
 
 static void check_streams(uint32_t hidden, uint32_t n)
@@ -464,8 +466,12 @@ static void check_streams(uint32_t hidden, uint32_t n)
     struct array h = array_random(N_MAX, (size_t)n * hidden, 0, 5);
     struct array x = array_random(N_MAX, hidden, 0, 5), y = array_new(N_MAX, n * hidden, 0);
     struct array w = array_random(1, hidden, 0, 1), merged = array_new(N_MAX, hidden, 0);
-    struct stream_case c = {
-        .hidden = hidden, .n_streams = n, .stream = n - 1, .x = x.p, .w = w.p, .h = h.p};
+    struct stream_case c = {.hidden = hidden,
+                            .n_streams = n,
+                            .stream = n - 1,
+                            .x = x.p,
+                            .w = array_weights(&w),
+                            .h = h.p};
     float *mean = malloc(hidden * sizeof(*mean));
 
     for (uint32_t k = 0; k < hidden; k++)
@@ -564,7 +570,7 @@ static void run_ple(struct backend *b, void *args, uint32_t first, uint32_t n, f
         memcpy(y, a.e, n * row * 4);
         a.e = y;
     }
-    b->ops->ple(b, &a);
+    ISSUE(b, ple(b, &a));
 }
 
 static void test_ple(void)
@@ -582,7 +588,7 @@ static void test_ple(void)
                                        .width = width,
                                        .g = g.p,
                                        .e = e.p,
-                                       .w = w.p,
+                                       .w = array_weights(&w),
                                        .g_scale = 0.022097087f,
                                        .eps = 1e-6f},
                                  .in_place = in_place};
@@ -608,6 +614,48 @@ static void test_ple(void)
         }
 }
 
+static void run_copy_rows(struct backend *b, void *args, uint32_t first, uint32_t n, float *y)
+{
+    struct copy_rows_args a = *(struct copy_rows_args *)args;
+
+    a.n = n;
+    a.y = y;
+    if (a.ids)
+        a.ids += first;
+    else
+        a.x += first * a.ld_x;
+    ISSUE(b, copy_rows(b, &a));
+}
+
+static void test_copy_rows(void)
+{
+    static const uint32_t widths[] = {1, 7, 32, 33, 2048};
+
+    for (size_t s = 0; s < ARRAY_SIZE(widths); s++)
+        for (int variant = 0; variant < 2; variant++) {
+            enum { N_FROM = 50 };
+            uint32_t k = widths[s], *ids;
+            struct array x = array_random(N_FROM, k, 3, 1), y = array_new(N_MAX, k, 2);
+            struct array numbers = array_new(N_MAX, 1, 0);
+            struct copy_rows_args a = {.k = k, .x = x.p, .ld_x = x.ld, .ld_y = y.ld};
+
+            ids = (uint32_t *)numbers.p;
+            for (uint32_t i = 0; i < N_MAX; i++)
+                ids[i] = i == 0 ? N_FROM - 1 : next_random() % N_FROM;
+            /* any bits at all, the lowest numbers too */
+            memcpy(x.p, &(uint32_t){0x7fa12345}, 4);
+            memcpy(x.p + x.ld, &(uint32_t){3}, 4);
+            memcpy(x.p + (N_FROM - 1) * x.ld, &(uint32_t){0x80000001}, 4);
+            a.ids = variant ? ids : NULL;
+            check_batches("copy_rows", run_copy_rows, &a, &y);
+            for (uint32_t i = 0; i < N_MAX; i++)
+                assert(memcmp(y.p + i * y.ld, x.p + (variant ? ids[i] : i) * x.ld, k * 4) == 0);
+            array_free(&x);
+            array_free(&y);
+            array_free(&numbers);
+        }
+}
+
 static void test_softcap(void)
 {
     static const size_t sizes[] = {0, 1, 7, 8, 33, 4096, 20001};
@@ -624,9 +672,9 @@ static void test_softcap(void)
         }
         memcpy(y.memory, x.memory, x.total * 4);
         memcpy(z.memory, x.memory, x.total * 4);
-        two->ops->softcap(two, y.p, n, 30);
-        one->ops->softcap(one, z.p, n / 2, 30);
-        one->ops->softcap(one, z.p + n / 2, n - n / 2, 30);
+        ISSUE(two, softcap(two, y.p, n, 30));
+        ISSUE(one, softcap(one, z.p, n / 2, 30));
+        ISSUE(one, softcap(one, z.p + n / 2, n - n / 2, 30));
         check_guards(&y, 1);
         check_same("softcap", y.p, z.p, n);
         for (size_t i = 0; i < n; i++) {
@@ -673,18 +721,28 @@ static void test_new(void)
 
 static void tests(void)
 {
-    test_norm();
-    test_head_norm();
-    test_gate();
-    test_streams();
-    test_ple();
-    test_softcap();
+    if (HAVE(norm))
+        test_norm();
+    if (HAVE(head_norm))
+        test_head_norm();
+    if (HAVE(gate))
+        test_gate();
+    if (HAVE(altup_predict) && HAVE(altup_correct) && HAVE(stream_norm) && HAVE(rescale) &&
+        HAVE(merge))
+        test_streams();
+    if (HAVE(ple))
+        test_ple();
+    if (HAVE(copy_rows))
+        test_copy_rows();
+    if (HAVE(softcap))
+        test_softcap();
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
-    int r = op_test_levels(tests);
+    int r = op_test_main(argc, argv, tests);
 
-    test_new();
+    if (!on_device)
+        test_new();
     return r;
 }
