@@ -19,7 +19,7 @@ import sys
 ARROWS = {
     "base": [],
     "ipc": ["base"],
-    "backends": ["base"],
+    "backends": ["base", "shaders"],
     "shaders": [],
     "engine": ["base", "backends"],
     "daemon": ["base", "ipc", "backends", "engine"],
@@ -125,7 +125,7 @@ def check(root):
                     continue
                 if may is not None and target in ARROWS and target != folder and target not in may:
                     wrong.append(f"{at}: {folder}/ may not include {m[2]}")
-                if folder != "shaders" and not m[2].endswith((".spv.h", "config.h")) and not os.path.exists(
+                if folder != "shaders" and not m[2].endswith(("spirv.h", "config.h")) and not os.path.exists(
                         os.path.join(root, m[2])):
                     wrong.append(f"{at}: \"{m[2]}\" is not a path from the root")
             if os.path.basename(path) == "meson.build" and may is not None:
