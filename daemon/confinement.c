@@ -22,6 +22,7 @@
 #include "base/cleanup.h"
 #include "daemon/arguments.h"
 #include "daemon/config.h"
+#include "daemon/gpu.h"
 #include "daemon/log.h"
 #include "daemon/model-store.h"
 #include "daemon/places.h"
@@ -231,7 +232,8 @@ static int allow_sockets(struct sandbox *b, const struct service *s, const struc
     return r;
 }
 
-int confine_daemon(const struct service *s, const struct places *places, struct error *err)
+int confine_daemon(const struct service *s, const struct places *places, const struct gpu *gpu,
+                   struct error *err)
 {
     CLEANUP(sandbox_freep) struct sandbox *b = NULL;
     enum sandbox_mode mode = s->arguments->has_sandbox ? s->arguments->sandbox : s->config->sandbox;
@@ -245,7 +247,7 @@ int confine_daemon(const struct service *s, const struct places *places, struct 
     load_libraries(s);
     if ((r = sandbox_new(&b, mode)) < 0 || (r = sandbox_allow_calls(b, &seccomp_llmd)) < 0 ||
         (r = allow_system(b, s)) < 0 || (r = allow_configuration(b, s)) < 0 ||
-        (r = allow_models(b, s, places)) < 0 || (r = allow_sockets(b, s, places)) < 0 ||
+        (r = allow_models(b, s, places)) < 0 || (r = gpu_allow(gpu, b)) < 0 || (r = allow_sockets(b, s, places)) < 0 ||
         (places->state && (r = sandbox_allow_path(b, places->state, SANDBOX_WRITE, NULL)) < 0))
         return error_set(err, -r, "out of memory");
     if (log_goes_to_journal())

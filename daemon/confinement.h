@@ -7,11 +7,13 @@
 #include "base/error.h"
 #include "daemon/service.h"
 
+struct gpu;
 struct places;
 
 /*
  * From then on the process is confined, as --sandbox= and Sandbox= have it; the log says where
  * something is missing. There is one thread, and all is there that is not opened again: folders,
- * locks, the socket's place. 0, -errno
+ * locks, the socket's place. gpu: NULL: none. 0, -errno
  */
-int confine_daemon(const struct service *s, const struct places *places, struct error *err);
+int confine_daemon(const struct service *s, const struct places *places, const struct gpu *gpu,
+                   struct error *err);

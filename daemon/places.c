@@ -37,9 +37,13 @@ static int user_place(char **ret, const char *name, const char *under_home, cons
     return r < 0 ? -ENOMEM : 0;
 }
 
-/* With those above it. Whoever needs it says what is wrong, when it is wrong then. */
-static void make_folders(char *path)
+/* Whoever needs it says what is wrong, when it is wrong then. */
+void places_make_folder(const char *folder)
 {
+    CLEANUP(freep) char *path = strdup(folder);
+
+    if (!path)
+        return;
     for (char *at = path + 1; (at = strchr(at, '/')); at++) {
         *at = 0;
         mkdir(path, 0755);
@@ -76,7 +80,7 @@ static int find_state(struct places *p, enum service_scope scope)
     int r = 0;
 
     if (scope == SCOPE_PRIVATE)
-        return 0;
+        return user_place(&p->cache, "XDG_CACHE_HOME", ".cache", "");
     if (given && given[0] == '/')
         p->state = strndup(given, strcspn(given, ":"));
     else if (scope == SCOPE_SYSTEM)
@@ -85,8 +89,9 @@ static int find_state(struct places *p, enum service_scope scope)
         r = user_place(&p->state, "XDG_STATE_HOME", ".local/state", "");
     if (r < 0 || !p->state)
         return -ENOMEM;
-    make_folders(p->state);
-    return 0;
+    places_make_folder(p->state);
+    p->cache = strdup(p->state);
+    return p->cache ? 0 : -ENOMEM;
 }
 
 /* Where the build puts the demo model: beside the daemon's folder, for one that is not installed.
@@ -152,6 +157,7 @@ void places_done(struct places *p)
 {
     free(p->socket);
     free(p->state);
+    free(p->cache);
     for (size_t i = 0; i < p->n_folders; i++)
         free(p->folders[i]);
     free(p->folders);

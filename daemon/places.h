@@ -14,6 +14,8 @@ struct config;
 struct places {
     char *socket;
     char *state;    /* NULL: none is kept (private) */
+    char *cache;    /* of what can be made again: the state folder, where there is one; it may not be
+                       there yet */
     char **folders; /* [n_folders] of models besides the state's */
     size_t n_folders;
 };
@@ -25,3 +27,6 @@ struct places {
 int places_find(struct places *ret, enum service_scope scope, const struct config *config,
                 const char *socket, struct error *err);
 void places_done(struct places *p);
+
+/* With those above it, where they are not there and that is allowed. */
+void places_make_folder(const char *path);

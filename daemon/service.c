@@ -39,6 +39,7 @@
 #include "daemon/fd-store.h"
 #include "daemon/file-transfer.h"
 #include "daemon/former-owner.h"
+#include "daemon/gpu.h"
 #include "daemon/log.h"
 #include "daemon/memory-pressure.h"
 #include "daemon/model-loader.h"
@@ -73,6 +74,7 @@ struct service_private {
     struct prefetch *prefetch;
     struct prefetch_child *reader; /* of the first model, until prefetch has it; or NULL */
     bool reader_is_told;           /* which file that is */
+    struct gpu *gpu;               /* or NULL */
     int state_fd;                  /* the state folder; -EBADF: there is none, -errno */
     char *loading;                 /* what the loader opens: a name, or a path */
     struct model *next;
@@ -369,6 +371,7 @@ static struct engine_options engine_options(const struct service *s)
         o.no_pinning = !c->pin_threads;
     if (o.kv_bytes == 0)
         o.kv_bytes = c->kv_bytes;
+    o.gpu = gpu_device(s->private->gpu);
     return o;
 }
 
@@ -1119,6 +1122,23 @@ static int new_parts(struct service *s, struct error *err)
     return 0;
 }
 
+static enum placement_mode backend(const struct service *s)
+{
+    return s->arguments->has_backend ? s->arguments->backend : s->config->backend;
+}
+
+/* It loads libraries, which nothing can do later. */
+static int find_gpu(struct service *s, struct error *err)
+{
+    const struct arguments *a = s->arguments;
+    struct gpu_options options = {.mode = backend(s),
+                                  .device = a->device ? a->device : s->config->device,
+                                  .scope = s->scope,
+                                  .cache_folder = s->private->places.cache};
+
+    return gpu_find(&s->private->gpu, &options, err);
+}
+
 /* It reads the beginning of every model that there is, whoever has put it there. */
 static int list_models(struct service *s, struct error *err)
 {
@@ -1157,7 +1177,9 @@ int service_new(struct service **ret, const struct arguments *arguments, struct 
     r = new_parts(s, err);
     /* No model was read and no client was heard yet, and there is one thread. */
     if (r >= 0)
-        r = confine_daemon(s, &s->private->places, err);
+        r = find_gpu(s, err);
+    if (r >= 0)
+        r = confine_daemon(s, &s->private->places, s->private->gpu, err);
     if (r >= 0)
         r = list_models(s, err);
     if (r < 0)
@@ -1226,6 +1248,8 @@ struct service *service_free(struct service *s)
         sd_event_source_disable_unref(p->idle_timer);
         sd_event_source_disable_unref(p->grace_timer);
         sd_event_source_disable_unref(p->exchange_timer);
+        gpu_save_cache(p->gpu);
+        gpu_free(p->gpu);
         closep(&p->state_fd);
         places_done(&p->places);
         config_free(p->config);

@@ -120,6 +120,7 @@ struct candidate {
     VkPhysicalDeviceProperties properties;
     struct vulkan_capabilities has;
     VkPhysicalDeviceIDProperties id;
+    VkPhysicalDeviceDrmPropertiesEXT drm;
     uint32_t queue_family, timestamp_bits;
     uint64_t max_piece;
     size_t import_align;
@@ -260,8 +261,14 @@ static int find_out(struct vulkan_device *d, struct candidate *c)
         *end = &sizes;
         end = &sizes.pNext;
     }
-    if (imports)
+    if (imports) {
         *end = &import;
+        end = &import.pNext;
+    }
+    c->drm = (VkPhysicalDeviceDrmPropertiesEXT){
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_DRM_PROPERTIES_EXT};
+    if (is_extension(e, n, VK_EXT_PHYSICAL_DEVICE_DRM_EXTENSION_NAME))
+        *end = &c->drm;
     d->vk.GetPhysicalDeviceProperties2(c->physical, &properties);
     c->id.pNext = NULL;
 
@@ -326,6 +333,9 @@ static void take(struct vulkan_device *d, const struct candidate *c)
     memcpy(d->name, c->properties.deviceName, sizeof(d->name));
     d->name[sizeof(d->name) - 1] = '\0';
     d->has = c->has;
+    d->has_node = c->drm.hasRender && c->drm.renderMajor >= 0 && c->drm.renderMinor >= 0;
+    d->node_major = d->has_node ? (unsigned)c->drm.renderMajor : 0;
+    d->node_minor = d->has_node ? (unsigned)c->drm.renderMinor : 0;
     d->api_version = MIN(d->api_version, c->properties.apiVersion);
     d->queue_family = c->queue_family;
     d->timestamp_bits = c->timestamp_bits;
@@ -664,6 +674,14 @@ bool vulkan_device_is_integrated(const struct vulkan_device *d)
 {
     return d->type == VK_PHYSICAL_DEVICE_TYPE_INTEGRATED_GPU ||
            d->type == VK_PHYSICAL_DEVICE_TYPE_CPU;
+}
+
+bool vulkan_device_render_node(const struct vulkan_device *d, unsigned *ret_major,
+                               unsigned *ret_minor)
+{
+    *ret_major = d->node_major;
+    *ret_minor = d->node_minor;
+    return d->has_node;
 }
 
 const char *vulkan_device_identity(const struct vulkan_device *d)

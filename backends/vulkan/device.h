@@ -39,6 +39,8 @@ struct vulkan_device {
     char name[VK_MAX_PHYSICAL_DEVICE_NAME_SIZE];
     char identity[2 * (2 * VK_UUID_SIZE + 4) + 1];
     struct vulkan_capabilities has;
+    bool has_node;
+    unsigned node_major, node_minor;
     uint32_t api_version;
     uint32_t queue_family;
     uint32_t timestamp_bits; /* 0: the queue has no timestamps */

@@ -47,6 +47,15 @@ bool vulkan_device_is_integrated(const struct vulkan_device *d)
     return false;
 }
 
+bool vulkan_device_render_node(const struct vulkan_device *d, unsigned *ret_major,
+                               unsigned *ret_minor)
+{
+    (void)d;
+    (void)ret_major;
+    (void)ret_minor;
+    return false;
+}
+
 const char *vulkan_device_identity(const struct vulkan_device *d)
 {
     (void)d;

@@ -60,6 +60,11 @@ const char *vulkan_device_name(const struct vulkan_device *d);
 bool vulkan_device_is_software(const struct vulkan_device *d);
 bool vulkan_device_is_integrated(const struct vulkan_device *d); /* shares the CPU's memory */
 
+/* The number by which the kernel knows its render node (/dev/dri/renderD*); false: it has none, or
+ * the driver does not say. */
+bool vulkan_device_render_node(const struct vulkan_device *d, unsigned *ret_major,
+                               unsigned *ret_minor);
+
 /* Hex: device and driver UUID, driver version. Names caches of what was measured or compiled. */
 const char *vulkan_device_identity(const struct vulkan_device *d);
 
