@@ -2,30 +2,51 @@
  * SPDX-License-Identifier: Apache-2.0 */
 
 #include <errno.h>
-#include <string.h>
+#include <openssl/evp.h>
+#include <stdio.h>
 
+#include "backends/vulkan/vulkan.h"
+#include "base/checked.h"
 #include "engine/engine-internal.h"
 
 void gpu_prepare(struct engine *e)
 {
-    (void)e;
+    if (vulkan_device_open(e->gpu, NULL) < 0 || vulkan_device_shares(e->gpu))
+        return;
+    if (backend_vulkan_new(&e->pool_backend, e->gpu, &e->limits, NULL) < 0)
+        e->pool_backend = NULL;
 }
 
 int gpu_identify(const struct engine *e, uint8_t ret[KV_IDENTITY])
 {
-    (void)e;
-    memset(ret, 0, KV_IDENTITY);
-    return 0;
+    char text[512];
+    int n = snprintf(text, sizeof(text), "%s %s", vulkan_device_identity(e->gpu),
+                     activations_name(e->gpu_activations));
+
+    _Static_assert(KV_IDENTITY == 32, "SHA-256");
+    return EVP_Digest(text, MIN((size_t)n, sizeof(text) - 1), ret, NULL, EVP_sha256(), NULL) == 1
+               ? 0
+               : -ENOMEM;
 }
 
 const char *gpu_name(const struct engine *e)
 {
-    (void)e;
-    return "none";
+    return vulkan_device_name(e->gpu);
 }
 
 int engine_add_gpu(struct engine *e, struct error *err)
 {
-    return e->gpu ? error_set(err, ENOSYS, "this build has no GPU backend")
-                  : error_set(err, ENOENT, "the engine was made without a GPU");
+    struct backend *b = e->pool_backend;
+    int r;
+
+    if (e->lanes[LANE_GPU])
+        return error_set(err, EALREADY, "the engine has a GPU already");
+    if (!e->gpu)
+        return error_set(err, ENOENT, "the engine was made without a GPU");
+    if (!b) {
+        r = backend_vulkan_new(&b, e->gpu, &e->limits, err);
+        if (r < 0)
+            return r;
+    }
+    return engine_add_lane(e, b, err);
 }

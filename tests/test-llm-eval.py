@@ -182,6 +182,7 @@ class Test:
                 (2, "--activations 'f16': f32 or int8 expected", "logits", "--activations", "f16"),
                 (2, "--cpu-level 'sse': reference, avx2, avx512 or amx expected", "logits", "--cpu-level", "sse"),
                 (2, "--kv 'q8': f16 or f32 expected", "kld", "--kv", "q8"),
+                (2, "--backend 'hip': cpu or vulkan expected", "kld", "--backend", "hip"),
                 (2, "--threads '1x': a number from 1 to 1024 expected", "perplexity", "--threads", "1x")):
             out, err = self.eval(*command, status=status)
             assert out == b"" and message in err, (command, err)

@@ -7,11 +7,33 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backends/vulkan/vulkan.h"
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "base/number.h"
 
 #define MAX_THREADS 1024
+
+/* One for all engines of the process, until it ends. */
+static const char *device_name;
+static struct vulkan_device *device;
+
+static void free_device(void)
+{
+    device = vulkan_device_free(device);
+}
+
+static int find_device(struct error *err)
+{
+    int r;
+
+    if (device)
+        return 0;
+    r = vulkan_device_find(&device, &(struct vulkan_options){.name = device_name}, err);
+    if (r == 0)
+        atexit(free_device);
+    return r;
+}
 
 int parse_number(const char *name, const char *text, uint32_t low, uint32_t high, uint32_t *ret,
                  struct error *err)
@@ -33,11 +55,19 @@ int engine_args_take(struct engine_options *o, int option, const char *value, st
     switch (option) {
     case ENGINE_ARG_ACTIVATIONS:
         if (strcmp(value, "f32") == 0)
-            o->activations = ACTIVATIONS_F32;
+            o->activations = o->gpu_activations = ACTIVATIONS_F32;
         else if (strcmp(value, "int8") == 0)
-            o->activations = ACTIVATIONS_INT8;
+            o->activations = o->gpu_activations = ACTIVATIONS_INT8;
         else
             return error_set(err, EINVAL, "--activations '%s': f32 or int8 expected", value);
+        return 1;
+    case ENGINE_ARG_BACKEND:
+        if (strcmp(value, "vulkan") == 0)
+            o->home = LANE_GPU;
+        else if (strcmp(value, "cpu") == 0)
+            o->home = LANE_CPU;
+        else
+            return error_set(err, EINVAL, "--backend '%s': cpu or vulkan expected", value);
         return 1;
     case ENGINE_ARG_CPU_LEVEL:
         for (size_t i = 0; i < ARRAY_SIZE(levels); i++)
@@ -47,6 +77,10 @@ int engine_args_take(struct engine_options *o, int option, const char *value, st
             }
         return error_set(err, EINVAL, "--cpu-level '%s': reference, avx2, avx512 or amx expected",
                          value);
+    case ENGINE_ARG_DEVICE:
+        device_name = value;
+        o->home = LANE_GPU;
+        return 1;
     case ENGINE_ARG_KV:
         if (strcmp(value, "f16") == 0)
             o->kv_type = KV_F16;
@@ -67,6 +101,24 @@ int engine_args_take(struct engine_options *o, int option, const char *value, st
     return 0;
 }
 
+int make_engine(struct engine **ret, const struct model *m, const struct engine_options *options,
+                struct error *err)
+{
+    CLEANUP(engine_freep) struct engine *e = NULL;
+    struct engine_options o = *options;
+    int r = o.home == LANE_GPU ? find_device(err) : 0;
+
+    if (r == 0) {
+        o.gpu = o.home == LANE_GPU ? device : NULL;
+        r = engine_new(&e, m, &o, err);
+    }
+    if (r == 0 && o.gpu)
+        r = engine_add_gpu(e, err);
+    if (r == 0)
+        *ret = TAKE_PTR(e);
+    return r;
+}
+
 int open_engine(struct model **ret_model, struct engine **ret_engine, const char *path,
                 const struct engine_options *options, struct error *err)
 {
@@ -76,7 +128,7 @@ int open_engine(struct model **ret_model, struct engine **ret_engine, const char
 
     r = model_open(&m, path, &why);
     if (r == 0)
-        r = engine_new(ret_engine, m, options, &why);
+        r = make_engine(ret_engine, m, options, &why);
     if (r < 0)
         return error_set(err, -r, "%s", why.text[0] ? why.text : strerror(-r));
     *ret_model = TAKE_PTR(m);

@@ -116,8 +116,8 @@ static void fill_in(struct arguments *a)
         o->n_decode = a->quick ? 16 : 32;
     if (o->n_repetitions == 0)
         o->n_repetitions = a->quick ? 2 : 3;
-    if (!a->has_probe)
-        o->probe_mib = a->quick ? 512 : 1024;
+    if (!a->has_probe) /* the processor's limits are none of a GPU's */
+        o->probe_mib = o->engine.home == LANE_GPU ? 0 : a->quick ? 512 : 1024;
     if (!a->has_positions)
         o->n_positions = a->quick ? 32 : 64;
 }

@@ -432,7 +432,7 @@ static int evaluate(struct bench *b, const struct engine_options *options, const
     CLEANUP(engine_freep) struct engine *e = NULL;
     CLEANUP(session_freep) struct session *s = NULL;
     size_t vocab_size = model_config(b->model)->vocab_size;
-    int r = engine_new(&e, b->model, options, err);
+    int r = make_engine(&e, b->model, options, err);
 
     if (r < 0)
         return r;
@@ -546,15 +546,17 @@ static int run_with(struct bench *b, uint32_t n_threads, measure_check check, vo
     CLEANUP(probe_freep) struct probe *p = NULL;
     struct limits *l = &b->m->limits[b->m->n_limits];
     struct engine_options options = b->o->engine;
+    struct backend *cpu;
     int r;
 
     options.n_threads = n_threads;
-    r = engine_new(&e, b->model, &options, err);
+    r = make_engine(&e, b->model, &options, err);
     if (r < 0)
         return r;
     b->engine = e;
     b->own = engine_backend(e);
-    b->m->n_threads = b->n_threads = b->own->vtable->n_threads(b->own);
+    cpu = engine_lane_backend(e, LANE_CPU);
+    b->m->n_threads = b->n_threads = cpu->vtable->n_threads(cpu);
     if (n_threads > 0 && b->n_threads != n_threads)
         return error_set(err, EINVAL, "%u threads: this process may use %u only", n_threads,
                          b->n_threads);
@@ -566,7 +568,7 @@ static int run_with(struct bench *b, uint32_t n_threads, measure_check check, vo
     if (b->m->n_limits == 0)
         r = check ? check(b->m, userdata, err) : 0;
     if (r == 0)
-        r = probe_new(&p, b->m->level, b->n_threads, !options.no_pinning, err);
+        r = probe_new(&p, cpu->ops->name, b->n_threads, !options.no_pinning, err);
     if (r == 0)
         r = probe_before(b, p, l, err);
     forget_peak();
@@ -598,7 +600,8 @@ int measure(struct measurements *ret, const struct model *m, const struct bench_
         sigaction(SIGINT, &action, NULL);
     r = sampler_new(&sampler, model_config(m)->vocab_size, &defaults, err);
     b.sampler = sampler;
-    ret->is_f32 = o->engine.activations == ACTIVATIONS_F32;
+    ret->is_f32 = o->engine.home == LANE_GPU ? o->engine.gpu_activations != ACTIVATIONS_INT8
+                                             : o->engine.activations == ACTIVATIONS_F32;
     if (r == 0 && o->threads.n == 0)
         r = run_with(&b, 0, check, userdata, err);
     for (size_t i = 0; r == 0 && i < o->threads.n; i++)

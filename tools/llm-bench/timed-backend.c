@@ -93,13 +93,14 @@ static struct timed_backend *timed(struct backend *b)
     return (struct timed_backend *)b;
 }
 
-/* Runs the operation of the same name and adds its time to a class. */
+/* Runs the operation of the same name, on a device to its end, and adds its time to a class. */
 #define TIMED(c, call)                                      \
     do {                                                    \
         struct backend *inner = timed(b)->inner;            \
         double start = now_seconds();                       \
                                                             \
         inner->ops->call;                                   \
+        (void)backend_finish(inner);                        \
         timed(b)->sums[c].seconds += now_seconds() - start; \
     } while (0)
 
@@ -360,14 +361,16 @@ static int forward_map(struct backend *b, const void *p, size_t bytes, enum back
     return backend_map(timed(b)->inner, p, bytes, kind);
 }
 
+/* The inner one knows of no pass: of a pass that is issued again no operation would be seen. */
 static bool forward_begin(struct backend *b, uint64_t key)
 {
-    return backend_begin(timed(b)->inner, key);
+    (void)b, (void)key;
+    return true;
 }
 
 static void forward_end(struct backend *b)
 {
-    backend_end(timed(b)->inner);
+    (void)b;
 }
 
 static int forward_submit(struct backend *b)

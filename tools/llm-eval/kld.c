@@ -178,6 +178,7 @@ int kld_run(int argc, char **argv)
     definition = options;
     definition.activations = ACTIVATIONS_F32;
     definition.kv_type = KV_F32;
+    definition.home = LANE_CPU;
     r = open_engine(&reference_model, &reference, reference_path, &definition, &err);
     if (r == 0)
         r = open_engine(&m, &e, path, &options, &err);
