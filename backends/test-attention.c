@@ -115,6 +115,84 @@ static void store_add(struct store *s, void **pages, uint32_t pos)
         store_flush(s);
 }
 
+/* Every half, what lies around it and half-way to the next, what is too large, and NaN: bits of
+ * number i. */
+static uint32_t near_half(uint32_t i)
+{
+    static const uint32_t special[] = {0x33000000, 0x33000001, 0x32ffffff, 1,
+                                       0x477fefff, 0x477ff000, 0x477fffff, 0x7f7fffff,
+                                       0x7f800000, 0x7f800001, 0x7fc12345, 0x00800000};
+    union {
+        float f;
+        uint32_t u;
+    } v = {.f = half_to_float((uint16_t)(i / 4 % 0x7c00))};
+    union {
+        float f;
+        uint32_t u;
+    } next = {.f = half_to_float((uint16_t)(i / 4 % 0x7c00 + 1))}, tie;
+
+    tie.f = i / 4 % 0x7c00 == 0x7bff ? 65520 : (v.f + next.f) / 2;
+    if (i / 4 >= 0x7c00)
+        v.u = special[(i / 4 - 0x7c00) % ARRAY_SIZE(special)];
+    else
+        v.u = i % 4 == 0 ? v.u : tie.u + i % 4 - 2;
+    return v.u | (next_random() % 2) << 31;
+}
+
+static bool same_half(uint16_t a, uint16_t b)
+{
+    return a == b || ((a & 0x7fff) > 0x7c00 && (b & 0x7fff) > 0x7c00); /* NaNs differ in payload */
+}
+
+/* Rows of adjacent positions share words of a page: each half is exact, and no other is touched. */
+static void test_kv_store(void)
+{
+    for (uint32_t f16 = 0; f16 < 2; f16++) {
+        struct kv_shape shape = {3, 34, f16};
+        uint32_t width = 3 * 34, first = 7, n = N_MAX, done = 0;
+        struct array k = array_new(n, width, 3), v = array_new(n, width, 3);
+        void *pages[1] = {op_page(kv_page_bytes(&shape))};
+        struct kv_row rows[N_MAX];
+        struct kv_store_args a = {
+            .n = n, .shape = shape, .k = k.p, .v = v.p, .ld = k.ld, .rows = rows};
+
+        for (uint32_t i = 0; i < n; i++)
+            rows[i] = (struct kv_row){pages, first + i};
+        while (done < 4 * 0x7c10) {
+            memset(pages[0], 0xa5, kv_page_bytes(&shape));
+            for (uint32_t i = 0; i < n; i++)
+                for (uint32_t d = 0; d < width; d++) {
+                    uint32_t bits = near_half(done++);
+
+                    memcpy(&k.p[i * k.ld + d], &bits, 4);
+                    bits = near_half(done++);
+                    memcpy(&v.p[i * v.ld + d], &bits, 4);
+                }
+            ISSUE(two, kv_store(two, &a));
+            for (uint32_t p = 0; p < KV_PAGE; p++)
+                for (uint32_t d = 0; d < 2 * width; d++) {
+                    const float *from = d < width ? &k.p[(p - first) * k.ld + d]
+                                                  : &v.p[(p - first) * v.ld + d - width];
+                    size_t at = d < width ? (size_t)d * KV_PAGE + p
+                                          : (size_t)width * KV_PAGE +
+                                                ((d - width) / 34 * KV_PAGE + p) * 34 + d % 34;
+                    bool stored = p >= first && p < first + n;
+
+                    if (f16)
+                        assert(same_half(((uint16_t *)pages[0])[at],
+                                         stored ? half_from_float(*from) : 0xa5a5));
+                    else if (stored)
+                        assert(memcmp((float *)pages[0] + at, from, 4) == 0);
+                    else
+                        assert(((uint32_t *)pages[0])[at] == 0xa5a5a5a5u);
+                }
+        }
+        op_pages_free();
+        array_free(&k);
+        array_free(&v);
+    }
+}
+
 /*
  * Pages are filled by kv_store, and everything that a row must not see is NaN or missing. Each row
  * is of its own sequence (1791 fills its pages to the last position), or all follow one another in
@@ -342,7 +420,10 @@ static void test_attention_repeated(void)
 
 static void tests(void)
 {
-    if (!HAVE(kv_store) || !HAVE(attention))
+    if (!HAVE(kv_store))
+        return;
+    test_kv_store();
+    if (!HAVE(attention))
         return;
     test_attention();
     test_attention_peaks();

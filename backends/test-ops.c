@@ -66,7 +66,7 @@ static void test_norm(void)
                                         .x = x.p,
                                         .ld_x = x.ld,
                                         .w = variant & 1 ? array_weights(&w) : NULL,
-                                        .eps = 1e-6f,
+                                        .eps = variant & 4 ? 1e-30f : 1e-6f,
                                         .add = variant & 2 ? add.p : NULL,
                                         .add2 = variant & 4 ? add2.p : NULL,
                                         .ld_add = add.ld,
@@ -75,14 +75,16 @@ static void test_norm(void)
                                         .ld_y = y.ld},
                                   .in_place = variant & 8};
 
-            for (uint32_t j = 0; j < k; j++) { /* rows 1: zero, 2: large, 3: tiny */
+            /* rows 1: zero, 2: large, 3: tiny, 4: with squares beyond floats */
+            for (uint32_t j = 0; j < k; j++) {
                 x.p[x.ld + j] = 0;
                 x.p[2 * x.ld + j] *= 1e4f;
                 x.p[3 * x.ld + j] *= 1e-30f;
+                x.p[4 * x.ld + j] *= 1e30f;
             }
             check_batches("norm", run_norm, &c, &y);
             for (uint32_t i = 0; i < N_MAX; i++) {
-                double r = rms_factor(x.p + i * x.ld, k, 1, (double)1e-6f);
+                double r = rms_factor(x.p + i * x.ld, k, 1, (double)c.a.eps);
 
                 for (uint32_t j = 0; j < k; j++) {
                     double t = (double)x.p[i * x.ld + j] * r * (double)(variant & 1 ? w.p[j] : 1);
@@ -233,6 +235,7 @@ static void test_gate(void)
                 gate.p[2 * gate.ld + j] *= 1e4f;
                 gate.p[3 * gate.ld + j] *= 1e-38f;
                 gate.p[4 * gate.ld + j] = 0.75f; /* nothing is above the mean */
+                gate.p[5 * gate.ld + j] *= 1e30f;
             }
             check_batches("gate", run_gate, &c, &y);
             for (uint32_t i = 0; i < N_MAX; i++) {
@@ -344,6 +347,12 @@ static void check_altup(uint32_t hidden, uint32_t n)
     struct router_weights host = {norm.p, router.p, 1e-6f};
     double m[BACKEND_MAX_STREAMS];
 
+    for (uint32_t k = 0; k < n * hidden; k++) /* squares beyond floats, and below them */
+        h.p[h.ld + k] *= 1e25f;
+    for (uint32_t k = 0; k < hidden; k++) {
+        b.p[b.ld + k] *= 1e25f;
+        b.p[2 * b.ld + k] *= 1e-25f;
+    }
     check_batches("altup_predict", run_predict, &c, &y);
     for (uint32_t i = 0; i < N_MAX; i++) {
         const float *x = h.p + (size_t)i * n * hidden;
@@ -476,6 +485,11 @@ static void check_streams(uint32_t hidden, uint32_t n)
 
     for (uint32_t k = 0; k < hidden; k++)
         x.p[hidden + k] *= 1e-5f; /* under the floor of rescale */
+    for (uint32_t k = 0; k < n * hidden; k++) { /* squares beyond floats, and below them */
+        h.p[2 * h.ld + k] *= 1e25f;
+        h.p[3 * h.ld + k] *= 1e-25f;
+        x.p[4 * x.ld + k % hidden] = h.p[2 * h.ld + k];
+    }
     check_batches("stream_norm", run_stream_norm, &c, &y);
     for (uint32_t i = 0; i < N_MAX; i++) {
         double r = rms_factor(x.p + (size_t)i * hidden, hidden, 1, (double)1e-6f);
@@ -593,8 +607,10 @@ static void test_ple(void)
                                        .eps = 1e-6f},
                                  .in_place = in_place};
 
-            for (uint32_t k = 0; k < width; k++)
+            for (uint32_t k = 0; k < width; k++) {
                 g.p[k] = k == 0 ? 1e-3f : 0; /* so small that eps counts */
+                g.p[layers * width + k] *= 1e25f;
+            }
             check_batches("ple", run_ple, &c, &y);
             for (size_t i = 0; i < (size_t)N_MAX * layers; i++) {
                 double r = rms_factor(g.p + i * width, width, (double)c.a.g_scale, (double)1e-6f);
