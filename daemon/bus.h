@@ -32,6 +32,7 @@ enum bus_property {
     BUS_MODELS = 1 << 1,        /* Models */
     BUS_DEFAULT_MODEL = 1 << 2, /* DefaultModel, and Default of the models */
     BUS_MODEL = 1 << 3,         /* Model */
+    BUS_BACKENDS = 1 << 4,      /* Backends */
 };
 void bus_manager_changed(struct service *s, unsigned properties);
 

@@ -309,6 +309,8 @@ static int on_news(sd_event_source *source, int fd, uint32_t revents, void *user
     (void)source;
     (void)fd;
     (void)revents;
+    if (engine_thread_lanes_changed(set->engine) && set->observer->lanes)
+        set->observer->lanes(set->observer_userdata);
     set->in_news = true;
     while ((j = engine_thread_news(set->engine, &finished))) {
         if (finished) {
@@ -498,6 +500,12 @@ void session_set_get_statistics(const struct session_set *set, struct engine_sta
     s.prompt_tokens += past->prompt_tokens;
     s.completion_tokens += past->completion_tokens;
     s.steps += past->steps;
+    for (int l = 0; l < ENGINE_LANES; l++) {
+        s.lanes[l].passes += past->lanes[l].passes;
+        s.lanes[l].prompt_rows += past->lanes[l].prompt_rows;
+        s.lanes[l].decoded_rows += past->lanes[l].decoded_rows;
+        s.lanes[l].usec += past->lanes[l].usec;
+    }
     s.preemptions += past->preemptions;
     s.kv_given_back += past->kv_given_back;
     s.kv_spilled += past->kv_spilled;

@@ -36,6 +36,7 @@ struct session_observer {
     void (*changed)(void *userdata, struct client_session *s); /* its state or queue position */
     /* A request with a stream has ended; j tells how. It is idle again. */
     void (*finished)(void *userdata, struct client_session *s, const struct job *j);
+    void (*lanes)(void *userdata); /* engine_thread_lanes_changed() */
 };
 
 /* Borrows event. Has no engine yet. 0, -errno */

@@ -4,8 +4,16 @@
 
 /*
  * What the engine thread's own files share: engine-thread.c (the queues, what the loop calls),
- * job-output.c (what goes back to the loop), job-work.c (requests: admission, steps, memory) and
- * job-simple.c (what is done between two steps).
+ * job-output.c (what goes back to the loop), job-work.c (requests: admission, what a step gave,
+ * memory), job-pass.c (steps of the lanes, and the GPU that comes and goes) and job-simple.c (what
+ * is done between two steps).
+ *
+ * Two lanes. A pass of the GPU goes on while this thread makes steps of the CPU, and does whatever
+ * else it does. The sessions in it are left alone until it is over, which is soon: their jobs have
+ * work.task.is_under_way, and are not stopped, finished, preempted, parked, nor robbed of their KV
+ * meanwhile; nor is their generation advanced. All others hold no such session: a timeline's jobs
+ * come one after the other, so what is done to timelines without a request (fork, rewind, save,
+ * restore, spill, release, end) never meets one in a pass.
  */
 
 #include <pthread.h>
@@ -14,6 +22,7 @@
 #include "daemon/engine-thread.h"
 #include "daemon/session-record.h"
 #include "engine/engine.h"
+#include "engine/placement.h"
 #include "engine/scheduler.h"
 #include "ipc/record.h"
 
@@ -58,6 +67,24 @@ struct weight_change {
     uint32_t weight;
 };
 
+/* A step of one lane: chosen, and under way. */
+struct lane_pass {
+    struct scheduler_pick *picks; /* [max_rows] */
+    struct step_item *items;
+    size_t n;            /* 0: none is under way */
+    uint64_t start_usec; /* when it began */
+    uint64_t seen_usec;  /* when it was last known to go on; of one that was waited for, its end */
+};
+
+enum gpu_state {
+    GPU_NONE,  /* there is none, or it is not wanted */
+    GPU_WAITS, /* for the model to be loaded */
+    GPU_WORKS,
+    GPU_FAILED, /* could not be had, or was lost; for good */
+};
+
+#define DESCRIPTIONS 4 /* at the start, with a GPU, without it again */
+
 struct engine_thread {
     pthread_t thread;
     const struct model *model;
@@ -82,6 +109,13 @@ struct engine_thread {
     struct adoption *adoptions; /* [n_adoptions], to be done before anything else; NULL: none */
     size_t n_adoptions;
     bool is_loading;
+    bool is_loaded;    /* the loop has said that all is read that will be */
+    bool mode_changed; /* mode is to be looked at */
+    enum placement_mode mode;
+    bool lanes_changed;       /* the loop does not know yet */
+    uint64_t busy_until_usec; /* for the watchdog: no turn is expected before */
+    struct lane_info lanes[ENGINE_LANES];
+    char placement_text[256];
     struct weight_change *weights, **weights_end;
     unsigned relief;   /* the level of the last event; 0: none to be looked at */
     bool has_released; /* some timelines are */
@@ -92,15 +126,18 @@ struct engine_thread {
     struct engine_options options;
     struct engine *engine;
     struct scheduler *scheduler;
-    char description[256];
+    char descriptions[DESCRIPTIONS][256];
+    atomic_uint n_descriptions; /* the last one counts; none is written again */
     int lost; /* 0; -ENODEV: the device; -ENOTRECOVERABLE: the model's file has changed; for good */
     struct job *active; /* requests, by job_work::next */
     uint64_t n_uses;
     uint64_t positions_usec; /* when places in the queue were last looked at */
     bool queue_changed;      /* since then */
     uint64_t due_usec;       /* when there will be something to say about the queue; 0: never */
-    struct scheduler_pick *picks; /* [max_rows], a step's */
-    struct step_item *items;
+    struct lane_pass pass[ENGINE_LANES];
+    struct placement placement;
+    struct placement_choice choice; /* of this turn */
+    enum gpu_state gpu;
     uint64_t preemptions, kv_given_back;
     struct {
         int folder_fd; /* borrowed; -EBADF: there is none, -errno: why it cannot be had */
@@ -120,6 +157,9 @@ void engine_thread_list(struct engine_thread *t, struct timeline *tl);
 
 /* With the mutex held: the loop is to look at the job. */
 void job_announce(struct engine_thread *t, struct job *j);
+
+/* With the mutex held: engine_thread_fd() becomes readable. */
+void engine_thread_ring(struct engine_thread *t);
 
 /* For the client. Counts, should this process be killed, when committed. */
 void job_append(struct job *j, const struct record *record);
@@ -155,11 +195,23 @@ void work_done(struct engine_thread *t);
 /* A tokenised request. It is let go when it is over. */
 void work_begin(struct engine_thread *t, struct job *j);
 
-/* Ends those that have been asked to. */
+/* Ends those that have been asked to, and are in no pass. */
 void work_stop_where_asked(struct engine_thread *t);
 
-/* A step. False when there was nothing to do. */
-bool work_step(struct engine_thread *t);
+/* Before a choice: who may be picked, and by whom. */
+void work_prepare(struct engine_thread *t);
+
+/* The request's share of the next step. */
+void work_make_item(const struct scheduler_pick *pick, struct step_item *item);
+
+/* What became of it; the pass is over. The job may be gone then. */
+void work_after_step(struct engine_thread *t, struct job *j, const struct step_item *item);
+
+/* Nothing can be computed any more: all requests end. No pass is under way. */
+void work_fail_all(struct engine_thread *t, int code);
+
+/* A deterministic request that no longer has its lane: the session begins anew on another. */
+void work_choose_lane(struct engine_thread *t, struct job *j);
 
 /* Brings what the loop sees of timelines, queue and memory up to date. */
 void work_publish(struct engine_thread *t);
@@ -180,6 +232,26 @@ int work_make_session(struct engine_thread *t, struct timeline *tl); /* 0, -ENOM
 
 /* Came to its end while it was in this process, or before: job_let_go(). */
 void work_finish_well(struct engine_thread *t, struct job *j, const char *reason, bool has_tail);
+
+/* ---- job-pass.c: engine thread ---- */
+
+int pass_init(struct engine_thread *t, struct error *err); /* 0, -ENOMEM */
+void pass_done(struct engine_thread *t);
+
+/* Steps of the lanes: what is free is given work. False when there was nothing to do. */
+bool pass_step(struct engine_thread *t);
+
+/* A pass under way that is over: its results. */
+void pass_collect(struct engine_thread *t);
+bool pass_is_under_way(const struct engine_thread *t);
+
+/* Until it is over, something has come in, or something is to be said. */
+void pass_wait(struct engine_thread *t);
+
+/* The GPU joins as soon as it may. */
+void pass_look_at_gpu(struct engine_thread *t);
+
+struct job *job_of(struct scheduler_task *task);
 
 /* ---- job-recover.c: engine thread ---- */
 

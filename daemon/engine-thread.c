@@ -6,20 +6,23 @@
  * from there to the engine thread; others go there at once. Between any two steps the engine thread
  * looks at what came in: tokenised requests are begun (job-work.c), what needs no step is done
  * (job-simple.c), timelines are closed, requests that shall stop are rolled back. A step is short
- * (the scheduler sees to that), because that is how long a cancellation has to wait.
+ * (the scheduler sees to that), because that is how long a cancellation has to wait. A GPU's passes
+ * (job-pass.c) go on meanwhile, and are looked at between two steps as well.
  *
  * A job that is to stop and still waits for the prompt thread is taken from there; one that is
  * being tokenised stops by itself. Both come to their end through the engine thread like all
  * others, but for JOB_MEASURE, which the prompt thread answers.
  *
  * When nothing can be computed the engine thread sleeps on the condition, which is signalled by
- * whatever comes in, and by output that was taken.
+ * whatever comes in, and by output that was taken; while a pass is under way it waits for that, and
+ * looks up some hundred times a second.
  */
 
 #include "daemon/engine-thread.h"
 
 #include <assert.h>
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -144,6 +147,16 @@ static void set_weights(struct engine_thread *t)
     }
 }
 
+/* With the mutex held: before the first job, so no GPU is there. */
+static void set_mode(struct engine_thread *t)
+{
+    if (!t->mode_changed)
+        return;
+    t->mode_changed = false;
+    placement_init(&t->placement, t->mode);
+    t->gpu = t->mode == PLACE_CPU ? GPU_NONE : GPU_WAITS;
+}
+
 /* With the mutex held: until something comes in, or something is to be said. */
 static void sleep_until_changed(struct engine_thread *t)
 {
@@ -163,11 +176,14 @@ static void sleep_until_changed(struct engine_thread *t)
 /* Waits for something to do when idle. False at the end. */
 static bool take_in(struct engine_thread *t, bool idle)
 {
+    bool waits = idle && pass_is_under_way(t);
     struct job *jobs;
     bool quit, has_closed, adopts;
 
+    if (waits)
+        pass_wait(t);
     pthread_mutex_lock(&t->mutex);
-    if (idle)
+    if (idle && !waits)
         sleep_until_changed(t);
     t->n_turns++;
     t->wakes = false;
@@ -175,11 +191,13 @@ static bool take_in(struct engine_thread *t, bool idle)
     t->submitted = NULL;
     t->submitted_end = &t->submitted;
     quit = t->quit;
+    set_mode(t);
     set_weights(t);
     scheduler_set_loading(t->scheduler, t->is_loading);
     adopts = t->adoptions;
     pthread_mutex_unlock(&t->mutex);
 
+    pass_collect(t);
     if (adopts)
         recover_adopt(t);
     while (jobs) {
@@ -204,7 +222,6 @@ static int start(struct engine_thread *t)
 
     if (r < 0)
         return r;
-    strncpy(t->description, engine_description(t->engine), sizeof(t->description) - 1);
     r = work_init(t, t->start_error);
     if (r < 0)
         t->engine = engine_free(t->engine);
@@ -228,7 +245,8 @@ static void *engine_thread_run(void *userdata)
 
     if (r == 0) {
         while (take_in(t, idle)) {
-            idle = !work_step(t);
+            pass_look_at_gpu(t);
+            idle = !pass_step(t);
             idle = !spill_turn(t) && idle;
             work_publish(t);
         }
@@ -300,6 +318,7 @@ int engine_thread_new(struct engine_thread **ret, const struct model *m,
     t->news_end = &t->news;
     t->weights_end = &t->weights;
     t->record_interval_usec = RECORD_INTERVAL_USEC;
+    t->mode_changed = true;
     pthread_mutex_init(&t->mutex, NULL);
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
@@ -336,7 +355,42 @@ const struct model *engine_thread_model(const struct engine_thread *t)
 
 const char *engine_thread_description(const struct engine_thread *t)
 {
-    return t->description;
+    return t->descriptions[atomic_load(&t->n_descriptions) - 1];
+}
+
+void engine_thread_set_placement(struct engine_thread *t, enum placement_mode mode)
+{
+    pthread_mutex_lock(&t->mutex);
+    t->mode = mode;
+    t->mode_changed = true;
+    wake(t);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+bool engine_thread_lanes_changed(struct engine_thread *t)
+{
+    bool changed;
+
+    pthread_mutex_lock(&t->mutex);
+    changed = t->lanes_changed;
+    t->lanes_changed = false;
+    pthread_mutex_unlock(&t->mutex);
+    return changed;
+}
+
+void engine_thread_get_lanes(struct engine_thread *t, struct lane_info ret[ENGINE_LANES])
+{
+    pthread_mutex_lock(&t->mutex);
+    memcpy(ret, t->lanes, sizeof(t->lanes));
+    pthread_mutex_unlock(&t->mutex);
+}
+
+const char *engine_thread_explain(struct engine_thread *t, char *buf, size_t n)
+{
+    pthread_mutex_lock(&t->mutex);
+    snprintf(buf, n, "%s", t->placement_text);
+    pthread_mutex_unlock(&t->mutex);
+    return buf;
 }
 
 void engine_thread_kv_bytes(struct engine_thread *t, uint64_t *ret_used, uint64_t *ret_max)
@@ -400,6 +454,9 @@ void engine_thread_set_loading(struct engine_thread *t, bool is_loading)
 {
     pthread_mutex_lock(&t->mutex);
     t->is_loading = is_loading; /* seen before the next step */
+    t->is_loaded = !is_loading;
+    if (!is_loading)
+        wake(t); /* for the GPU */
     pthread_mutex_unlock(&t->mutex);
 }
 
@@ -431,7 +488,7 @@ bool engine_thread_is_alive(struct engine_thread *t)
     bool alive;
 
     pthread_mutex_lock(&t->mutex);
-    alive = t->sleeps || t->n_turns != t->n_turns_seen;
+    alive = t->sleeps || t->n_turns != t->n_turns_seen || now_usec() < t->busy_until_usec;
     t->n_turns_seen = t->n_turns;
     pthread_mutex_unlock(&t->mutex);
     return alive;

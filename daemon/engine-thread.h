@@ -23,6 +23,8 @@
 #include "base/error.h"
 #include "daemon/job.h"
 #include "engine/engine.h"
+#include "engine/placement.h"
+#include "engine/scheduler.h"
 
 struct engine_thread;
 struct model;
@@ -35,7 +37,32 @@ int engine_thread_new(struct engine_thread **ret, const struct model *m,
 struct engine_thread *engine_thread_free(struct engine_thread *t);
 
 const struct model *engine_thread_model(const struct engine_thread *t);
+
+/* What computes, for people: changes when engine_thread_lanes_changed() says so. What was returned
+ * stays as long as the engine thread. */
 const char *engine_thread_description(const struct engine_thread *t);
+
+/*
+ * Who is to work: options.gpu's lane joins (engine_add_gpu()) when the model has been loaded, and
+ * not at all with PLACE_CPU. Before the first job; else it is PLACE_AUTO. Where it cannot join, or
+ * is lost, the processor does all: that is logged, once, and no request is lost.
+ */
+void engine_thread_set_placement(struct engine_thread *t, enum placement_mode mode);
+
+/*
+ * Whether a lane has joined or was lost since this was last asked: engine_thread_fd() is readable
+ * then, and this is to be asked before engine_thread_news().
+ */
+bool engine_thread_lanes_changed(struct engine_thread *t);
+
+struct lane_info {
+    bool works;
+    char failure[256]; /* why it does not, in words; empty: there is none, or not yet */
+};
+void engine_thread_get_lanes(struct engine_thread *t, struct lane_info ret[ENGINE_LANES]);
+
+/* Who does what, one line for people: placement_explain(). Returns buf. */
+const char *engine_thread_explain(struct engine_thread *t, char *buf, size_t n);
 
 /* Bytes in KV pages after the last step; the limit. */
 void engine_thread_kv_bytes(struct engine_thread *t, uint64_t *ret_used, uint64_t *ret_max);
@@ -64,7 +91,8 @@ void engine_thread_set_spill_folder(struct engine_thread *t, int fd);
  */
 void engine_thread_relieve(struct engine_thread *t, unsigned level);
 
-/* Whether the model's file is still being read (engine/scheduler.h); false at first. */
+/* Whether the model's file is still being read (engine/scheduler.h); false at first. Not before it
+ * has been told to be over does a GPU join. */
 void engine_thread_set_loading(struct engine_thread *t, bool is_loading);
 
 /* The account's share in comparison with others' (engine/scheduler.h). 1 to 10000; 100 if not set.
@@ -84,6 +112,7 @@ struct engine_statistics {
     uint64_t kv_bytes_used, kv_bytes_max;
     uint64_t kv_bytes_spilled;        /* in files; what two share counts for both */
     double prefill_rate, decode_rate; /* tokens per second over the last 10 s of work */
+    struct lane_statistics lanes[ENGINE_LANES];
 };
 void engine_thread_get_statistics(struct engine_thread *t, struct engine_statistics *ret);
 

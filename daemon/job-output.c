@@ -17,18 +17,23 @@
 
 #define OUTPUT_PAUSE 65536 /* bytes */
 
-void job_announce(struct engine_thread *t, struct job *j)
+void engine_thread_ring(struct engine_thread *t)
 {
     uint64_t one = 1;
 
+    /* Nothing to do about a failure: the counter cannot be full, the descriptor is ours. */
+    (void)!write(t->news_fd, &one, sizeof(one));
+}
+
+void job_announce(struct engine_thread *t, struct job *j)
+{
     if (j->has_news)
         return;
     j->has_news = true;
     j->news_next = NULL;
     *t->news_end = j;
     t->news_end = &j->news_next;
-    /* Nothing to do about a failure: the counter cannot be full, the descriptor is ours. */
-    (void)!write(t->news_fd, &one, sizeof(one));
+    engine_thread_ring(t);
 }
 
 bool job_is_paused(const struct job *j)

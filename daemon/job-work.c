@@ -34,7 +34,7 @@
 #define PROGRESS_LEAST 256u    /* rows; no progress is told of shorter prompts */
 #define POSITIONS_USEC 100000u /* between two looks at the queue that only time has changed */
 
-static struct job *job_of(struct scheduler_task *task)
+struct job *job_of(struct scheduler_task *task)
 {
     return (struct job *)((char *)task - offsetof(struct job, work.task));
 }
@@ -99,6 +99,15 @@ static uint64_t bytes_wanted(struct engine_thread *t, const struct job *j)
     return need - MIN(need, held);
 }
 
+/* By whom its next rows may be computed. */
+static unsigned lanes_of(struct engine_thread *t, const struct job *j)
+{
+    if (j->request.deterministic)
+        return 1u << j->work.lane;
+    return in_prefill(j) ? t->choice.prefill : t->choice.decode;
+}
+
+/* Also of one in a pass, which is then as it was before that. */
 static void update_task(struct engine_thread *t, struct job *j)
 {
     struct scheduler_task *task = &j->work.task;
@@ -106,9 +115,30 @@ static void update_task(struct engine_thread *t, struct job *j)
 
     task->n_pending = missing > 0 ? missing : n_pending(j);
     task->is_prompt = in_prefill(j);
-    task->is_blocked = j->work.is_paused || spill_is_away(j->timeline);
+    task->is_blocked = j->work.is_paused || j->work.waits_for_pass || spill_is_away(j->timeline);
+    task->lanes = lanes_of(t, j);
     task->kv_bytes = bytes_wanted(t, j);
     task->max_tokens = max - MIN(j->work.n_sampled, max);
+}
+
+/*
+ * A deterministic request keeps to one lane, and so must have done what its session has of others.
+ * In the GPU's mode it waits for the GPU to join.
+ */
+void work_choose_lane(struct engine_thread *t, struct job *j)
+{
+    struct timeline *tl = j->timeline;
+
+    if (!j->request.deterministic)
+        return;
+    j->work.lane = placement_fixed_lane(&t->placement);
+    if (t->gpu == GPU_WAITS && t->placement.mode == PLACE_GPU)
+        j->work.lane = LANE_GPU;
+    if ((session_lanes(tl->session) & ~(1u << j->work.lane)) == 0)
+        return;
+    spill_forget(t, tl);
+    session_drop_kv(tl->session);
+    work_publish_timeline(t, tl);
 }
 
 /* ---- ends ---- */
@@ -264,10 +294,9 @@ static int begin(struct engine_thread *t, struct job *j, struct error *err)
     t->active = j;
     tl->is_used = true;
     tl->last_used = ++t->n_uses;
-    w->task = (struct scheduler_task){.account = tl->options.account,
-                                      .flow = tl->options.flow,
-                                      .class = tl->options.class,
-                                      .lanes = 1};
+    w->task = (struct scheduler_task){
+        .account = tl->options.account, .flow = tl->options.flow, .class = tl->options.class};
+    work_choose_lane(t, j);
     update_task(t, j);
     r = scheduler_add(t->scheduler, &w->task);
     if (r < 0)
@@ -353,7 +382,7 @@ static bool give_back_waiting(struct engine_thread *t, const struct job *j)
     struct job *oldest = NULL;
 
     for (struct job *i = t->active; i; i = i->work.next)
-        if (i != j && (!i->work.is_running || i->work.is_paused) &&
+        if (i != j && (!i->work.is_running || i->work.is_paused) && !i->work.task.is_under_way &&
             (session_kv_bytes(session_of(i)) > 0) &&
             (!oldest || i->timeline->last_used < oldest->timeline->last_used))
             oldest = i;
@@ -371,7 +400,7 @@ static bool give_back_waiting(struct engine_thread *t, const struct job *j)
 static bool park_one(struct engine_thread *t)
 {
     for (struct job *i = t->active; i; i = i->work.next) {
-        if (i->work.is_running && i->work.is_paused) {
+        if (i->work.is_running && i->work.is_paused && !i->work.task.is_under_way) {
             take_out(t, i);
             return true;
         }
@@ -454,6 +483,7 @@ bool work_find_memory_quietly(struct engine_thread *t, struct job *j)
 
 void work_restored(struct engine_thread *t, struct job *j)
 {
+    work_choose_lane(t, j);
     update_task(t, j);
     j->work.total = j->work.told_left = rows_left(j);
     work_publish_timeline(t, j->timeline);
@@ -466,6 +496,10 @@ static void find_memory(struct engine_thread *t, struct job *j)
 
     if (give_back_idle(t) || give_back_waiting(t, j) || preempt_for(t, j))
         return;
+    if (pass_is_under_way(t)) { /* of others, who may have to give way when it is over */
+        j->work.waits_for_pass = true;
+        return;
+    }
     error_set(&err, ENOBUFS,
               "the conversation does not fit into the memory for KV caches, %llu bytes",
               (unsigned long long)t->statistics.kv_bytes_max);
@@ -543,8 +577,7 @@ static void accept_token(struct engine_thread *t, struct job *j, const float *lo
         finish_generation(t, j, delta.finish);
 }
 
-/* What became of one request's share of a step. */
-static void after_step(struct engine_thread *t, struct job *j, const struct step_item *item)
+void work_after_step(struct engine_thread *t, struct job *j, const struct step_item *item)
 {
     struct error err = {0};
 
@@ -569,13 +602,24 @@ static void after_step(struct engine_thread *t, struct job *j, const struct step
         work_finish_well(t, j, "appended", false);
 }
 
-static void fail_all(struct engine_thread *t, int code)
+void work_fail_all(struct engine_thread *t, int code)
 {
     struct error err;
 
     lost_error(&err, code);
     while (t->active)
         finish_error(t, t->active, code, &err);
+}
+
+/* What there is to do, and who does what of it. */
+static void choose_lanes(struct engine_thread *t)
+{
+    struct placement_load load = {.now_usec = now_usec()};
+
+    for (const struct job *j = t->active; j; j = j->work.next)
+        if (j->work.is_running && !j->work.is_paused)
+            *(in_prefill(j) ? &load.n_prompts : &load.n_decoding) += 1;
+    placement_choose(&t->placement, &load, &t->choice);
 }
 
 /* Sees which readers are slow, and takes those that no longer are back. */
@@ -589,6 +633,7 @@ static void look_at_readers(struct engine_thread *t)
         j->work.is_paused = job_is_paused(j);
     pthread_mutex_unlock(&t->mutex);
 
+    choose_lanes(t);
     for (struct job *j = t->active; j; j = next) {
         next = j->work.next;
         update_task(t, j);
@@ -603,7 +648,13 @@ static void look_at_readers(struct engine_thread *t)
     }
 }
 
-static void make_item(const struct scheduler_pick *pick, struct step_item *item)
+void work_prepare(struct engine_thread *t)
+{
+    look_at_readers(t);
+    admit(t);
+}
+
+void work_make_item(const struct scheduler_pick *pick, struct step_item *item)
 {
     struct job *j = job_of(pick->task);
     uint32_t missing = session_n_missing(session_of(j));
@@ -618,53 +669,13 @@ static void make_item(const struct scheduler_pick *pick, struct step_item *item)
     item->wanted = j->work.generation && pick->n_rows == n ? LOGITS_LAST : LOGITS_NONE;
 }
 
-static void set_working(struct engine_thread *t, size_t n, bool working)
-{
-    for (size_t i = 0; i < n; i++)
-        request_record_set_working(job_of(t->picks[i].task)->record, working);
-}
-
-bool work_step(struct engine_thread *t)
-{
-    uint32_t max_rows = engine_max_rows(t->engine);
-    uint64_t start;
-    size_t n;
-    int r;
-
-    look_at_readers(t);
-    admit(t);
-    n = scheduler_choose(t->scheduler, 0, t->picks, max_rows);
-    if (n == 0)
-        return false;
-    for (size_t i = 0; i < n; i++)
-        make_item(&t->picks[i], &t->items[i]);
-    set_working(t, n, true);
-    start = now_usec();
-    r = engine_step(t->engine, t->items, n);
-    set_working(t, n, false);
-    if (r < 0) {
-        if (r == -ENODEV || r == -ENOTRECOVERABLE)
-            t->lost = r;
-        fail_all(t, r);
-        return true;
-    }
-    for (size_t i = 0; i < n; i++)
-        if (t->items[i].ret_error < 0)
-            t->picks[i].n_rows = 0;
-    scheduler_account(t->scheduler, 0, t->picks, n, now_usec() - start);
-    /* One that is over must not be touched again; each is there but once. */
-    for (size_t i = 0; i < n; i++)
-        after_step(t, job_of(t->picks[i].task), &t->items[i]);
-    return true;
-}
-
 void work_stop_where_asked(struct engine_thread *t)
 {
     struct job *next;
 
     for (struct job *j = t->active; j; j = next) {
         next = j->work.next;
-        if (atomic_load(&j->stop) != JOB_GOES_ON)
+        if (atomic_load(&j->stop) != JOB_GOES_ON && !j->work.task.is_under_way)
             finish_stopped(t, j);
     }
 }
@@ -773,6 +784,7 @@ static void publish_statistics(struct engine_thread *t)
     e->running = s.n_running;
     e->prefill_rate = s.prefill_rate;
     e->decode_rate = s.decode_rate;
+    memcpy(e->lanes, s.lanes, sizeof(e->lanes));
     pthread_mutex_unlock(&t->mutex);
 }
 
@@ -799,16 +811,13 @@ void work_publish(struct engine_thread *t)
 
 int work_init(struct engine_thread *t, struct error *err)
 {
-    uint32_t max_rows = engine_max_rows(t->engine);
     struct scheduler_options options = {
-        .max_rows = max_rows,
+        .max_rows = engine_max_rows(t->engine),
         .max_logits = engine_max_logits(t->engine),
         .max_running = MAX_RUNNING,
     };
 
-    t->picks = calloc(max_rows, sizeof(*t->picks));
-    t->items = calloc(max_rows, sizeof(*t->items));
-    if (!t->picks || !t->items || scheduler_new(&t->scheduler, &options) < 0)
+    if (pass_init(t, err) < 0 || scheduler_new(&t->scheduler, &options) < 0)
         return error_set(err, ENOMEM, "out of memory");
     note_kv(t);
     return 0;
@@ -817,8 +826,5 @@ int work_init(struct engine_thread *t, struct error *err)
 void work_done(struct engine_thread *t)
 {
     t->scheduler = scheduler_free(t->scheduler);
-    free(t->picks);
-    free(t->items);
-    t->picks = NULL;
-    t->items = NULL;
+    pass_done(t);
 }

@@ -19,6 +19,7 @@
 #include "daemon/request-record.h"
 #include "daemon/timeline.h"
 #include "engine/chat.h"
+#include "engine/engine.h"
 #include "engine/generation.h"
 #include "engine/tokenizer.h"
 #include "ipc/buffer.h"
@@ -69,6 +70,7 @@ struct job_request {
     size_t n_messages;
     bool raw; /* one message, its text without template */
     enum job_format format;
+    bool deterministic; /* generate, append: all of it on one lane, and nothing of another's */
     struct generation_options options; /* generate */
     char **stop;                       /* [options.n_stop] */
     struct logit_bias *bias;           /* [options.sampler.n_bias] */
@@ -95,9 +97,11 @@ struct job_work {
     uint64_t log_bytes;           /* written, committed or not */
     struct request_commit commit; /* the last one */
 
-    struct scheduler_task task;
-    bool in_scheduler; /* queued or running there */
-    bool is_running;   /* was let in */
+    struct scheduler_task task; /* is_under_way: in a pass; the session is left alone */
+    enum engine_lane lane;      /* of one that is deterministic */
+    bool waits_for_pass;        /* for memory, that others may give when theirs is over */
+    bool in_scheduler;          /* queued or running there */
+    bool is_running;            /* was let in */
     bool is_paused;
     uint32_t n_preempted;
     uint32_t total;         /* rows of the prompt or of what is computed again; 0: none */

@@ -60,6 +60,7 @@ bool log_limit_pass(struct log_limit *l, uint32_t *ret_untold);
 #define LOG_ID_MODEL_FAILED "b5abe3a92c1c4a2c86ad07959461f7a2"
 #define LOG_ID_MODEL_CHANGED "8d2f04be2d5347e4b3d1ac5f2cf9b7a4"
 #define LOG_ID_MEMORY_PRESSURE "5f1d0c4b6c0f4f5d8a0f4a6b7e92d3c1"
+#define LOG_ID_GPU "edba7f406ba445d594c99716af989f4e"
 #define LOG_ID_SPILL_FAILED "c7a6a2f0a2a94f1bb3f6d2f6f5f0b8ee"
 #define LOG_ID_REQUEST_FINISHED "0e840b98b1e54562972e4eecb8c49a7a"
 #define LOG_ID_CONNECTION_REFUSED "25f6d85b93af499997fba9d360461bfb"

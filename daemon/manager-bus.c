@@ -547,9 +547,16 @@ static int get_backends(sd_bus *bus, const char *path, const char *interface, co
 {
     struct served *v = userdata;
     struct engine_thread *engine = session_set_engine(v->service->sessions);
+    struct lane_info lanes[ENGINE_LANES];
+    char failed[sizeof(lanes[0].failure) + 32];
 
-    return engine ? sd_bus_message_append(reply, "as", 1, engine_thread_description(engine))
-                  : sd_bus_message_append(reply, "as", 0);
+    if (!engine)
+        return sd_bus_message_append(reply, "as", 0);
+    engine_thread_get_lanes(engine, lanes);
+    if (!lanes[LANE_GPU].failure[0])
+        return sd_bus_message_append(reply, "as", 1, engine_thread_description(engine));
+    snprintf(failed, sizeof(failed), "vulkan, not used: %s", lanes[LANE_GPU].failure);
+    return sd_bus_message_append(reply, "as", 2, engine_thread_description(engine), failed);
 }
 
 static int get_sessions(sd_bus *bus, const char *path, const char *interface, const char *property,
@@ -611,7 +618,7 @@ const sd_bus_vtable manager_vtable[] = {
     SD_BUS_PROPERTY("Models", "as", get_models, 0, CHANGES),
     SD_BUS_PROPERTY("DefaultModel", "s", get_default_model, 0, CHANGES),
     SD_BUS_PROPERTY("Model", "s", get_model, 0, CHANGES),
-    SD_BUS_PROPERTY("Backends", "as", get_backends, 0, 0),
+    SD_BUS_PROPERTY("Backends", "as", get_backends, 0, CHANGES),
     SD_BUS_PROPERTY("Sessions", "u", get_sessions, 0, 0),
     SD_BUS_PROPERTY("KvBytesUsed", "t", get_kv_bytes, 0, 0),
     SD_BUS_PROPERTY("KvBytesMax", "t", get_kv_bytes, 0, 0),

@@ -172,7 +172,13 @@ static void session_finished(void *userdata, struct client_session *s, const str
              fill_finished, j, client_session_owner(s));
 }
 
+static void lanes_changed(void *userdata)
+{
+    bus_manager_changed(userdata, BUS_BACKENDS);
+}
+
 const struct session_observer bus_session_observer = {
+    .lanes = lanes_changed,
     .came = session_came,
     .goes = session_goes,
     .changed = session_changed,
@@ -207,8 +213,9 @@ void bus_manager_changed(struct service *s, unsigned properties)
     } all[] = {{BUS_STATE, "State"},
                {BUS_MODELS, "Models"},
                {BUS_DEFAULT_MODEL, "DefaultModel"},
-               {BUS_MODEL, "Model"}};
-    const char *names[5] = {0};
+               {BUS_MODEL, "Model"},
+               {BUS_BACKENDS, "Backends"}};
+    const char *names[6] = {0};
     size_t n = 0;
 
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)

@@ -490,7 +490,7 @@ static void begin_serving(struct service *s)
         give_up(s, r, &err);
         return;
     }
-    bus_manager_changed(s, BUS_MODEL);
+    bus_manager_changed(s, BUS_MODEL | BUS_BACKENDS);
     s->load_progress = 0;
     r = -EOPNOTSUPP;
     if (s->config->prefetch)

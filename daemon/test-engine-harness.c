@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/checked.h"
 #include "base/cleanup.h"
 #include "daemon/test-engine-harness.h"
 #include "engine/tokenizer.h"
@@ -18,16 +19,260 @@
 
 struct gate gate = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 
-int __real_engine_step(struct engine *e, struct step_item *items, size_t n);
-int __wrap_engine_step(struct engine *e, struct step_item *items, size_t n);
+int __real_engine_start(struct engine *e, enum engine_lane lane, struct step_item *items, size_t n);
+int __wrap_engine_start(struct engine *e, enum engine_lane lane, struct step_item *items, size_t n);
+int __real_engine_end(struct engine *e, enum engine_lane lane);
+int __wrap_engine_end(struct engine *e, enum engine_lane lane);
+int __wrap_engine_wait(struct engine *e, enum engine_lane lane, uint64_t usec);
+int __wrap_engine_add_gpu(struct engine *e, struct error *err);
+bool __wrap_engine_has_gpu(const struct engine *e);
+void __wrap_engine_remove_gpu(struct engine *e);
+const char *__wrap_engine_lane_failure(const struct engine *e, enum engine_lane lane);
+void __real_session_drop_kv(struct session *s);
+void __wrap_session_drop_kv(struct session *s);
+struct session *__real_session_free(struct session *s);
+struct session *__wrap_session_free(struct session *s);
+unsigned __wrap_session_lanes(const struct session *s);
 int __real_tokenizer_encode(const struct tokenizer *t, const char *text, size_t n,
                             const struct encode_options *options, struct token_array *ids);
 int __wrap_tokenizer_encode(const struct tokenizer *t, const char *text, size_t n,
                             const struct encode_options *options, struct token_array *ids);
 
-int __wrap_engine_step(struct engine *e, struct step_item *items, size_t n)
+/* ---- the second lane ---- */
+
+struct second_lane second = {.joins = -ENOENT};
+
+/* Engine thread: whose K and V are by whom, as the engine would know it. */
+static struct {
+    const struct session *session;
+    unsigned lanes;
+} computed[256];
+
+static unsigned *lanes_of(const struct session *s)
+{
+    size_t free = ARRAY_SIZE(computed);
+
+    for (size_t i = 0; i < ARRAY_SIZE(computed); i++) {
+        if (computed[i].session == s)
+            return &computed[i].lanes;
+        if (!computed[i].session && free == ARRAY_SIZE(computed))
+            free = i;
+    }
+    assert(free < ARRAY_SIZE(computed));
+    computed[free].session = s;
+    computed[free].lanes = 0;
+    return &computed[free].lanes;
+}
+
+static void note_lanes(const struct step_item *items, size_t n, enum engine_lane lane)
+{
+    for (size_t i = 0; i < n; i++)
+        *lanes_of(items[i].session) |= 1u << lane;
+}
+
+unsigned __wrap_session_lanes(const struct session *s)
+{
+    return *lanes_of(s);
+}
+
+static struct step_item *pass_items;
+static size_t n_pass_items;
+
+static bool in_pass(const struct session *s)
+{
+    for (size_t i = 0; i < n_pass_items; i++)
+        if (pass_items[i].session == s)
+            return true;
+    return false;
+}
+
+void __wrap_session_drop_kv(struct session *s)
+{
+    assert(!in_pass(s));
+    pthread_mutex_lock(&gate.mutex);
+    second.n_dropped += *lanes_of(s) != 0;
+    pthread_mutex_unlock(&gate.mutex);
+    *lanes_of(s) = 0;
+    __real_session_drop_kv(s);
+}
+
+struct session *__wrap_session_free(struct session *s)
+{
+    assert(!s || !in_pass(s));
+    for (size_t i = 0; i < ARRAY_SIZE(computed); i++)
+        if (s && computed[i].session == s)
+            computed[i].session = NULL;
+    return __real_session_free(s);
+}
+
+int __wrap_engine_add_gpu(struct engine *e, struct error *err)
+{
+    int r;
+
+    (void)e;
+    pthread_mutex_lock(&gate.mutex);
+    r = second.joins;
+    assert(!second.there);
+    second.there = r == 0;
+    second.n_joined += r == 0;
+    pthread_mutex_unlock(&gate.mutex);
+    return r < 0 ? error_set(err, -r, "no such device") : 0;
+}
+
+bool __wrap_engine_has_gpu(const struct engine *e)
+{
+    (void)e;
+    return second.there;
+}
+
+void __wrap_engine_remove_gpu(struct engine *e)
+{
+    (void)e;
+    pthread_mutex_lock(&gate.mutex);
+    assert(second.there && !second.under_way);
+    second.there = false;
+    second.n_removed++;
+    pthread_mutex_unlock(&gate.mutex);
+}
+
+const char *__wrap_engine_lane_failure(const struct engine *e, enum engine_lane lane)
+{
+    (void)e;
+    return lane == LANE_GPU && second.fails ? "it fell off the bus" : NULL;
+}
+
+static int start_second(struct step_item *items, size_t n)
+{
+    int r = 0;
+
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; k < i; k++)
+            assert(items[i].session != items[k].session);
+    pthread_mutex_lock(&gate.mutex);
+    assert(second.there && !second.under_way);
+    if (second.fails && !second.hold) {
+        r = -ENODEV;
+    } else {
+        pass_items = items;
+        n_pass_items = n;
+        second.under_way = true;
+        pthread_cond_broadcast(&gate.changed);
+    }
+    pthread_mutex_unlock(&gate.mutex);
+    return r;
+}
+
+/* With the mutex held. */
+static bool may_end(void)
+{
+    return !second.hold || second.allowed > 0;
+}
+
+int __wrap_engine_wait(struct engine *e, enum engine_lane lane, uint64_t usec)
+{
+    struct timespec until;
+    int r = 0;
+
+    (void)e;
+    assert(lane == LANE_GPU && second.under_way);
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += (long)(usec % 1000000) * 1000;
+    until.tv_sec += (time_t)(usec / 1000000) + until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    pthread_mutex_lock(&gate.mutex);
+    second.is_waited_for = usec > 0;
+    pthread_cond_broadcast(&gate.changed);
+    while (!may_end() && r == 0)
+        r = pthread_cond_timedwait(&gate.changed, &gate.mutex, &until);
+    r = may_end() ? 0 : -ETIMEDOUT;
+    pthread_mutex_unlock(&gate.mutex);
+    return r;
+}
+
+static int end_second(struct engine *e)
+{
+    struct step_item *items = pass_items;
+    size_t n = n_pass_items;
+    bool fails;
+    int r;
+
+    pthread_mutex_lock(&gate.mutex);
+    assert(second.under_way);
+    while (!may_end())
+        pthread_cond_wait(&gate.changed, &gate.mutex);
+    if (second.hold)
+        second.allowed--;
+    fails = second.fails;
+    pthread_mutex_unlock(&gate.mutex);
+
+    n_pass_items = 0; /* no longer looked at */
+    r = fails ? -ENODEV : engine_step(e, items, n);
+    pthread_mutex_lock(&gate.mutex);
+    second.under_way = false;
+    if (r == 0) {
+        second.n_passes++;
+        for (size_t i = 0; i < n; i++)
+            second.n_rows += items[i].n_tokens;
+    }
+    pthread_cond_broadcast(&gate.changed);
+    pthread_mutex_unlock(&gate.mutex);
+    if (r == 0)
+        note_lanes(items, n, LANE_GPU);
+    return r;
+}
+
+void hold_passes(bool hold)
+{
+    pthread_mutex_lock(&gate.mutex);
+    second.hold = hold;
+    second.allowed = 0;
+    pthread_cond_broadcast(&gate.changed);
+    pthread_mutex_unlock(&gate.mutex);
+}
+
+void wait_for_pass(void)
+{
+    pthread_mutex_lock(&gate.mutex);
+    while (!second.under_way)
+        pthread_cond_wait(&gate.changed, &gate.mutex);
+    pthread_mutex_unlock(&gate.mutex);
+}
+
+void wait_for_idle_pass(void)
+{
+    pthread_mutex_lock(&gate.mutex);
+    second.is_waited_for = false;
+    while (!second.under_way || !second.is_waited_for)
+        pthread_cond_wait(&gate.changed, &gate.mutex);
+    pthread_mutex_unlock(&gate.mutex);
+}
+
+void let_pass_end(void)
+{
+    pthread_mutex_lock(&gate.mutex);
+    assert(second.under_way);
+    second.allowed++;
+    pthread_cond_broadcast(&gate.changed);
+    while (second.under_way && second.allowed > 0)
+        pthread_cond_wait(&gate.changed, &gate.mutex);
+    pthread_mutex_unlock(&gate.mutex);
+}
+
+/* ---- gates ---- */
+
+int __wrap_engine_end(struct engine *e, enum engine_lane lane)
+{
+    return lane == LANE_GPU ? end_second(e) : __real_engine_end(e, lane);
+}
+
+int __wrap_engine_start(struct engine *e, enum engine_lane lane, struct step_item *items, size_t n)
 {
     int result;
+
+    if (lane == LANE_GPU)
+        return start_second(items, n);
+    for (size_t i = 0; i < n; i++)
+        assert(!in_pass(items[i].session));
 
     pthread_mutex_lock(&gate.mutex);
     while (gate.hold_steps && gate.steps_allowed == 0) {
@@ -41,7 +286,10 @@ int __wrap_engine_step(struct engine *e, struct step_item *items, size_t n)
     gate.n_steps++;
     result = gate.result;
     pthread_mutex_unlock(&gate.mutex);
-    return result < 0 ? result : __real_engine_step(e, items, n);
+    if (result < 0)
+        return result;
+    note_lanes(items, n, LANE_CPU);
+    return __real_engine_start(e, lane, items, n);
 }
 
 int __wrap_tokenizer_encode(const struct tokenizer *t, const char *text, size_t n,
@@ -183,6 +431,19 @@ void start_with(const struct engine_options *options)
 void start_engine(uint64_t kv_bytes)
 {
     start_with(&(struct engine_options){.n_threads = 1, .max_rows = 64, .kv_bytes = kv_bytes});
+}
+
+void start_lanes(enum placement_mode mode, uint64_t kv_bytes)
+{
+    struct pollfd p;
+
+    second = (struct second_lane){0};
+    start_engine(kv_bytes);
+    engine_thread_set_placement(engine, mode);
+    engine_thread_set_loading(engine, false);
+    p = (struct pollfd){.fd = engine_thread_fd(engine), .events = POLLIN};
+    assert(poll(&p, 1, -1) == 1);
+    assert(engine_thread_lanes_changed(engine) && second.there);
 }
 
 void take(struct run *r)

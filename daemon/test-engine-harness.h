@@ -4,8 +4,9 @@
 
 /*
  * The loop's side of the engine thread for its tests: jobs, what came of them, and gates at which
- * the threads that work can be held, for the program is linked with engine_step(),
- * tokenizer_encode() and the allocation functions wrapped.
+ * the threads that work can be held, for the program is linked with the engine's steps,
+ * tokenizer_encode() and the allocation functions wrapped. The second lane is one that computes
+ * what it was given when its pass is let go, on the first one's backend: the bits are the same.
  */
 
 #include <pthread.h>
@@ -28,6 +29,29 @@ struct gate {
     int encode_result; /* of the last big text */
 };
 extern struct gate gate;
+
+/* The second lane; guarded by gate.mutex. */
+struct second_lane {
+    int joins;        /* engine_add_gpu()'s answer */
+    bool there;       /* joined, and not removed */
+    bool hold;        /* passes go on until they are let go */
+    unsigned allowed; /* while held */
+    bool fails;       /* each pass begun or ended is -ENODEV */
+    bool under_way;
+    bool is_waited_for; /* the engine thread has nothing else to do */
+    unsigned n_joined, n_removed;
+    unsigned n_passes, n_rows; /* that came to their end */
+    unsigned n_dropped;        /* session_drop_kv() of one that had K and V of any lane */
+};
+extern struct second_lane second;
+
+/* Passes begun from now on go on (true), or come to their end at once. */
+void hold_passes(bool hold);
+/* Until one is under way; a pass that was let go until it has ended. */
+void wait_for_pass(void);
+/* Until one is under way and nothing else can be done; what there was to do has been. */
+void wait_for_idle_pass(void);
+void let_pass_end(void);
 
 /* The fail_at-th allocation of threads other than the main one fails; 0: none. */
 extern _Atomic int fail_at;
@@ -60,6 +84,8 @@ void wait_for_held_encode(void);
 
 void start_with(const struct engine_options *options);
 void start_engine(uint64_t kv_bytes);
+/* With the second lane, which has joined when this returns. */
+void start_lanes(enum placement_mode mode, uint64_t kv_bytes);
 void stop_engine(void);
 
 /* Takes what news there are; waits for some first. */

@@ -121,7 +121,7 @@ struct rate_slot {
     uint64_t usec, prompt_rows, decoded;
 };
 
-struct lane {
+struct lane_state {
     uint64_t n_steps;
     double floor[2];                    /* least virtual time of the runnable; of idle ones */
     double most[2];                     /* the most ever */
@@ -146,7 +146,7 @@ struct scheduler {
     uint64_t n_added;
     bool is_ranked; /* positions and remaining are up to date */
     double answer;  /* tokens that requests generate */
-    struct lane lanes[SCHEDULER_LANES];
+    struct lane_state lanes[SCHEDULER_LANES];
 };
 
 /* A choice under way: what its steps share. */
@@ -542,7 +542,7 @@ struct scheduler_task *scheduler_victim(struct scheduler *s, const struct schedu
 
 /* ---- the queue ---- */
 
-static double prompt_row_usec(const struct lane *l, enum situation situation)
+static double prompt_row_usec(const struct lane_state *l, enum situation situation)
 {
     const struct prompt_cost *c = &l->cost[situation];
 
@@ -811,7 +811,7 @@ static void gather_flows(struct account *a, const struct choice *c, uint64_t now
  */
 static void gather(struct scheduler *s, struct choice *c)
 {
-    struct lane *l = &s->lanes[c->lane];
+    struct lane_state *l = &s->lanes[c->lane];
     uint64_t now = l->n_steps + 1;
     struct company company = {.most = l->most[c->is_idle]};
     uint32_t n_accounts = 0;
@@ -887,7 +887,7 @@ static size_t keep_prompts(const struct choice *c, struct scheduler_entry **e, s
 }
 
 /* What a token costs alone, as well as that is known. */
-static double token_usec(const struct lane *l)
+static double token_usec(const struct lane_state *l)
 {
     for (size_t i = 1; i < MEASURED; i++)
         if (l->measured[i].usec > 0)
@@ -896,8 +896,8 @@ static double token_usec(const struct lane *l)
 }
 
 /* How many rows of prompts fit a step beside n_decoding others. */
-static uint32_t rows_for(const struct scheduler *s, const struct lane *l, enum situation situation,
-                         size_t n_decoding)
+static uint32_t rows_for(const struct scheduler *s, const struct lane_state *l,
+                         enum situation situation, size_t n_decoding)
 {
     double step = l->measured[MIN(n_decoding, (size_t)MEASURED - 1)].usec;
     double limit = BESIDE_FACTOR * (n_decoding > 0 ? step : token_usec(l));
@@ -920,7 +920,7 @@ static size_t choose_prompts(struct scheduler *s, unsigned lane, struct schedule
 {
     const struct account *waiting = NULL; /* one whose interactive tasks decode */
     uint32_t n_decoding = (uint32_t)n_picks, n_prompt_rows = 0;
-    struct lane *l = &s->lanes[lane];
+    struct lane_state *l = &s->lanes[lane];
     bool several_wait = false;
 
     for (size_t i = 0; i < s->n_running; i++) {
@@ -960,7 +960,7 @@ size_t scheduler_choose(struct scheduler *s, unsigned lane, struct scheduler_pic
                         size_t max_picks)
 {
     struct choice c = {.lane = lane, .is_idle = true};
-    struct lane *l = &s->lanes[lane];
+    struct lane_state *l = &s->lanes[lane];
     struct scheduler_entry **prompts;
     size_t n_decoding = 0, n_prompts = 0, n_picks, n_rows;
     const struct measured *m;
@@ -1009,7 +1009,7 @@ size_t scheduler_choose(struct scheduler *s, unsigned lane, struct scheduler_pic
 
 /* Steps without prompts. Goes down fast and up slowly: a step disturbed from outside says little.
  */
-static void learn_decoding(struct lane *l, size_t n, double usec)
+static void learn_decoding(struct lane_state *l, size_t n, double usec)
 {
     struct measured *m = &l->measured[MIN(n, (size_t)MEASURED - 1)];
 
@@ -1023,7 +1023,7 @@ static void learn_decoding(struct lane *l, size_t n, double usec)
     m->at = l->n_steps;
 }
 
-static void learn_prompts(struct lane *l, size_t n_decoding, uint32_t rows, double usec,
+static void learn_prompts(struct lane_state *l, size_t n_decoding, uint32_t rows, double usec,
                           uint32_t max_rows)
 {
     struct prompt_cost *c = &l->cost[l->situation];
@@ -1040,7 +1040,7 @@ static void learn_prompts(struct lane *l, size_t n_decoding, uint32_t rows, doub
     c->most_rows = MIN(c->most_rows, (double)max_rows);
 }
 
-static void note_rate(struct lane *l, uint64_t usec, uint32_t prompt_rows, uint32_t decoded)
+static void note_rate(struct lane_state *l, uint64_t usec, uint32_t prompt_rows, uint32_t decoded)
 {
     struct rate_slot *slot = &l->slots[l->slot];
 
@@ -1054,8 +1054,8 @@ static void note_rate(struct lane *l, uint64_t usec, uint32_t prompt_rows, uint3
 }
 
 /* for_prompts: rows of prompts, with those that were picked as if they decoded. */
-static void learn(struct lane *l, size_t n_decoding, uint32_t prompt_rows, uint32_t for_prompts,
-                  uint64_t took_usec, uint32_t max_rows)
+static void learn(struct lane_state *l, size_t n_decoding, uint32_t prompt_rows,
+                  uint32_t for_prompts, uint64_t took_usec, uint32_t max_rows)
 {
     if (prompt_rows > 0)
         learn_prompts(l, n_decoding, prompt_rows, (double)took_usec, max_rows);
@@ -1070,7 +1070,7 @@ static void learn(struct lane *l, size_t n_decoding, uint32_t prompt_rows, uint3
 }
 
 /* What a row of a prompt costs in tokens. */
-static double prompt_price(const struct lane *l)
+static double prompt_price(const struct lane_state *l)
 {
     double token = token_usec(l);
 
@@ -1095,7 +1095,7 @@ static void charge(struct scheduler *s, unsigned lane, const struct scheduler_pi
 void scheduler_account(struct scheduler *s, unsigned lane, const struct scheduler_pick *picks,
                        size_t n_picks, uint64_t took_usec)
 {
-    struct lane *l = &s->lanes[lane];
+    struct lane_state *l = &s->lanes[lane];
     uint32_t prompt_rows = 0, for_prompts = 0;
     size_t n_decoding = 0;
     double price;
@@ -1125,7 +1125,7 @@ void scheduler_account(struct scheduler *s, unsigned lane, const struct schedule
         charge(s, lane, &picks[i], price);
 }
 
-static void get_lane(const struct lane *l, struct lane_statistics *ret)
+static void get_lane(const struct lane_state *l, struct lane_statistics *ret)
 {
     struct rate_slot sum = {0};
 

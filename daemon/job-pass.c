@@ -1,0 +1,305 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * Steps of the lanes. The GPU is given a pass first, when it has none; it goes on by itself while
+ * this thread makes a step of the CPU, if there is anything for that to do, and looks again
+ * afterwards. So a pass that is over waits for one step of the CPU at most, and a request that is
+ * to stop for what is left of a pass.
+ *
+ * A GPU that fails gives its requests back: nothing of the pass is kept, and the CPU computes the
+ * same rows. It does not come back.
+ */
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/checked.h"
+#include "base/clock.h"
+#include "daemon/engine-thread-internal.h"
+#include "daemon/log.h"
+#include "daemon/request-record.h"
+
+#define LOOK_USEC 2000u                /* while nothing but a pass is under way */
+#define JOIN_USEC (300u * 1000 * 1000) /* to make copies of the weights, at the worst */
+
+/* ---- what people are told ---- */
+
+static void describe(struct engine_thread *t)
+{
+    unsigned n = atomic_load(&t->n_descriptions);
+    char text[sizeof(t->placement_text)];
+
+    placement_explain(&t->placement, text, sizeof(text));
+    if (n < DESCRIPTIONS) {
+        strncpy(t->descriptions[n], engine_description(t->engine), sizeof(t->descriptions[n]) - 1);
+        atomic_store(&t->n_descriptions, n + 1);
+    }
+    pthread_mutex_lock(&t->mutex);
+    memcpy(t->placement_text, text, sizeof(text));
+    t->lanes[LANE_CPU].works = true;
+    t->lanes[LANE_GPU].works = t->gpu == GPU_WORKS;
+    pthread_mutex_unlock(&t->mutex);
+}
+
+static void tell_loop(struct engine_thread *t)
+{
+    pthread_mutex_lock(&t->mutex);
+    t->lanes_changed = true;
+    engine_thread_ring(t);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+/* ---- the GPU ---- */
+
+static void fail_gpu(struct engine_thread *t, const char *why)
+{
+    t->gpu = GPU_FAILED;
+    placement_set_gpu(&t->placement, false);
+    pthread_mutex_lock(&t->mutex);
+    strncpy(t->lanes[LANE_GPU].failure, why, sizeof(t->lanes[LANE_GPU].failure) - 1);
+    pthread_mutex_unlock(&t->mutex);
+    describe(t);
+    tell_loop(t);
+    for (struct job *j = t->active; j; j = j->work.next)
+        work_choose_lane(t, j);
+}
+
+static void lose_gpu(struct engine_thread *t)
+{
+    const char *failure = engine_lane_failure(t->engine, LANE_GPU);
+    char why[sizeof(t->lanes[LANE_GPU].failure)] = "it gives no reason";
+
+    if (failure)
+        strncpy(why, failure, sizeof(why) - 1);
+    engine_remove_gpu(t->engine);
+    log_with(LOG_WARNING, &(struct log_fields){.message_id = LOG_ID_GPU},
+             "the GPU has failed and is not used any more (%s); the CPU goes on with its requests",
+             why);
+    fail_gpu(t, why);
+}
+
+static void join_gpu(struct engine_thread *t)
+{
+    struct error err = {0};
+    int r = engine_add_gpu(t->engine, &err);
+
+    if (r == -ENOENT && !t->options.gpu) {
+        t->gpu = GPU_NONE;
+        for (struct job *j = t->active; j; j = j->work.next)
+            work_choose_lane(t, j); /* those that waited for it */
+        return;
+    }
+    if (r < 0) {
+        log_with(LOG_WARNING, &(struct log_fields){.message_id = LOG_ID_GPU},
+                 "the GPU is not used: %s; the CPU does all", err.text);
+        fail_gpu(t, err.text);
+        return;
+    }
+    t->gpu = GPU_WORKS;
+    placement_set_gpu(&t->placement, true);
+    describe(t);
+    log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_GPU}, "the GPU takes part: %s; %s",
+             engine_description(t->engine), t->placement_text);
+    tell_loop(t);
+}
+
+void pass_look_at_gpu(struct engine_thread *t)
+{
+    bool now;
+
+    if (t->gpu != GPU_WAITS)
+        return;
+    pthread_mutex_lock(&t->mutex);
+    now = t->is_loaded && !t->quit;
+    if (now)
+        t->busy_until_usec = now_usec() + JOIN_USEC;
+    pthread_mutex_unlock(&t->mutex);
+    if (!now)
+        return;
+    join_gpu(t);
+    pthread_mutex_lock(&t->mutex);
+    t->busy_until_usec = 0;
+    pthread_mutex_unlock(&t->mutex);
+}
+
+/* ---- passes ---- */
+
+static void mark(struct engine_thread *t, struct lane_pass *p, bool is_under_way)
+{
+    (void)t;
+    for (size_t i = 0; i < p->n; i++) {
+        p->picks[i].task->is_under_way = is_under_way;
+        request_record_set_working(job_of(p->picks[i].task)->record, is_under_way);
+    }
+}
+
+/* It is over: its requests are like others. Their number. */
+static size_t unmark(struct engine_thread *t, struct lane_pass *p)
+{
+    size_t n = p->n;
+
+    mark(t, p, false);
+    p->n = 0;
+    for (struct job *j = t->active; j; j = j->work.next)
+        j->work.waits_for_pass = false;
+    return n;
+}
+
+static void failed(struct engine_thread *t, enum engine_lane lane, int r)
+{
+    if (lane == LANE_GPU && r == -ENODEV) {
+        lose_gpu(t);
+        return;
+    }
+    if (r == -ENODEV || r == -ENOTRECOVERABLE)
+        t->lost = r;
+    for (int l = 0; l < ENGINE_LANES; l++) {
+        if (t->pass[l].n == 0)
+            continue;
+        (void)engine_end(t->engine, (enum engine_lane)l); /* whatever it gives is worth nothing */
+        unmark(t, &t->pass[l]);
+    }
+    work_fail_all(t, r);
+}
+
+/* Time that the device itself worked on the lane's last pass; 0: not known. */
+static uint64_t device_usec(struct engine_thread *t, enum engine_lane lane)
+{
+    (void)t;
+    (void)lane;
+    return 0;
+}
+
+static void learn(struct engine_thread *t, enum engine_lane lane, const struct lane_pass *p,
+                  size_t n, uint64_t now)
+{
+    uint64_t gpu_usec = device_usec(t, lane);
+    uint32_t rows = 0;
+
+    for (size_t i = 0; i < n; i++)
+        rows += p->picks[i].n_rows;
+    scheduler_account(t->scheduler, lane, p->picks, n, gpu_usec ? gpu_usec : now - p->start_usec);
+    if (rows > 0)
+        placement_learn(&t->placement, lane, rows, p->seen_usec - p->start_usec, gpu_usec, now);
+}
+
+static void end_pass(struct engine_thread *t, enum engine_lane lane)
+{
+    struct lane_pass *p = &t->pass[lane];
+    int r = engine_end(t->engine, lane);
+    uint64_t now = now_usec();
+    size_t n = unmark(t, p);
+
+    if (r < 0) {
+        failed(t, lane, r);
+        return;
+    }
+    if (lane == LANE_CPU)
+        p->seen_usec = now;
+    for (size_t i = 0; i < n; i++)
+        if (p->items[i].ret_error < 0)
+            p->picks[i].n_rows = 0;
+    learn(t, lane, p, n, now);
+    /* One that is over must not be touched again; each is there but once. */
+    for (size_t i = 0; i < n; i++)
+        work_after_step(t, job_of(p->picks[i].task), &p->items[i]);
+}
+
+/* False: there is nothing for the lane to do. */
+static bool start_pass(struct engine_thread *t, enum engine_lane lane)
+{
+    struct lane_pass *p = &t->pass[lane];
+    int r;
+
+    p->n = scheduler_choose(t->scheduler, lane, p->picks, engine_max_rows(t->engine));
+    if (p->n == 0)
+        return false;
+    for (size_t i = 0; i < p->n; i++)
+        work_make_item(&p->picks[i], &p->items[i]);
+    mark(t, p, true);
+    p->start_usec = p->seen_usec = now_usec();
+    r = engine_start(t->engine, lane, p->items, p->n);
+    if (r < 0) {
+        unmark(t, p);
+        failed(t, lane, r);
+    }
+    return true;
+}
+
+bool pass_step(struct engine_thread *t)
+{
+    bool worked = false;
+
+    work_prepare(t);
+    if (t->gpu == GPU_WORKS && t->pass[LANE_GPU].n == 0)
+        worked = start_pass(t, LANE_GPU);
+    if (!start_pass(t, LANE_CPU))
+        return worked;
+    if (t->pass[LANE_CPU].n > 0)
+        end_pass(t, LANE_CPU);
+    return true;
+}
+
+bool pass_is_under_way(const struct engine_thread *t)
+{
+    return t->pass[LANE_GPU].n > 0;
+}
+
+/* Whether it is over, within so much time. */
+static bool is_over(struct engine_thread *t, uint64_t timeout_usec)
+{
+    if (engine_wait(t->engine, LANE_GPU, timeout_usec) != -ETIMEDOUT)
+        return true;
+    t->pass[LANE_GPU].seen_usec = now_usec();
+    return false;
+}
+
+void pass_collect(struct engine_thread *t)
+{
+    if (pass_is_under_way(t) && is_over(t, 0))
+        end_pass(t, LANE_GPU);
+}
+
+void pass_wait(struct engine_thread *t)
+{
+    bool wakes = false;
+
+    while (!wakes) {
+        if (is_over(t, LOOK_USEC)) {
+            t->pass[LANE_GPU].seen_usec = now_usec();
+            return;
+        }
+        pthread_mutex_lock(&t->mutex);
+        t->n_turns++;
+        wakes = t->wakes || t->quit;
+        pthread_mutex_unlock(&t->mutex);
+        wakes = wakes || (t->due_usec > 0 && now_usec() >= t->due_usec);
+    }
+}
+
+int pass_init(struct engine_thread *t, struct error *err)
+{
+    uint32_t max_rows = engine_max_rows(t->engine);
+
+    for (int l = 0; l < ENGINE_LANES; l++) {
+        struct lane_pass *p = &t->pass[l];
+
+        p->picks = calloc(max_rows, sizeof(*p->picks));
+        p->items = calloc(max_rows, sizeof(*p->items));
+        if (!p->picks || !p->items)
+            return error_set(err, ENOMEM, "out of memory");
+    }
+    describe(t);
+    return 0;
+}
+
+void pass_done(struct engine_thread *t)
+{
+    for (int l = 0; l < ENGINE_LANES; l++) {
+        free(t->pass[l].picks);
+        free(t->pass[l].items);
+        t->pass[l] = (struct lane_pass){0};
+    }
+}

@@ -1,0 +1,712 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * test-engine-lanes MODEL: the engine thread with two lanes, and a small random model, which is
+ * written to MODEL. The second lane's passes go on until the test lets them end (struct
+ * second_lane), so that everything can be done to a request that is in one. What a request says is
+ * compared with what it says on the processor alone.
+ */
+
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/checked.h"
+#include "base/cleanup.h"
+#include "daemon/engine-thread.h"
+#include "daemon/test-engine-harness.h"
+#include "engine/model.h"
+#include "tests/chat-model.h"
+
+#undef NDEBUG
+#include <assert.h>
+
+#define LONG_TEXT 500u
+
+static struct run short_alone, long_alone, next_alone; /* said by the processor alone */
+static uint64_t session_bytes;                         /* of the long one's session */
+static char *text;
+
+static struct second_lane look(void)
+{
+    struct second_lane s;
+
+    pthread_mutex_lock(&gate.mutex);
+    s = second;
+    pthread_mutex_unlock(&gate.mutex);
+    return s;
+}
+
+static void fail_passes(void)
+{
+    pthread_mutex_lock(&gate.mutex);
+    second.fails = true;
+    pthread_mutex_unlock(&gate.mutex);
+}
+
+static unsigned n_steps(void)
+{
+    unsigned n;
+
+    pthread_mutex_lock(&gate.mutex);
+    n = gate.n_steps;
+    pthread_mutex_unlock(&gate.mutex);
+    return n;
+}
+
+/* What was done before is published: this is done in a later turn. */
+static struct engine_statistics statistics(void)
+{
+    struct timeline *tl = timeline_for(9);
+    struct engine_statistics s;
+    struct run r = {0};
+
+    do_kind(&r, tl, JOB_SAVE);
+    engine_thread_get_statistics(engine, &s);
+    run_done(&r);
+    engine_thread_close(engine, tl);
+    return s;
+}
+
+/* A request of an account that decodes on the processor until it is stopped. */
+static struct timeline *begin_decoding(struct run *r)
+{
+    struct timeline *tl = timeline_for(1);
+
+    ask(r, tl, "Go on", 0);
+    wait_for_state(tl, TIMELINE_DECODE);
+    return tl;
+}
+
+static void stop_decoding(struct timeline *tl, struct run *r)
+{
+    engine_thread_stop(engine, r->job, JOB_CANCELLED);
+    wait_for(r);
+    assert(r->result == 0);
+    run_done(r);
+    engine_thread_close(engine, tl);
+}
+
+static void wait_for_more(const struct run *r)
+{
+    size_t n = r->out.n;
+
+    while (r->out.n < n + 5)
+        pump();
+}
+
+/* ---- coming ---- */
+
+static void test_joins(void)
+{
+    struct timeline *tl;
+    struct lane_info lanes[ENGINE_LANES];
+    struct pollfd p;
+    struct run x = {0};
+    char line[128];
+    const char *description;
+
+    /* Not while the model is loaded; nobody waits for it. */
+    second = (struct second_lane){0};
+    start_engine(0);
+    description = engine_thread_description(engine);
+    engine_thread_set_placement(engine, PLACE_GPU);
+    engine_thread_set_loading(engine, true);
+    tl = timeline_for(1);
+    ask(&x, tl, "Hello", 20);
+    wait_for(&x);
+    expect_same(&x.out, &short_alone.out);
+    assert(look().n_joined == 0 && !engine_thread_lanes_changed(engine));
+    engine_thread_get_lanes(engine, lanes);
+    assert(lanes[LANE_CPU].works && !lanes[LANE_GPU].works && lanes[LANE_GPU].failure[0] == 0);
+
+    engine_thread_set_loading(engine, false);
+    p = (struct pollfd){.fd = engine_thread_fd(engine), .events = POLLIN};
+    assert(poll(&p, 1, -1) == 1);
+    assert(engine_thread_lanes_changed(engine) && !engine_thread_lanes_changed(engine));
+    engine_thread_get_lanes(engine, lanes);
+    assert(lanes[LANE_CPU].works && lanes[LANE_GPU].works);
+    assert(strcmp(engine_thread_explain(engine, line, sizeof(line)),
+                  "prompts: GPU; decoding: GPU") == 0);
+    assert(description[0] && engine_thread_description(engine)[0]);
+    engine_thread_close(engine, tl);
+    run_done(&x);
+    stop_engine();
+
+    /* Not at all. */
+    second = (struct second_lane){.joins = -EIO};
+    start_engine(0);
+    engine_thread_set_loading(engine, false);
+    while (!engine_thread_lanes_changed(engine))
+        poll(&(struct pollfd){.fd = engine_thread_fd(engine), .events = POLLIN}, 1, -1);
+    engine_thread_get_lanes(engine, lanes);
+    assert(lanes[LANE_CPU].works && !lanes[LANE_GPU].works);
+    assert(strcmp(lanes[LANE_GPU].failure, "no such device") == 0);
+    alone(&x, "Hello", 20);
+    expect_same(&x.out, &short_alone.out);
+    run_done(&x);
+    stop_engine();
+
+    /* Not wanted. */
+    second = (struct second_lane){0};
+    start_engine(0);
+    engine_thread_set_placement(engine, PLACE_CPU);
+    engine_thread_set_loading(engine, false);
+    alone(&x, "Hello", 20);
+    expect_same(&x.out, &short_alone.out);
+    assert(look().n_joined == 0);
+    run_done(&x);
+    stop_engine();
+}
+
+/* ---- who does what ---- */
+
+static void test_all_on_gpu(void)
+{
+    struct engine_statistics s;
+    struct run x = {0};
+    unsigned steps;
+
+    start_lanes(PLACE_GPU, 0);
+    steps = n_steps();
+    alone(&x, text, 40);
+    expect_same(&x.out, &long_alone.out);
+    assert(n_steps() == steps && look().n_passes > 40);
+    s = statistics();
+    assert(s.lanes[LANE_CPU].passes == 0 && s.lanes[LANE_GPU].passes == look().n_passes);
+    assert(s.steps == look().n_passes);
+    assert(s.lanes[LANE_GPU].prompt_rows == x.usage.prompt_tokens);
+    assert(s.lanes[LANE_GPU].decoded_rows == 39); /* the last one is never evaluated */
+    run_done(&x);
+    stop_engine();
+}
+
+static void test_hybrid(void)
+{
+    struct run d = {0}, x = {0};
+    struct timeline *tl, *a = timeline_for(2);
+    struct engine_statistics s;
+    unsigned rows;
+
+    start_lanes(PLACE_HYBRID, 0);
+    tl = begin_decoding(&d);
+    rows = look().n_rows; /* its prompt may have been the GPU's */
+    hold_passes(true);
+    ask(&x, a, text, 40);
+    wait_for_pass();
+    wait_for_more(&d); /* the processor goes on */
+    assert(look().under_way && x.job && look().n_rows == rows);
+    assert(info_of(a).state == TIMELINE_PREFILL);
+    while (x.job && info_of(a).state == TIMELINE_PREFILL) { /* each of its passes beside steps */
+        wait_for_pass();
+        wait_for_more(&d);
+        let_pass_end();
+        if (look().n_rows - rows >= x.job->ids.n)
+            break;
+    }
+    hold_passes(false);
+    wait_for(&x);
+    expect_same(&x.out, &long_alone.out);
+    assert(look().n_rows - rows == x.usage.prompt_tokens); /* and nothing else */
+    s = statistics();
+    assert(s.lanes[LANE_GPU].decoded_rows == 0 && s.lanes[LANE_CPU].decoded_rows > 39);
+    stop_decoding(tl, &d);
+
+    /* Where nobody decodes either may read prompts: it comes to the same. */
+    ask(&x, a, "Next", 10);
+    wait_for(&x);
+    expect_same(&x.out, &next_alone.out);
+    run_done(&x);
+    engine_thread_close(engine, a);
+    stop_engine();
+}
+
+/* ---- while a pass is under way ---- */
+
+/* A request with a long prompt is in a pass, beside one that decodes. */
+struct beside {
+    struct run d, x;
+    struct timeline *decodes, *tl;
+};
+
+static void begin_beside(struct beside *b)
+{
+    *b = (struct beside){.tl = timeline_for(2)};
+    b->decodes = begin_decoding(&b->d);
+    hold_passes(true);
+    ask(&b->x, b->tl, text, 40);
+    wait_for_pass();
+}
+
+static void end_beside(struct beside *b)
+{
+    stop_decoding(b->decodes, &b->d);
+    run_done(&b->x);
+    engine_thread_close(engine, b->tl);
+}
+
+static void test_stop(void)
+{
+    struct beside b;
+    unsigned passes;
+
+    start_lanes(PLACE_HYBRID, 0);
+    for (unsigned later = 0; later < 2; later++) {
+        begin_beside(&b);
+        for (unsigned i = 0; i < later; i++) {
+            let_pass_end();
+            wait_for_pass();
+        }
+        engine_thread_stop(engine, b.x.job, JOB_CANCELLED);
+        wait_for_more(&b.d);
+        assert(b.x.job); /* it is left alone until the pass is over */
+        passes = look().n_passes;
+        let_pass_end();
+        wait_for(&b.x);
+        assert(b.x.result == 0 && strcmp(b.x.end_reason, "cancelled") == 0);
+        assert(look().n_passes == passes + 1 && !look().under_way); /* and that was the last */
+        assert(timeline_n_tokens(b.tl) == 0);
+        hold_passes(false);
+        ask(&b.x, b.tl, text, 40);
+        wait_for(&b.x);
+        expect_same(&b.x.out, &long_alone.out);
+        end_beside(&b);
+    }
+
+    /* The session is closed, and the daemon ends. */
+    begin_beside(&b);
+    engine_thread_close(engine, b.tl);
+    wait_for_more(&b.d);
+    assert(b.x.job && look().under_way);
+    engine_thread_stop(engine, b.d.job, JOB_SHUTDOWN);
+    wait_for(&b.d);
+    hold_passes(false);
+    wait_for(&b.x);
+    assert(b.x.result == 0 && strcmp(b.x.end_reason, "closed") == 0);
+    run_done(&b.d);
+    run_done(&b.x);
+    engine_thread_close(engine, b.decodes);
+    stop_engine();
+}
+
+/* What comes in meanwhile is done, though the processor has nothing else to do. */
+static void test_others_meanwhile(void)
+{
+    struct timeline *a, *b;
+    struct run x = {0}, y = {0}, z = {0};
+    uint64_t used;
+
+    start_lanes(PLACE_HYBRID, 0);
+    a = timeline_for(1);
+    b = timeline_for(2);
+    ask(&y, b, "Hello", 20);
+    wait_for(&y);
+    used = timeline_n_tokens(b);
+    hold_passes(true);
+    ask(&x, a, text, 40);
+    wait_for_pass();
+
+    do_kind(&y, b, JOB_SAVE);
+    assert(y.result == 0 && y.n_tokens == used);
+    do_kind(&z, b, JOB_FORK);
+    assert(z.result == 0 && z.fork);
+    submit(&y, b, &(struct job_request){.kind = JOB_REWIND, .rewind_to = 3});
+    wait_for(&y);
+    assert(y.result == 0 && timeline_n_tokens(b) == 3);
+    engine_thread_close(engine, b);
+    engine_thread_relieve(engine, 2);
+    engine_thread_set_weight(engine, 1, 50);
+    b = TAKE_PTR(z.fork);
+    ask(&y, b, "Next", 10); /* nobody decodes, and the GPU is busy: the processor reads it */
+    wait_for(&y);
+    assert(y.result == 0 && look().under_way);
+    let_pass_end();
+    hold_passes(false);
+    wait_for(&x);
+    expect_same(&x.out, &long_alone.out);
+    run_done(&x);
+    run_done(&y);
+    run_done(&z);
+    engine_thread_close(engine, a);
+    engine_thread_close(engine, b);
+    stop_engine();
+}
+
+/* Who runs out of memory, while the only one that could give way is in a pass, waits for that. */
+static void test_memory(void)
+{
+    struct timeline *a, *b;
+    struct run x = {0}, y = {0}, grown = {0};
+    uint64_t most;
+    unsigned rows;
+
+    start_engine(0);
+    a = timeline_for(1);
+    ask(&grown, a, "Hello", 1200);
+    wait_for(&grown);
+    most = info_of(a).kv_bytes;
+    engine_thread_close(engine, a);
+    stop_engine();
+
+    start_lanes(PLACE_HYBRID, most * 11 / 10);
+    a = timeline_for(1);
+    b = timeline_for(2);
+    ask(&x, a, "Hello", 1200);
+    wait_for_state(a, TIMELINE_DECODE);
+    hold_passes(true);
+    rows = look().n_rows;
+    ask(&y, b, text, 40);
+    wait_for_pass();
+    while (look().n_rows - rows < long_alone.usage.prompt_tokens / 2) {
+        let_pass_end();
+        wait_for_pass();
+    }
+    wait_for_idle_pass();
+    take(&x);
+    assert(x.job && y.job && look().n_dropped == 0 && x.out.n < grown.out.n);
+    let_pass_end();
+    hold_passes(false);
+    wait_for(&x);
+    assert(look().n_dropped > 0);
+    expect_same(&x.out, &grown.out);
+    wait_for(&y);
+    expect_same(&y.out, &long_alone.out);
+    assert(statistics().preemptions > 0);
+    run_done(&x);
+    run_done(&y);
+    run_done(&grown);
+    engine_thread_close(engine, a);
+    engine_thread_close(engine, b);
+    stop_engine();
+}
+
+/* Nor is it robbed for one of a better class, before it is over. */
+static void test_classes(void)
+{
+    struct timeline *a, *b;
+    struct run x = {0}, y = {0};
+
+    start_lanes(PLACE_GPU, session_bytes * 6 / 5);
+    assert(timeline_new(&a, &(struct timeline_options){
+                                .n_ctx = CONTEXT, .account = 1, .class = CLASS_BATCH}) == 0);
+    b = timeline_for(2);
+    hold_passes(true);
+    ask(&x, a, text, 40);
+    wait_for_pass();
+    let_pass_end();
+    wait_for_pass();
+    ask(&y, b, text, 40);
+    wait_until_tokenised();
+    wait_for_idle_pass();
+    assert(info_of(a).state == TIMELINE_PREFILL && info_of(b).state == TIMELINE_QUEUED);
+    assert(look().n_dropped == 0);
+    let_pass_end();
+    wait_for_pass();
+    assert(look().n_dropped == 1);
+    hold_passes(false);
+    wait_for(&y);
+    assert(x.job);
+    wait_for(&x);
+    expect_same(&x.out, &long_alone.out);
+    expect_same(&y.out, &long_alone.out);
+    assert(statistics().preemptions == 1);
+    run_done(&x);
+    run_done(&y);
+    engine_thread_close(engine, a);
+    engine_thread_close(engine, b);
+    stop_engine();
+}
+
+/* ---- it fails ---- */
+
+static void test_lost(enum placement_mode mode)
+{
+    struct timeline *a[4], *tl;
+    struct run x[4] = {0}, d = {0};
+    struct engine_statistics before, after;
+    struct lane_info lanes[ENGINE_LANES];
+    unsigned rows;
+
+    start_lanes(mode, 0);
+    tl = begin_decoding(&d);
+    before = statistics();
+    hold_passes(true);
+    for (unsigned i = 0; i < ARRAY_SIZE(a); i++) {
+        a[i] = timeline_for(i % 3);
+        ask(&x[i], a[i], text, 40);
+    }
+    wait_until_tokenised();
+    wait_for_pass();
+    let_pass_end(); /* some of a prompt has been read */
+    wait_for_pass();
+    rows = look().n_rows;
+    fail_passes();
+    hold_passes(false);
+    for (unsigned i = 0; i < ARRAY_SIZE(a); i++) {
+        wait_for(&x[i]);
+        assert(x[i].result == 0);
+        expect_same(&x[i].out, &long_alone.out);
+    }
+    assert(look().n_removed == 1 && look().n_rows == rows);
+    assert(engine_thread_lanes_changed(engine));
+    engine_thread_get_lanes(engine, lanes);
+    assert(lanes[LANE_CPU].works && !lanes[LANE_GPU].works);
+    assert(strcmp(lanes[LANE_GPU].failure, "it fell off the bus") == 0);
+    wait_for_more(&d);
+    stop_decoding(tl, &d);
+    after = statistics();
+    assert(after.requests_failed == 0 && after.preemptions == before.preemptions);
+    for (unsigned i = 0; i < ARRAY_SIZE(a); i++) { /* and so it stays */
+        ask(&x[i], a[i], "Next", 10);
+        wait_for(&x[i]);
+        expect_same(&x[i].out, &next_alone.out);
+        run_done(&x[i]);
+        engine_thread_close(engine, a[i]);
+    }
+    stop_engine();
+}
+
+/* The pass cannot even be begun. */
+static void test_lost_at_start(void)
+{
+    struct run x = {0};
+
+    start_lanes(PLACE_GPU, 0);
+    fail_passes();
+    alone(&x, text, 40);
+    expect_same(&x.out, &long_alone.out);
+    assert(look().n_removed == 1 && look().n_rows == 0);
+    run_done(&x);
+    stop_engine();
+}
+
+/* The model's file changes while a pass is under way: nothing of that is given out either. */
+static void test_all_lost(void)
+{
+    struct beside b;
+
+    start_lanes(PLACE_HYBRID, 0);
+    begin_beside(&b);
+    hold_steps(true);
+    wait_for_held_step();
+    pthread_mutex_lock(&gate.mutex);
+    gate.result = -ENOTRECOVERABLE;
+    pthread_mutex_unlock(&gate.mutex);
+    hold_passes(false);
+    hold_steps(false);
+    wait_for(&b.d);
+    wait_for(&b.x);
+    assert(b.d.result == -ENOTRECOVERABLE && b.x.result == -ENOTRECOVERABLE);
+    assert(timeline_n_tokens(b.tl) == 0 && timeline_n_tokens(b.decodes) == 0);
+    pthread_mutex_lock(&gate.mutex);
+    gate.result = 0;
+    pthread_mutex_unlock(&gate.mutex);
+    run_done(&b.d);
+    run_done(&b.x);
+    engine_thread_close(engine, b.decodes);
+    engine_thread_close(engine, b.tl);
+    stop_engine();
+}
+
+/* ---- deterministic ---- */
+
+static void ask_deterministic(struct run *r, struct timeline *tl, const char *what, uint32_t n)
+{
+    struct job_request q = question(what, n);
+
+    q.deterministic = true;
+    submit(r, tl, &q);
+}
+
+static void test_deterministic(void)
+{
+    struct timeline *a = timeline_for(1), *tl;
+    struct run x = {0}, d = {0};
+    struct second_lane before;
+
+    /* In hybrid mode it is the processor's, and what the GPU did before is done again there. */
+    start_lanes(PLACE_HYBRID, 0);
+    tl = begin_decoding(&d);
+    ask(&x, a, text, 40);
+    wait_for(&x);
+    before = look();
+    assert(before.n_rows >= x.usage.prompt_tokens);
+    ask_deterministic(&x, a, "Next", 10);
+    wait_for(&x);
+    expect_same(&x.out, &next_alone.out);
+    assert(look().n_rows == before.n_rows && look().n_dropped == before.n_dropped + 1);
+    ask_deterministic(&x, a, "And", 10); /* once is enough */
+    wait_for(&x);
+    assert(look().n_rows == before.n_rows && look().n_dropped == before.n_dropped + 1);
+    stop_decoding(tl, &d);
+    engine_thread_close(engine, a);
+    stop_engine();
+
+    /* In the GPU's it waits for that. */
+    second = (struct second_lane){0};
+    start_engine(0);
+    engine_thread_set_placement(engine, PLACE_GPU);
+    engine_thread_set_loading(engine, true);
+    a = timeline_for(1);
+    tl = timeline_for(2);
+    ask_deterministic(&x, a, text, 40);
+    ask(&d, tl, "Hello", 20);
+    wait_for(&d); /* who does not ask for it does not wait */
+    expect_same(&d.out, &short_alone.out);
+    assert(x.job && timeline_n_tokens(a) == 0 && look().n_rows == 0);
+    engine_thread_set_loading(engine, false);
+    wait_for(&x);
+    expect_same(&x.out, &long_alone.out);
+    assert(look().n_rows == x.usage.prompt_tokens + 39 && look().n_dropped == 0);
+    ask_deterministic(&d, tl, "Hello", 10); /* begun on the processor */
+    wait_for(&d);
+    assert(look().n_dropped == 1);
+
+    /* And goes on without it. */
+    before = look();
+    hold_passes(true);
+    ask_deterministic(&x, a, "Next", 10);
+    wait_for_pass();
+    fail_passes();
+    hold_passes(false);
+    wait_for(&x);
+    expect_same(&x.out, &next_alone.out);
+    assert(look().n_rows == before.n_rows && look().n_dropped == before.n_dropped + 1);
+    run_done(&x);
+    run_done(&d);
+    engine_thread_close(engine, a);
+    engine_thread_close(engine, tl);
+    stop_engine();
+
+    /* It never comes. */
+    second = (struct second_lane){.joins = -EIO};
+    start_engine(0);
+    engine_thread_set_placement(engine, PLACE_GPU);
+    engine_thread_set_loading(engine, true);
+    a = timeline_for(1);
+    ask_deterministic(&x, a, text, 40);
+    engine_thread_set_loading(engine, false);
+    wait_for(&x);
+    expect_same(&x.out, &long_alone.out);
+    run_done(&x);
+    engine_thread_close(engine, a);
+    stop_engine();
+}
+
+/* ---- whatever comes ---- */
+
+static uint64_t state = 1;
+
+static uint32_t below(uint32_t n)
+{
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33) % n;
+}
+
+/* Many at once, on little memory, some of them stopped; perhaps the GPU is lost among them. */
+static void test_many(enum placement_mode mode, bool lost, uint64_t kv_bytes)
+{
+    enum { N = 12, REQUESTS = 24 };
+    struct timeline *tl[N];
+    struct run x[N] = {0};
+    bool stopped[N] = {false};
+    unsigned n_asked = 0, n_compared = 0;
+
+    start_lanes(mode, kv_bytes);
+    for (unsigned i = 0; i < N; i++)
+        tl[i] = NULL;
+    while (n_asked < REQUESTS) {
+        unsigned i = below(N);
+
+        if (x[i].job) {
+            if (below(60) == 0) {
+                engine_thread_stop(engine, x[i].job, JOB_CANCELLED);
+                stopped[i] = true;
+            }
+            pump();
+            continue;
+        }
+        if (tl[i]) {
+            if (!stopped[i]) {
+                expect_same(&x[i].out, &long_alone.out);
+                n_compared++;
+            }
+            assert(x[i].result == 0);
+            engine_thread_close(engine, tl[i]);
+        }
+        tl[i] = timeline_for(i % 4);
+        stopped[i] = false;
+        ask(&x[i], tl[i], text, 40);
+        n_asked++;
+        if (lost && n_asked == REQUESTS / 2)
+            fail_passes();
+    }
+    for (unsigned i = 0; i < N; i++) {
+        if (!tl[i])
+            continue;
+        wait_for(&x[i]);
+        assert(x[i].result == 0);
+        if (!stopped[i])
+            expect_same(&x[i].out, &long_alone.out);
+        run_done(&x[i]);
+        engine_thread_close(engine, tl[i]);
+    }
+    printf("%u requests of %u came to their end\n", n_compared, n_asked);
+    stop_engine();
+}
+
+int main(int argc, char **argv)
+{
+    struct error err = {0};
+    struct timeline *tl;
+    struct model *m;
+
+    assert(argc == 2);
+    main_thread = pthread_self();
+    setbuf(stdout, NULL);
+    chat_model_write(argv[1], 1024, CHAT_MODEL_CONTEXT);
+    if (model_open(&m, argv[1], &err) < 0) {
+        fprintf(stderr, "%s\n", err.text);
+        abort();
+    }
+    model = m;
+    text = long_text(LONG_TEXT);
+
+    start_engine(0);
+    alone(&short_alone, "Hello", 20);
+    tl = timeline_for(1);
+    ask(&long_alone, tl, text, 40);
+    wait_for(&long_alone);
+    ask(&next_alone, tl, "Next", 10);
+    wait_for(&next_alone);
+    session_bytes = info_of(tl).kv_bytes;
+    engine_thread_close(engine, tl);
+    stop_engine();
+
+    test_joins();
+    test_all_on_gpu();
+    test_hybrid();
+    test_stop();
+    test_others_meanwhile();
+    test_memory();
+    test_classes();
+    test_lost(PLACE_HYBRID);
+    test_lost(PLACE_GPU);
+    test_lost_at_start();
+    test_all_lost();
+    test_deterministic();
+    test_many(PLACE_HYBRID, false, 0);
+    test_many(PLACE_HYBRID, true, session_bytes * 3);
+    test_many(PLACE_GPU, true, session_bytes * 3);
+    run_done(&short_alone);
+    run_done(&long_alone);
+    run_done(&next_alone);
+    free(text);
+    model_free(m);
+    unlink(argv[1]);
+    return 0;
+}
