@@ -6,7 +6,7 @@
 #include "shaders/rows.glsl"
 
 // x := rms(x; w, eps) of a head, then its values i and i + dim / 2 are rotated. A work group for
-// each head of each row. An invocation reads for the sum what it writes later, and no other.
+// each head of each row. What is written depends on the sum, and that on all that is read before.
 
 PUSH(head_norm_push)
 
