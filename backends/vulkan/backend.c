@@ -43,6 +43,9 @@ static const char *failure(const struct backend *b)
     return v->failure[0] ? v->failure : NULL;
 }
 
+/* What a hung device may still use, so that a search for leaks sees that it is kept on purpose. */
+static struct vulkan_backend *abandoned;
+
 static void release_all(struct backend *b)
 {
     struct vulkan_backend *v = vulkan_backend(b);
@@ -50,6 +53,11 @@ static void release_all(struct backend *b)
     v->in_pass = false;
     if (v->stage == STAGE_SUBMITTED)
         vulkan_settle(v);
+    if (v->device->state == VULKAN_HUNG) {
+        v->next_abandoned = abandoned;
+        abandoned = v;
+        return;
+    }
     vulkan_passes_free(v);
     vulkan_block_free(v->device, &v->kv_pages);
     vulkan_memory_free(v);

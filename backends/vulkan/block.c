@@ -166,11 +166,9 @@ int vulkan_block_import(struct vulkan_device *d, void *p, size_t bytes, struct v
 
 void vulkan_block_free(struct vulkan_device *d, struct vulkan_block *b)
 {
-    if (d->state != VULKAN_HUNG) {
-        if (b->buffer)
-            d->vk.DestroyBuffer(d->device, b->buffer, NULL);
-        if (b->memory)
-            d->vk.FreeMemory(d->device, b->memory, NULL);
-    }
+    if (b->buffer)
+        d->vk.DestroyBuffer(d->device, b->buffer, NULL);
+    if (b->memory)
+        d->vk.FreeMemory(d->device, b->memory, NULL);
     *b = (struct vulkan_block){};
 }

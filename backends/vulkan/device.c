@@ -642,18 +642,24 @@ lacking:
                      d->name);
 }
 
+/* See backend.c */
+static struct vulkan_device *abandoned;
+
 struct vulkan_device *vulkan_device_free(struct vulkan_device *d)
 {
     if (!d)
         return NULL;
-    free(d->first_cache);
-    if (d->state != VULKAN_HUNG) {
-        close_device(d);
-        if (d->instance)
-            d->vk.DestroyInstance(d->instance, NULL);
-        if (d->library)
-            dlclose(d->library);
+    if (d->state == VULKAN_HUNG) {
+        d->next_abandoned = abandoned;
+        abandoned = d;
+        return NULL;
     }
+    free(d->first_cache);
+    close_device(d);
+    if (d->instance)
+        d->vk.DestroyInstance(d->instance, NULL);
+    if (d->library)
+        dlclose(d->library);
     free(d);
     return NULL;
 }

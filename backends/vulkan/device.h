@@ -59,6 +59,7 @@ struct vulkan_device {
     VkPipeline pipelines[VULKAN_N_PIPELINES];
     bool shares;
     enum vulkan_state state;
+    struct vulkan_device *next_abandoned;
 };
 
 /* 0, -ENOMEM, -ENODEV, ... of vulkan_errno() */
@@ -85,5 +86,5 @@ int vulkan_block_new(struct vulkan_device *d, size_t bytes, enum vulkan_place pl
                      struct vulkan_block *ret);
 /* p and bytes are multiples of d->import_align; the memory stays the caller's. */
 int vulkan_block_import(struct vulkan_device *d, void *p, size_t bytes, struct vulkan_block *ret);
-/* Nothing that is under way may use it. After a hang it is left as it is. */
+/* Nothing that is under way may use it: after a hang, nobody calls this. */
 void vulkan_block_free(struct vulkan_device *d, struct vulkan_block *b);

@@ -154,6 +154,8 @@ void vulkan_release(struct backend *backend, void *p, size_t bytes)
     assert(i > 0 && v->regions[i - 1].start == (uintptr_t)p);
     i--;
     vulkan_settle(v); /* a failure is told by whoever asks for results */
+    if (v->device->state == VULKAN_HUNG)
+        return; /* it may still be written to */
     vulkan_block_free(v->device, &v->regions[i].block);
     v->n_regions--;
     memmove(&v->regions[i], &v->regions[i + 1], (v->n_regions - i) * sizeof(*v->regions));
@@ -189,13 +191,16 @@ static int upload(struct vulkan_backend *v, struct vulkan_region *region)
     struct vulkan_block staging;
     int r = vulkan_block_new(v->device, MIN(STAGING, region->bytes), VULKAN_HOST, &staging);
 
+    if (r < 0)
+        return r;
     for (size_t i = 0; r == 0 && i < region->bytes; i += STAGING) {
         size_t n = MIN(STAGING, region->bytes - i);
 
         memcpy(staging.host, (const char *)region->start + i, n);
         r = vulkan_copy(v, &staging, &region->block, i, n);
     }
-    vulkan_block_free(v->device, &staging);
+    if (v->device->state != VULKAN_HUNG) /* else left to it, on purpose */
+        vulkan_block_free(v->device, &staging);
     return r;
 }
 
@@ -215,7 +220,8 @@ static int copy(struct vulkan_backend *v, struct vulkan_region *region)
             return r;
         r = upload(v, region);
         if (r < 0) {
-            vulkan_block_free(v->device, &region->block);
+            if (v->device->state != VULKAN_HUNG)
+                vulkan_block_free(v->device, &region->block);
             return r;
         }
     }

@@ -21,7 +21,7 @@ static void pass_free(struct vulkan_backend *v, struct vulkan_pass *p)
     if (!p)
         return;
     vulkan_kv_free(v, &p->kv);
-    if (p->commands && v->device->state != VULKAN_HUNG)
+    if (p->commands)
         v->device->vk.FreeCommandBuffers(v->device->device, v->pool, 1, &p->commands);
     free(p);
 }
@@ -87,8 +87,6 @@ void vulkan_passes_free(struct vulkan_backend *v)
     for (int i = 0; i < VULKAN_PASSES; i++)
         pass_free(v, v->passes[i]);
     pass_free(v, v->loose);
-    if (d->state == VULKAN_HUNG)
-        return;
     if (v->queries)
         d->vk.DestroyQueryPool(d->device, v->queries, NULL);
     if (v->done)
@@ -217,11 +215,12 @@ bool vulkan_begin(struct backend *b, uint64_t key)
 {
     struct vulkan_backend *v = vulkan_backend(b);
     struct vulkan_pass **place;
-    int r = 0;
+    int r;
 
     assert(!v->in_pass);
+    r = vulkan_settle(v);
     v->in_pass = true;
-    if (vulkan_settle(v) < 0)
+    if (r < 0)
         return true;
     place = find(v, key);
     if (*place && (*place)->key == key && (*place)->is_complete) {

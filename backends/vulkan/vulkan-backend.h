@@ -33,6 +33,7 @@ struct vulkan_backend {
     struct backend_ops ops;
     struct vulkan_device *device;
     char failure[160]; /* empty: none */
+    struct vulkan_backend *next_abandoned;
 
     /* memory.c */
     struct vulkan_region *regions; /* by address */
