@@ -372,6 +372,8 @@ static int append_instructions(struct map *m)
     r = llm_options_new(&options);
     if (r == 0 && m->request.raw)
         r = llm_options_set_bool(options, "raw", true);
+    if (r == 0 && request_is_deterministic(&m->request)) /* else each input would read it again */
+        r = llm_options_set_bool(options, "deterministic", true);
     if (r == 0)
         r = m->request.raw ? llm_options_set_string(options, "prompt", m->instructions)
                            : llm_options_add_message(options, "system", m->instructions);

@@ -17,7 +17,7 @@ DEFINE_CLEANUP(struct llm_options *, llm_options_free)
 
 static const struct {
     const char *name; /* on the bus and here */
-    char type;        /* of a{sv}: d, u, t, b; A: as */
+    char type;        /* of a{sv}: d, u, t, b; A: as; B: b, and may be told to be no */
 } generate_options[] = {
     {"max-tokens", 'u'},
     {"temperature", 'd'},
@@ -29,6 +29,7 @@ static const struct {
     {"frequency-penalty", 'd'},
     {"penalty-last-n", 'u'},
     {"seed", 't'},
+    {"deterministic", 'B'},
     {"stop", 'A'},
     {"logprobs", 'b'},
     {"top-logprobs", 'u'},
@@ -71,7 +72,9 @@ void request_options(struct option ret[REQUEST_N_OPTIONS])
     for (size_t i = 0; i < N_GENERATE_OPTIONS; i++)
         ret[n++] = (struct option){
             .name = generate_options[i].name,
-            .has_arg = generate_options[i].type == 'b' ? no_argument : required_argument,
+            .has_arg = generate_options[i].type == 'b'   ? no_argument
+                       : generate_options[i].type == 'B' ? optional_argument
+                                                         : required_argument,
             .val = OPT_GENERATE + (int)i,
         };
     memcpy(ret + n, own_options, sizeof(own_options));
@@ -95,6 +98,11 @@ static int set(struct request *q, size_t option, const char *value)
         break;
     case 'b':
         s.integer = 1;
+        break;
+    case 'B':
+        s.integer = !value || strcmp(value, "yes") == 0;
+        if (!s.integer && strcmp(value, "no") != 0)
+            return usage_error("%s is yes or no, not %s", name, value);
         break;
     case 'A':
         break;
@@ -198,6 +206,20 @@ bool request_is_cut(const struct request *q, const char *reason)
     return true;
 }
 
+bool request_is_deterministic(const struct request *q)
+{
+    bool has_seed = false;
+
+    for (size_t i = 0; i < q->n_settings; i++) {
+        const char *name = generate_options[q->settings[i].option].name;
+
+        if (strcmp(name, "deterministic") == 0)
+            return q->settings[i].integer != 0;
+        has_seed = has_seed || strcmp(name, "seed") == 0;
+    }
+    return has_seed;
+}
+
 static int add_setting(struct llm_options *o, const struct request_setting *s)
 {
     const char *name = generate_options[s->option].name;
@@ -210,7 +232,8 @@ static int add_setting(struct llm_options *o, const struct request_setting *s)
     case 'd':
         return llm_options_set_double(o, name, s->number);
     case 'b':
-        return llm_options_set_bool(o, name, true);
+    case 'B':
+        return llm_options_set_bool(o, name, s->integer != 0);
     default:
         return llm_options_add_string(o, name, s->text);
     }

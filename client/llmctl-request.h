@@ -20,6 +20,7 @@
     "      --repetition-penalty=X, --presence-penalty=X, --frequency-penalty=X\n"              \
     "      --penalty-last-n=N         tokens that the penalties look back\n"                   \
     "      --seed=N                   the same answer again\n"                                 \
+    "      --deterministic[=no]       computed on one device only; default: with --seed\n"     \
     "      --stop=TEXT                end before this text; may be given several times\n"      \
     "      --logprobs                 with --json: each token's log-probability\n"             \
     "      --top-logprobs=N           and so many alternatives\n"                              \
@@ -67,6 +68,9 @@ const char *request_option_name(size_t i);
 
 /* Whether an answer that ended for that reason is shorter than anybody asked for. */
 bool request_is_cut(const struct request *q, const char *reason);
+
+/* Whether what is asked will be; so what goes before it should be too. */
+bool request_is_deterministic(const struct request *q);
 
 /* Options of Generate with this prompt; system: the first message, or NULL. */
 int request_make(const struct request *q, const char *system, const char *prompt, size_t n,

@@ -111,6 +111,7 @@ static const struct option {
     {"frequency-penalty", "d"},
     {"penalty-last-n", "u"},
     {"seed", "t"},
+    {"deterministic", "b"},
     {"stop", "as"},
     {"logit-bias", "a{ud}"},
     {"logprobs", "b"},

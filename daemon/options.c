@@ -148,7 +148,7 @@ static int read_string(sd_bus_message *m, const struct option *o, void *target, 
 struct generate {
     struct job_request request;
     size_t prompt_bytes; /* of all messages */
-    bool has_messages, has_text, has_fd, logprobs;
+    bool has_messages, has_text, has_fd, logprobs, has_seed, has_deterministic;
     char *text; /* of prompt or prompt-fd: [n_text] */
     size_t n_text;
     struct generation_options options; /* request.options in the making */
@@ -351,6 +351,19 @@ static int read_logit_bias(sd_bus_message *m, const struct option *o, void *targ
     return r < 0 ? r : sd_bus_message_exit_container(m);
 }
 
+static int read_seed(sd_bus_message *m, const struct option *o, void *target, struct error *err)
+{
+    ((struct generate *)target)->has_seed = true;
+    return read_u64(m, o, target, err);
+}
+
+static int read_deterministic(sd_bus_message *m, const struct option *o, void *target,
+                              struct error *err)
+{
+    ((struct generate *)target)->has_deterministic = true;
+    return read_bool(m, o, target, err);
+}
+
 #define SAMPLER(field) offsetof(struct generate, options.sampler.field)
 #define OPTION(field) offsetof(struct generate, options.field)
 
@@ -369,7 +382,8 @@ static const struct option generate_options[] = {
     {"presence-penalty", "d", read_double, SAMPLER(presence_penalty), -100, 100},
     {"frequency-penalty", "d", read_double, SAMPLER(frequency_penalty), -100, 100},
     {"penalty-last-n", "u", read_u32, SAMPLER(penalty_last_n)},
-    {"seed", "t", read_u64, SAMPLER(seed)},
+    {"seed", "t", read_seed, SAMPLER(seed)},
+    {"deterministic", "b", read_deterministic, offsetof(struct generate, request.deterministic)},
     {"stop", "as", read_stop},
     {"logit-bias", "a{ud}", read_logit_bias},
     {"logprobs", "b", read_bool, offsetof(struct generate, logprobs)},
@@ -378,9 +392,12 @@ static const struct option generate_options[] = {
 };
 
 static const struct option append_options[] = {
-    {"prompt", "s", read_prompt},         {"prompt-fd", "h", read_prompt_fd},
-    {"messages", "a(ss)", read_messages}, {"raw", "b", read_bool, offsetof(struct generate, raw)},
+    {"prompt", "s", read_prompt},
+    {"prompt-fd", "h", read_prompt_fd},
+    {"messages", "a(ss)", read_messages},
+    {"raw", "b", read_bool, offsetof(struct generate, raw)},
     {"format", "s", read_format},
+    {"deterministic", "b", read_deterministic, offsetof(struct generate, request.deterministic)},
 };
 
 static const struct option measure_options[] = {
@@ -410,6 +427,8 @@ static int combine(struct generate *g, struct error *err)
         return error_set(err, EBADF, "there is no prompt: give prompt, prompt-fd or messages");
 
     g->request.raw = g->raw;
+    if (!g->has_deterministic) /* who gives a seed wants the same again */
+        g->request.deterministic = g->has_seed;
     g->options.logprobs = g->logprobs || g->options.sampler.n_logprobs > 0;
     g->options.stop = (const char *const *)g->request.stop;
     g->options.n_stop = g->request.options.n_stop;

@@ -12,7 +12,8 @@
 #include "base/cleanup.h"
 #include "ipc/names.h"
 
-#define VERSION 1u
+/* 1: without FLAG_DETERMINISTIC, when there was nothing else. */
+#define VERSION 2u
 
 /* Bits of the flags. */
 enum {
@@ -20,7 +21,8 @@ enum {
     FLAG_IGNORE_END = 2,
     FLAG_SPECIAL = 4,
     FLAG_LOGPROBS = 8,
-    FLAGS_ALL = 15,
+    FLAG_DETERMINISTIC = 16,
+    FLAGS_ALL = 31,
 };
 
 /* ---- writing ---- */
@@ -81,7 +83,8 @@ int request_bytes_write(struct buffer *out, const struct job_request *q)
 {
     uint32_t flags = (q->raw ? FLAG_RAW : 0u) | (q->options.ignore_end ? FLAG_IGNORE_END : 0u) |
                      (q->options.special ? FLAG_SPECIAL : 0u) |
-                     (q->options.logprobs ? FLAG_LOGPROBS : 0u);
+                     (q->options.logprobs ? FLAG_LOGPROBS : 0u) |
+                     (q->deterministic ? FLAG_DETERMINISTIC : 0u);
     int r;
 
     if ((r = put_u32(out, VERSION)) < 0 || (r = put_u32(out, q->kind == JOB_APPEND)) < 0 ||
@@ -267,14 +270,15 @@ static int take_messages(struct reader *r, struct job_request *q)
 
 static int read_request(struct reader *r, struct job_request *q)
 {
-    uint32_t flags;
+    uint32_t version = take_u32(r), flags;
     int e;
 
-    if (take_u32(r) != VERSION)
+    if (version < 1 || version > VERSION)
         return -EBADMSG;
     q->kind = take_count(r, 1) ? JOB_APPEND : JOB_GENERATE;
     q->format = take_count(r, 1) ? JOB_TEXT : JOB_RECORDS;
-    flags = take_count(r, FLAGS_ALL);
+    flags = take_count(r, version < 2 ? FLAG_DETERMINISTIC - 1 : FLAGS_ALL);
+    q->deterministic = version < 2 || flags & FLAG_DETERMINISTIC;
     q->raw = flags & FLAG_RAW;
     q->options.ignore_end = flags & FLAG_IGNORE_END;
     q->options.special = flags & FLAG_SPECIAL;

@@ -40,6 +40,7 @@ static struct request_record *new_record(void)
         .n_messages = 1,
         .stop = stops,
         .bias = &bias,
+        .deterministic = true,
         .options = {
             .sampler = {.temperature = 0.5f, .seed = UINT64_MAX - 1, .bias = &bias, .n_bias = 1},
             .max_tokens = 12,
@@ -111,6 +112,7 @@ static void test_round_trip(void)
     assert(q.n_messages == 1 && memcmp(q.messages[0].text, "Hello", 5) == 0);
     assert(q.options.n_stop == 1 && strcmp(q.options.stop[0], "END") == 0);
     assert(q.options.sampler.seed == UINT64_MAX - 1 && q.options.logprobs && q.bias[0].id == 4);
+    assert(q.deterministic);
     job_request_done(&q);
     again = request_record_free(again);
 
@@ -134,6 +136,26 @@ static void test_round_trip(void)
     assert(got.generation.words[7] == 77 && got.phase == REQUEST_DONE && got.after.n_tokens == 30);
     assert(got.usage.completion_tokens == 2);
     assert(request_record_replied(again) && request_record_stopped(again) == JOB_CANCELLED);
+}
+
+/* What a version without the option wrote keeps to the one device that it had. */
+static void test_version_before(void)
+{
+    struct job_message message = {.role = CHAT_USER, .text = (char[]){"Hello"}, .n = 5};
+    struct job_request q = {.messages = &message, .n_messages = 1}, got = {0};
+    struct buffer bytes = {0};
+
+    assert(request_bytes_write(&bytes, &q) == 0 && bytes.data[0] == 2);
+    assert(request_bytes_read(&got, bytes.data, bytes.n, NULL) == 0 && !got.deterministic);
+    job_request_done(&got);
+    bytes.data[0] = 1;
+    assert(request_bytes_read(&got, bytes.data, bytes.n, NULL) == 0 && got.deterministic);
+    job_request_done(&got);
+    bytes.data[12] |= 16; /* which it did not know */
+    assert(request_bytes_read(&got, bytes.data, bytes.n, NULL) == -EBADMSG);
+    bytes.data[0] = 3;
+    assert(request_bytes_read(&got, bytes.data, bytes.n, NULL) == -EBADMSG);
+    buffer_done(&bytes);
 }
 
 /* One byte after the other of what is written once, and of the commit: each is noticed. */
@@ -272,6 +294,7 @@ int main(void)
     test_slots();
     test_memfd();
     test_round_trip();
+    test_version_before();
     test_damage();
     test_sending();
     test_forgotten();

@@ -241,6 +241,7 @@ def options_are_checked():
     types = {
         **prompt, "format": "s", "max-tokens": "u", "temperature": "d", "top-k": "u", "top-p": "d", "min-p": "d",
         "repetition-penalty": "d", "presence-penalty": "d", "frequency-penalty": "d", "penalty-last-n": "u", "seed": "t",
+        "deterministic": "b",
         "stop": "as", "logit-bias": "a{ud}", "logprobs": "b", "top-logprobs": "u", "ignore-end": "b",
     }
     life = {"class": "s", "label": "s", "linger": "b"}
@@ -258,7 +259,8 @@ def options_are_checked():
                  InstallModel=(ROOT, MANAGER, "InstallModel", "hsa{sv}", dbus.types.UnixFd(fd), "x"),
                  RemoveModel=(ROOT, MANAGER, "RemoveModel", "sa{sv}", "x"),
                  SetQuota=(ROOT, MANAGER, "SetQuota", "ua{sv}", dbus.UInt32(1)))
-    expected.update(ListModels={}, SetDefaultModel={}, RemoveModel={}, SetQuota=quota, Append={**prompt, "format": "s"})
+    expected.update(ListModels={}, SetDefaultModel={}, RemoveModel={}, SetQuota=quota,
+                    Append={**prompt, "format": "s", "deterministic": "b"})
     with daemon() as d, d.connect() as c:
         s = c.create()
         calls.update({name: (s.path, SESSION, name, "a{sv}") for name in ("Generate", "Append", "Fork")})

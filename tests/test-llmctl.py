@@ -42,6 +42,8 @@ def answers():
         assert first[0] == 0 and len(first[1]) > 10 and first[2] == "", first
         assert h.call("run", *options, "--seed", "5", "hello") == first
         assert h.call("run", *options, "--seed", "6", "hello") != first
+        for how in ("--deterministic", "--deterministic=yes", "--deterministic=no"):
+            assert h.call("run", *options, how, "--seed", "5", "hello") == first  # one device: the same
         assert h.call("run", *options, "--seed", "5", "--instructions", "be brief", "hello")[1] != first[1]
         status, out, _ = h.call("run", *options, "--seed", "5", "--json", "hello")
         records = list(map(json.loads, out.splitlines()))
@@ -118,7 +120,7 @@ def complaints():
         os.chmod(os.path.dirname(h.socket), 0o755)
         complaint(h.call("run", "x"), 1, "open to other users")
         os.chmod(os.path.dirname(h.socket), 0o700)
-        for args in (["--temperature", "hot"], ["--max-tokens", "-1"], ["--seed", ""], ["--timeout", "0"],
+        for args in (["--temperature", "hot"], ["--max-tokens", "-1"], ["--seed", ""], ["--timeout", "0"], ["--deterministic=maybe"],
                      ["--context", "0"], ["--raw", "--instructions", "x"]):
             complaint(h.call("run", *args, "x"), 2, "--help")
         assert h.call("run", "--top-logprobs", "65", "x")[0] == 1

@@ -38,7 +38,7 @@ _llmctl() {
         --no-legend --quiet --no-ask-password --timeout= --help'
     local -r request='--instructions= --raw --max-tokens= --temperature= --top-k= --top-p= --min-p=
         --repetition-penalty= --presence-penalty= --frequency-penalty= --penalty-last-n= --seed=
-        --stop= --logprobs --top-logprobs= --ignore-end --context= --class= --model= --no-start'
+        --deterministic --stop= --logprobs --top-logprobs= --ignore-end --context= --class= --model= --no-start'
     local -A options=(
         [llmctl]='--version'
         [run]="$request --no-stdin"
