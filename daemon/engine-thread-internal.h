@@ -115,6 +115,8 @@ struct engine_thread {
     bool lanes_changed;       /* the loop does not know yet */
     uint64_t busy_until_usec; /* for the watchdog: no turn is expected before */
     struct lane_info lanes[ENGINE_LANES];
+    void (*gpu_rests)(void *userdata);
+    void *gpu_rests_userdata;
     char placement_text[256];
     struct weight_change *weights, **weights_end;
     unsigned relief;   /* the level of the last event; 0: none to be looked at */
@@ -138,6 +140,7 @@ struct engine_thread {
     struct placement placement;
     struct placement_choice choice; /* of this turn */
     enum gpu_state gpu;
+    bool gpu_has_worked; /* since gpu_rests() was last called */
     uint64_t preemptions, kv_given_back;
     struct {
         int folder_fd; /* borrowed; -EBADF: there is none, -errno: why it cannot be had */

@@ -173,6 +173,25 @@ static void sleep_until_changed(struct engine_thread *t)
     t->sleeps = false;
 }
 
+/* Nothing is to be done now. */
+static void rest(struct engine_thread *t)
+{
+    void (*rests)(void *userdata) = NULL;
+    void *userdata;
+
+    if (!t->gpu_has_worked)
+        return;
+    pthread_mutex_lock(&t->mutex);
+    if (!t->wakes)
+        rests = t->gpu_rests;
+    userdata = t->gpu_rests_userdata;
+    pthread_mutex_unlock(&t->mutex);
+    if (!rests)
+        return;
+    t->gpu_has_worked = false;
+    rests(userdata);
+}
+
 /* Waits for something to do when idle. False at the end. */
 static bool take_in(struct engine_thread *t, bool idle)
 {
@@ -182,6 +201,8 @@ static bool take_in(struct engine_thread *t, bool idle)
 
     if (waits)
         pass_wait(t);
+    else if (idle)
+        rest(t);
     pthread_mutex_lock(&t->mutex);
     if (idle && !waits)
         sleep_until_changed(t);
@@ -364,6 +385,15 @@ void engine_thread_set_placement(struct engine_thread *t, enum placement_mode mo
     t->mode = mode;
     t->mode_changed = true;
     wake(t);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+void engine_thread_set_gpu_rests(struct engine_thread *t, void (*rests)(void *userdata),
+                                 void *userdata)
+{
+    pthread_mutex_lock(&t->mutex);
+    t->gpu_rests = rests;
+    t->gpu_rests_userdata = userdata;
     pthread_mutex_unlock(&t->mutex);
 }
 

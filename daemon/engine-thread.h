@@ -49,6 +49,11 @@ const char *engine_thread_description(const struct engine_thread *t);
  */
 void engine_thread_set_placement(struct engine_thread *t, enum placement_mode mode);
 
+/* By the engine thread, when it has nothing to do and the GPU has worked since the last time. Before
+ * the first job; no step waits for it. */
+void engine_thread_set_gpu_rests(struct engine_thread *t, void (*rests)(void *userdata),
+                                 void *userdata);
+
 /*
  * Whether a lane has joined or was lost since this was last asked: engine_thread_fd() is readable
  * then, and this is to be asked before engine_thread_news().

@@ -32,6 +32,7 @@
 #include "backends/vulkan/vulkan.h"
 #include "base/checked.h"
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "base/whole-io.h"
 #include "daemon/log.h"
 #include "daemon/places.h"
@@ -46,6 +47,7 @@
 #define CACHE_NAME "vulkan-cache"
 #define CACHE_BYTES_MAX ((size_t)64 << 20)
 #define HASH_BYTES 32
+#define SAVE_USEC UINT64_C(60000000)
 
 struct cache_head {
     char magic[16];
@@ -59,6 +61,7 @@ struct gpu {
     struct error failure;     /* why there is no device */
     uint8_t kept[HASH_BYTES]; /* what the file has; zeros: nothing that is of use */
     bool failure_said;
+    uint64_t saved_usec; /* when gpu_save_cache() last looked; 0: never */
 };
 
 /* ---- what the process has ---- */
@@ -308,6 +311,7 @@ void gpu_save_cache(struct gpu *g)
         vulkan_device_cache(g->device, &given, &n) < 0)
         return;
     data = given;
+    g->saved_usec = now_usec();
     memcpy(head.magic, magic, sizeof(magic));
     if (n == 0 || hash_of(data, n, head.hash) < 0 || memcmp(head.hash, g->kept, HASH_BYTES) == 0)
         return;
@@ -318,6 +322,12 @@ void gpu_save_cache(struct gpu *g)
         log_warning("%s: what the GPU's driver has compiled is not kept: %s",
                     g->options.cache_folder, strerror(-r));
     g->failure_said = r < 0;
+}
+
+void gpu_save_cache_sometimes(struct gpu *g)
+{
+    if (g && (g->saved_usec == 0 || now_usec() - g->saved_usec >= SAVE_USEC))
+        gpu_save_cache(g);
 }
 
 /* ---- the whole ---- */

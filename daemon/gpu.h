@@ -25,10 +25,10 @@ struct gpu_options {
 };
 
 /*
- * Looks for it. Called by the one thread there is, which is the only one afterwards as well. From then on the
- * environment is as drivers are to find it. The cache's folder stays the caller's until gpu_free().
- * 0: *ret, which may have no device, and that was logged; NULL: nobody asked for one; -errno:
- * threads are there that no sandbox would reach, or there is no memory
+ * Looks for it. Called by the one thread there is, which is the only one afterwards as well. From
+ * then on the environment is as drivers are to find it. The cache's folder stays the caller's until
+ * gpu_free(). 0: *ret, which may have no device, and that was logged; NULL: nobody asked for one;
+ * -errno: threads are there that no sandbox would reach, or there is no memory
  */
 int gpu_find(struct gpu **ret, const struct gpu_options *options, struct error *err);
 
@@ -45,7 +45,8 @@ const char *gpu_failure(const struct gpu *g);
 int gpu_allow(const struct gpu *g, struct sandbox *b);
 
 /*
- * Keeps what was compiled since the last time, if anything. By the thread that computes, or when
- * there is none; a failure is logged, once.
+ * Keeps what was compiled since the last time, if anything; the second, if that is a while ago. By
+ * the thread that computes, or when there is none; a failure is logged, once.
  */
 void gpu_save_cache(struct gpu *g);
+void gpu_save_cache_sometimes(struct gpu *g);

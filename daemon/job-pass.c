@@ -196,6 +196,8 @@ static void end_pass(struct engine_thread *t, enum engine_lane lane)
         failed(t, lane, r);
         return;
     }
+    if (lane == LANE_GPU)
+        t->gpu_has_worked = true;
     if (lane == LANE_CPU)
         p->seen_usec = now;
     for (size_t i = 0; i < n; i++)

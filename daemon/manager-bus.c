@@ -12,6 +12,7 @@
 #include "base/cleanup.h"
 #include "daemon/bus-objects.h"
 #include "daemon/bus.h"
+#include "daemon/gpu.h"
 #include "daemon/log.h"
 #include "daemon/memory-pressure.h"
 #include "daemon/options.h"
@@ -547,15 +548,18 @@ static int get_backends(sd_bus *bus, const char *path, const char *interface, co
 {
     struct served *v = userdata;
     struct engine_thread *engine = session_set_engine(v->service->sessions);
+    const char *failure = gpu_failure(v->service->gpu);
     struct lane_info lanes[ENGINE_LANES];
-    char failed[sizeof(lanes[0].failure) + 32];
+    char failed[sizeof(struct error) + 32];
 
     if (!engine)
         return sd_bus_message_append(reply, "as", 0);
     engine_thread_get_lanes(engine, lanes);
-    if (!lanes[LANE_GPU].failure[0])
+    if (lanes[LANE_GPU].failure[0])
+        failure = lanes[LANE_GPU].failure;
+    if (!failure)
         return sd_bus_message_append(reply, "as", 1, engine_thread_description(engine));
-    snprintf(failed, sizeof(failed), "vulkan, not used: %s", lanes[LANE_GPU].failure);
+    snprintf(failed, sizeof(failed), "vulkan, not used: %s", failure);
     return sd_bus_message_append(reply, "as", 2, engine_thread_description(engine), failed);
 }
 

@@ -74,7 +74,6 @@ struct service_private {
     struct prefetch *prefetch;
     struct prefetch_child *reader; /* of the first model, until prefetch has it; or NULL */
     bool reader_is_told;           /* which file that is */
-    struct gpu *gpu;               /* or NULL */
     int state_fd;                  /* the state folder; -EBADF: there is none, -errno */
     char *loading;                 /* what the loader opens: a name, or a path */
     struct model *next;
@@ -371,7 +370,7 @@ static struct engine_options engine_options(const struct service *s)
         o.no_pinning = !c->pin_threads;
     if (o.kv_bytes == 0)
         o.kv_bytes = c->kv_bytes;
-    o.gpu = gpu_device(s->private->gpu);
+    o.gpu = gpu_device(s->gpu);
     return o;
 }
 
@@ -410,6 +409,17 @@ static void recover(struct service *s)
     fd_store_drop_rest(s->store);
 }
 
+static enum placement_mode backend(const struct service *s)
+{
+    return s->arguments->has_backend ? s->arguments->backend : s->config->backend;
+}
+
+/* Engine thread. */
+static void on_gpu_rests(void *userdata)
+{
+    gpu_save_cache_sometimes(userdata);
+}
+
 /* Of a model that is open. No session is. 0: it serves; -errno: there is no engine now */
 static int make_engine(struct service *s, struct model *m, struct error *err)
 {
@@ -445,6 +455,8 @@ static int make_engine(struct service *s, struct model *m, struct error *err)
     free(s->model_name);
     s->model_name = strdup(session_set_model_name(s->sessions));
     engine_thread_set_spill_folder(s->engine, s->private->state_fd);
+    engine_thread_set_placement(s->engine, gpu_device(s->gpu) ? backend(s) : PLACE_CPU);
+    engine_thread_set_gpu_rests(s->engine, on_gpu_rests, s->gpu);
     set_weights(s);
     return 0;
 }
@@ -1122,11 +1134,6 @@ static int new_parts(struct service *s, struct error *err)
     return 0;
 }
 
-static enum placement_mode backend(const struct service *s)
-{
-    return s->arguments->has_backend ? s->arguments->backend : s->config->backend;
-}
-
 /* It loads libraries, which nothing can do later. */
 static int find_gpu(struct service *s, struct error *err)
 {
@@ -1136,7 +1143,7 @@ static int find_gpu(struct service *s, struct error *err)
                                   .scope = s->scope,
                                   .cache_folder = s->private->places.cache};
 
-    return gpu_find(&s->private->gpu, &options, err);
+    return gpu_find(&s->gpu, &options, err);
 }
 
 /* It reads the beginning of every model that there is, whoever has put it there. */
@@ -1179,7 +1186,7 @@ int service_new(struct service **ret, const struct arguments *arguments, struct 
     if (r >= 0)
         r = find_gpu(s, err);
     if (r >= 0)
-        r = confine_daemon(s, &s->private->places, s->private->gpu, err);
+        r = confine_daemon(s, &s->private->places, s->gpu, err);
     if (r >= 0)
         r = list_models(s, err);
     if (r < 0)
@@ -1248,8 +1255,6 @@ struct service *service_free(struct service *s)
         sd_event_source_disable_unref(p->idle_timer);
         sd_event_source_disable_unref(p->grace_timer);
         sd_event_source_disable_unref(p->exchange_timer);
-        gpu_save_cache(p->gpu);
-        gpu_free(p->gpu);
         closep(&p->state_fd);
         places_done(&p->places);
         config_free(p->config);
@@ -1257,6 +1262,8 @@ struct service *service_free(struct service *s)
         free(p->next_name);
         free(p);
     }
+    gpu_save_cache(s->gpu);
+    gpu_free(s->gpu);
     sd_event_unref(s->event);
     free(s->model_name);
     free(s->failure);

@@ -25,6 +25,7 @@ struct engine_thread;
 struct memory_pressure;
 struct fd_store;
 struct former_owners;
+struct gpu;
 struct model;
 struct model_store;
 struct server;
@@ -51,6 +52,8 @@ struct service {
     enum service_scope scope;
     enum service_state state;
     double load_progress; /* 0..1, of the model being read into memory; 1 when it is */
+
+    struct gpu *gpu; /* NULL: none is wanted, or a test has none */
 
     struct model *model;          /* NULL: none loaded */
     char *model_name;             /* of the loaded one; "" without */

@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <semaphore.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -165,13 +166,21 @@ static void test_joins(void)
 
 /* ---- who does what ---- */
 
+static void on_rest(void *userdata)
+{
+    sem_post(userdata);
+}
+
 static void test_all_on_gpu(void)
 {
     struct engine_statistics s;
     struct run x = {0};
     unsigned steps;
+    sem_t rests;
 
+    assert(sem_init(&rests, 0, 0) == 0);
     start_lanes(PLACE_GPU, 0);
+    engine_thread_set_gpu_rests(engine, on_rest, &rests);
     steps = n_steps();
     alone(&x, text, 40);
     expect_same(&x.out, &long_alone.out);
@@ -181,6 +190,8 @@ static void test_all_on_gpu(void)
     assert(s.steps == look().n_passes);
     assert(s.lanes[LANE_GPU].prompt_rows == x.usage.prompt_tokens);
     assert(s.lanes[LANE_GPU].decoded_rows == 39); /* the last one is never evaluated */
+    while (sem_wait(&rests) < 0)
+        ;
     run_done(&x);
     stop_engine();
 }
