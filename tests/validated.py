@@ -39,6 +39,11 @@ class Validation:
         self.leaks = os.path.join(folder, "leaks")
         with open(self.leaks, "w") as f:
             f.write("leak:libVkLayer_khronos_validation\n")  # what it forgets itself
+            # A second file would take the place of the first.
+            for option in os.environ.get("LSAN_OPTIONS", "").split(":"):
+                if option.startswith("suppressions="):
+                    with open(option.partition("=")[2]) as more:
+                        f.write(more.read())
 
     def env(self, env):
         """With the layers that are there already, and nearer to the program."""

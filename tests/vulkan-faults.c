@@ -30,7 +30,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define NAME "VK_LAYER_LLMD_faults"
-#define AGO 9 /* s */
+#define AGO 599 /* s, of the 600 that a device in software is given */
 
 enum fault {
     FAULT_NONE,

@@ -18,7 +18,9 @@
 #include "base/cleanup.h"
 #include "shaders/spirv.h" /* made at build time: spirv_SHADER[] of each */
 
-#define HANG_USEC 10000000 /* longer than any pass, shorter than people's patience */
+/* Longer than any pass, shorter than people's patience; a device in software takes its time. */
+#define HANG_USEC 10000000
+#define SOFTWARE_HANG_USEC 600000000
 
 int vulkan_errno(VkResult r)
 {
@@ -419,7 +421,6 @@ int vulkan_device_find(struct vulkan_device **ret, const struct vulkan_options *
 
     if (!d)
         return error_set(err, ENOMEM, "out of memory");
-    d->hang_usec = o->hang_usec ? o->hang_usec : HANG_USEC;
     d->copy_weights = o->copy_weights;
     if (o->cache_bytes) {
         d->first_cache = malloc(o->cache_bytes);
@@ -434,6 +435,9 @@ int vulkan_device_find(struct vulkan_device **ret, const struct vulkan_options *
     r = choose(d, o->name, err);
     if (r < 0)
         return r;
+    d->hang_usec = o->hang_usec                   ? o->hang_usec
+                   : vulkan_device_is_software(d) ? SOFTWARE_HANG_USEC
+                                                  : HANG_USEC;
     *ret = TAKE_PTR(d);
     return 0;
 }
