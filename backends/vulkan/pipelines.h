@@ -30,9 +30,34 @@
     X(KV_STORE_F16, kv_store, 64, 1, 0, 0)          \
     X(KV_STORE_F32, kv_store, 64, 0, 0, 0)
 
-#define VULKAN_ATTENTION_PIPELINES(X)
+/* f16 pages, largest head_dim, a workgroup for each part */
+#define VULKAN_ATTENTION_PIPELINES(X)                     \
+    X(ATTENTION_F32_256, attention, 0, 256, 0, 0)         \
+    X(ATTENTION_F16_256, attention, 1, 256, 0, 0)         \
+    X(ATTENTION_F32_1024, attention, 0, 1024, 0, 0)       \
+    X(ATTENTION_F16_1024, attention, 1, 1024, 0, 0)       \
+    X(ATTENTION_PART_F32_256, attention, 0, 256, 1, 0)    \
+    X(ATTENTION_PART_F16_256, attention, 1, 256, 1, 0)    \
+    X(ATTENTION_PART_F32_1024, attention, 0, 1024, 1, 0)  \
+    X(ATTENTION_PART_F16_1024, attention, 1, 1024, 1, 0)  \
+    X(ATTENTION_MERGE_256, attention_merge, 0, 256, 0, 0) \
+    X(ATTENTION_MERGE_1024, attention_merge, 0, 1024, 0, 0)
 
-#define VULKAN_SPARSE_PIPELINES(X)
+/* SPARSE_F32.. of push-sparse.h; of up whether activations are rounded */
+#define VULKAN_SPARSE_PIPELINES(X)                 \
+    X(SPARSE_CUT, sparse_cut, 0, 0, 0, 0)          \
+    X(SPARSE_UP_F32, sparse_up, 0, 0, 0, 0)        \
+    X(SPARSE_UP_F16, sparse_up, 1, 0, 0, 0)        \
+    X(SPARSE_UP_BF16, sparse_up, 2, 0, 0, 0)       \
+    X(SPARSE_UP_Q8, sparse_up, 3, 0, 0, 0)         \
+    X(SPARSE_UP_Q4, sparse_up, 4, 0, 0, 0)         \
+    X(SPARSE_UP_Q8_ROUNDED, sparse_up, 3, 1, 0, 0) \
+    X(SPARSE_UP_Q4_ROUNDED, sparse_up, 4, 1, 0, 0) \
+    X(SPARSE_DOWN_F32, sparse_down, 0, 0, 0, 0)    \
+    X(SPARSE_DOWN_F16, sparse_down, 1, 0, 0, 0)    \
+    X(SPARSE_DOWN_BF16, sparse_down, 2, 0, 0, 0)   \
+    X(SPARSE_DOWN_Q8, sparse_down, 3, 0, 0, 0)     \
+    X(SPARSE_DOWN_Q4, sparse_down, 4, 0, 0, 0)
 
 #define VULKAN_PIPELINES(X)       \
     VULKAN_MATMUL_PIPELINES(X)    \
