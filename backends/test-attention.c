@@ -14,7 +14,7 @@
 #include "backends/op-test.h"
 #include "base/checked.h"
 
-#define MAX_PAGES 28
+#define MAX_PAGES 80
 
 struct attention_case {
     struct attention_args a;
@@ -104,7 +104,8 @@ static void store_add(struct store *s, void **pages, uint32_t pos)
 
     if (!pages[pos / KV_PAGE]) {
         pages[pos / KV_PAGE] = op_page(bytes);
-        memset(pages[pos / KV_PAGE], 0xff, bytes);
+        /* NaN, or large: 61296 in a half, 1.3e36 in a float */
+        memset(pages[pos / KV_PAGE], next_random() % 2 ? 0xff : 0x7b, bytes);
     }
     for (size_t k = 0; k < s->k.width; k++) {
         s->k.p[s->n * s->k.ld + k] = uniform();
@@ -194,7 +195,7 @@ static void test_kv_store(void)
 }
 
 /*
- * Pages are filled by kv_store, and everything that a row must not see is NaN or missing. Each row
+ * Pages are filled by kv_store, and all that a row must not see is NaN, large, or missing. Each row
  * is of its own sequence (1791 fills its pages to the last position), or all follow one another in
  * one sequence, whose last position is then `last`.
  */
@@ -291,6 +292,16 @@ static void test_attention(void)
     check_attention(8, 2, 256, 512, true, 0.05f, 0);
     check_attention(8, 2, 256, 0, false, 1.5f, 0);
     check_attention(8, 2, 256, 512, true, 0.05f, 550);
+
+    /* so long that whatever shares out a row's pages comes around more than once */
+    check_attention(4, 2, 8, 0, true, 0.25f, 5000);
+    check_attention(8, 2, 4, 4000, false, 3, 5103);
+
+    /* larger heads than models have */
+    check_attention(2, 1, 258, 70, false, 0.05f, 0);
+    check_attention(4, 2, 512, 65, true, 0.05f, 300);
+    check_attention(3, 1, 516, 64, true, 0.05f, 0);
+    check_attention(2, 1, 1024, 70, true, 0.03f, 300);
 }
 
 /* The largest score may come first, last or in the middle page; a sum may vanish beside it. */
