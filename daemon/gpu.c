@@ -106,6 +106,8 @@ static unsigned n_threads(void)
 /* After a driver was loaded; before: threads then. 0, -EPERM */
 static int check_process(unsigned before, struct error *err)
 {
+    if (before == 0)
+        return error_set(err, EPERM, "/proc cannot be read, so nobody knows what a driver does");
     if (n_threads() > before)
         return error_set(err, EPERM,
                          "its driver starts threads before the daemon is in its sandbox");
