@@ -10,7 +10,67 @@
  * In the files of operations; each group has a list of its own.
  */
 
-#define VULKAN_MATMUL_PIPELINES(X)
+#include "backends/weight.h"
+
+/*
+ * matmul.c: of each kind of weight (type and layout) products of f32 activations with 1, 2, 4 and 8
+ * rows, then with tiles of 32 and 64 rows; of q8 and q4 the same of int8 activations, plainly and
+ * with the device's own integer dot product. The constants are type, layout, rows (of a tile: of
+ * one of its threads), and blocks of a segment that are worked on at a time.
+ */
+#define VULKAN_MATMUL_KIND(X, name, vec, tile, type, layout, steps) \
+    X(name##_1, vec, type, layout, 1, 4)                            \
+    X(name##_2, vec, type, layout, 2, 4)                            \
+    X(name##_4, vec, type, layout, 4, 2)                            \
+    X(name##_8, vec, type, layout, 8, steps)                        \
+    X(name##_32, tile, type, layout, 2, 0)                          \
+    X(name##_64, tile, type, layout, 4, 0)
+
+#define VULKAN_F32_KIND(X, type, layout) \
+    VULKAN_MATMUL_KIND(X, type##_##layout, matvec, mattile, WEIGHT_##type, LAYOUT_##layout, 1)
+
+#define VULKAN_INT8_KIND(X, type, layout)                                                   \
+    VULKAN_MATMUL_KIND(X, INT8_##type##_##layout, matvec_int8, mattile_int8, WEIGHT_##type, \
+                       LAYOUT_##layout, 2)                                                  \
+    VULKAN_MATMUL_KIND(X, DOT8_##type##_##layout, matvec_dot8, mattile_dot8, WEIGHT_##type, \
+                       LAYOUT_##layout, 2)
+
+#define VULKAN_GET_THREADS 64
+#define VULKAN_GET_KIND(X, type)                                                          \
+    X(GET_##type##_TILE16, get_rows, WEIGHT_##type, LAYOUT_TILE16, VULKAN_GET_THREADS, 0) \
+    X(GET_##type##_ROWS, get_rows, WEIGHT_##type, LAYOUT_ROWS, VULKAN_GET_THREADS, 0)
+
+#define VULKAN_QUANTIZE_THREADS 64
+
+#define VULKAN_MATMUL_PIPELINES(X)                          \
+    X(QUANTIZE, quantize, VULKAN_QUANTIZE_THREADS, 0, 0, 0) \
+    VULKAN_F32_KIND(X, F32, PLAIN)                          \
+    VULKAN_F32_KIND(X, F32, TILE16)                         \
+    VULKAN_F32_KIND(X, F32, ROWS)                           \
+    VULKAN_F32_KIND(X, F32, COLS)                           \
+    VULKAN_F32_KIND(X, F16, TILE16)                         \
+    VULKAN_F32_KIND(X, F16, ROWS)                           \
+    VULKAN_F32_KIND(X, F16, COLS)                           \
+    VULKAN_F32_KIND(X, BF16, TILE16)                        \
+    VULKAN_F32_KIND(X, BF16, ROWS)                          \
+    VULKAN_F32_KIND(X, BF16, COLS)                          \
+    VULKAN_F32_KIND(X, Q8, TILE16)                          \
+    VULKAN_F32_KIND(X, Q8, ROWS)                            \
+    VULKAN_F32_KIND(X, Q8, COLS)                            \
+    VULKAN_F32_KIND(X, Q4, TILE16)                          \
+    VULKAN_F32_KIND(X, Q4, ROWS)                            \
+    VULKAN_F32_KIND(X, Q4, COLS)                            \
+    VULKAN_INT8_KIND(X, Q8, TILE16)                         \
+    VULKAN_INT8_KIND(X, Q8, ROWS)                           \
+    VULKAN_INT8_KIND(X, Q8, COLS)                           \
+    VULKAN_INT8_KIND(X, Q4, TILE16)                         \
+    VULKAN_INT8_KIND(X, Q4, ROWS)                           \
+    VULKAN_INT8_KIND(X, Q4, COLS)                           \
+    VULKAN_GET_KIND(X, F32)                                 \
+    VULKAN_GET_KIND(X, F16)                                 \
+    VULKAN_GET_KIND(X, BF16)                                \
+    VULKAN_GET_KIND(X, Q8)                                  \
+    VULKAN_GET_KIND(X, Q4)
 
 #define VULKAN_ROWS_PIPELINES(X)                    \
     X(NORM, norm, 128, 0, 0, 0)                     \
