@@ -15,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backends/backend.h"
+#include "backends/vulkan/vulkan.h"
 #include "base/checked.h"
 #include "base/clock.h"
 #include "daemon/engine-thread-internal.h"
@@ -167,9 +169,9 @@ static void failed(struct engine_thread *t, enum engine_lane lane, int r)
 /* Time that the device itself worked on the lane's last pass; 0: not known. */
 static uint64_t device_usec(struct engine_thread *t, enum engine_lane lane)
 {
-    (void)t;
-    (void)lane;
-    return 0;
+    const struct backend *b = lane == LANE_GPU ? engine_lane_backend(t->engine, lane) : NULL;
+
+    return b && strcmp(b->ops->name, "vulkan") == 0 ? backend_vulkan_gpu_usec(b) : 0;
 }
 
 static void learn(struct engine_thread *t, enum engine_lane lane, const struct lane_pass *p,

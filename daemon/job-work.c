@@ -815,6 +815,7 @@ int work_init(struct engine_thread *t, struct error *err)
         .max_rows = engine_max_rows(t->engine),
         .max_logits = engine_max_logits(t->engine),
         .max_running = MAX_RUNNING,
+        .even_lanes = 1u << LANE_GPU, /* passes that were recorded are replayed */
     };
 
     if (pass_init(t, err) < 0 || scheduler_new(&t->scheduler, &options) < 0)

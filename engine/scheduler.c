@@ -137,6 +137,7 @@ struct lane_state {
 
 struct scheduler {
     uint32_t max_rows, max_logits, max_running;
+    unsigned even_lanes;
     bool is_loading;
     struct account *accounts;
     struct scheduler_entry **running, **queued; /* [n_allocated] */
@@ -259,6 +260,7 @@ int scheduler_new(struct scheduler **ret, const struct scheduler_options *option
     assert(options->max_rows > 0 && options->max_logits > 0);
     s->max_rows = options->max_rows;
     s->max_logits = options->max_logits;
+    s->even_lanes = options->even_lanes;
     s->max_running = options->max_running ? options->max_running : DEFAULT_MAX_RUNNING;
     s->answer = USUAL_ANSWER;
     for (unsigned l = 0; l < SCHEDULER_LANES; l++)
@@ -914,6 +916,12 @@ static uint32_t rows_for(const struct scheduler *s, const struct lane_state *l,
     return (uint32_t)MAX(MIN(n, (double)s->max_rows), 1.0);
 }
 
+/* Of a step of n rows or fewer. */
+static uint32_t even(uint32_t n)
+{
+    return n >= 32 ? n / 16 * 16 : n >= 8 ? n / 4 * 4 : n;
+}
+
 static size_t choose_prompts(struct scheduler *s, unsigned lane, struct scheduler_entry **e,
                              size_t n, struct scheduler_pick *picks, size_t n_picks,
                              size_t max_picks, uint32_t n_logits)
@@ -938,6 +946,8 @@ static size_t choose_prompts(struct scheduler *s, unsigned lane, struct schedule
         uint32_t most = rows_for(s, l, beside ? BESIDE : ALONE, n_decoding), rows;
 
         most = MIN(most, s->max_rows - n_decoding);
+        if (s->even_lanes & 1u << lane)
+            most = MAX(even(n_decoding + most), n_decoding + 1) - n_decoding;
         if (most <= n_prompt_rows)
             continue;
         rows = MIN(most - n_prompt_rows, e[i]->task->n_pending);

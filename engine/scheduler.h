@@ -78,6 +78,8 @@ struct scheduler_task {
 struct scheduler_options {
     uint32_t max_rows, max_logits; /* of a step, as the engine's */
     uint32_t max_running;          /* 0: 64 */
+    unsigned even_lanes; /* bits, 1 << lane: a step is cheaper there with as many rows as one before
+                            had: where prompts fill it up, their number is rounded down */
 };
 
 int scheduler_new(struct scheduler **ret, const struct scheduler_options *options); /* 0, -ENOMEM */
