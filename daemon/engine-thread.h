@@ -13,8 +13,8 @@
  *
  * Memory: a pool of KV pages serves all timelines. When it runs short, those without a job give
  * theirs back, the least recently used first, then requests wait in the queue again, and go on
- * later where they were. What had been given back is computed again, to the same bits, so nobody
- * notices but by the time it takes; a request fails (-ENOBUFS) only when it alone does not fit.
+ * later where they were. What had been given back is computed again, by the same lane to the same
+ * bits, so nobody notices but by the time it takes; a request fails (-ENOBUFS) only when it alone does not fit.
  */
 
 #include <stdbool.h>
