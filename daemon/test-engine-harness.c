@@ -209,6 +209,7 @@ static int end_second(struct engine *e)
     r = fails ? -ENODEV : engine_step(e, items, n);
     pthread_mutex_lock(&gate.mutex);
     second.under_way = false;
+    second.n_ended++;
     if (r == 0) {
         second.n_passes++;
         for (size_t i = 0; i < n; i++)
@@ -249,11 +250,14 @@ void wait_for_idle_pass(void)
 
 void let_pass_end(void)
 {
+    unsigned n;
+
     pthread_mutex_lock(&gate.mutex);
     assert(second.under_way);
+    n = second.n_ended;
     second.allowed++;
     pthread_cond_broadcast(&gate.changed);
-    while (second.under_way && second.allowed > 0)
+    while (second.n_ended == n)
         pthread_cond_wait(&gate.changed, &gate.mutex);
     pthread_mutex_unlock(&gate.mutex);
 }

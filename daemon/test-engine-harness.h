@@ -40,6 +40,7 @@ struct second_lane {
     bool under_way;
     bool is_waited_for; /* the engine thread has nothing else to do */
     unsigned n_joined, n_removed;
+    unsigned n_ended;          /* passes, those that failed too */
     unsigned n_passes, n_rows; /* that came to their end */
     unsigned n_dropped;        /* session_drop_kv() of one that had K and V of any lane */
 };

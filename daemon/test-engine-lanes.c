@@ -211,13 +211,11 @@ static void test_hybrid(void)
     wait_for_pass();
     wait_for_more(&d); /* the processor goes on */
     assert(look().under_way && x.job && look().n_rows == rows);
-    assert(info_of(a).state == TIMELINE_PREFILL);
-    while (x.job && info_of(a).state == TIMELINE_PREFILL) { /* each of its passes beside steps */
+    wait_for_state(a, TIMELINE_PREFILL);
+    while (look().n_rows - rows < long_alone.usage.prompt_tokens) { /* each beside steps */
         wait_for_pass();
         wait_for_more(&d);
         let_pass_end();
-        if (look().n_rows - rows >= x.job->ids.n)
-            break;
     }
     hold_passes(false);
     wait_for(&x);
@@ -624,7 +622,7 @@ static void test_many(enum placement_mode mode, bool lost, uint64_t kv_bytes)
     enum { N = 12, REQUESTS = 24 };
     struct timeline *tl[N];
     struct run x[N] = {0};
-    bool stopped[N] = {false};
+    bool is_to_stop[N] = {false}, stopped[N] = {false};
     unsigned n_asked = 0, n_compared = 0;
 
     start_lanes(mode, kv_bytes);
@@ -634,7 +632,7 @@ static void test_many(enum placement_mode mode, bool lost, uint64_t kv_bytes)
         unsigned i = below(N);
 
         if (x[i].job) {
-            if (below(60) == 0) {
+            if (is_to_stop[i] && below(20) == 0) {
                 engine_thread_stop(engine, x[i].job, JOB_CANCELLED);
                 stopped[i] = true;
             }
@@ -651,6 +649,7 @@ static void test_many(enum placement_mode mode, bool lost, uint64_t kv_bytes)
         }
         tl[i] = timeline_for(i % 4);
         stopped[i] = false;
+        is_to_stop[i] = below(3) == 0;
         ask(&x[i], tl[i], text, 40);
         n_asked++;
         if (lost && n_asked == REQUESTS / 2)
