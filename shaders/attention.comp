@@ -199,7 +199,8 @@ void main()
     if (g.n == 0)
         return;
     if (APART != 0) {
-        uint part = gl_WorkGroupID.y;
+        // from the first page's on: where a window lets a row see few, there are no more workgroups
+        uint part = (first_seen(row.pos) / KV_PAGE + gl_WorkGroupID.y) % ATTENTION_PARTS;
 
         if (first_page(row.pos, part) > last_page)
             return;

@@ -9,7 +9,7 @@
 #define ATTENTION_HEADS 4
 
 /* Parts that a row's pages are divided among: page p is part p % ATTENTION_PARTS's. */
-#define ATTENTION_PARTS 32
+#define ATTENTION_PARTS 16
 
 #define ATTENTION_THREADS 256
 

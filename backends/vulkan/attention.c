@@ -37,6 +37,14 @@ static const struct attention_pipelines large = {
     VULKAN_ATTENTION_MERGE_1024,
 };
 
+/* Of how many parts a row sees a page at most. */
+static uint32_t parts_seen(uint32_t window)
+{
+    uint64_t pages = DIV_ROUND_UP((uint64_t)window + KV_PAGE - 1, KV_PAGE);
+
+    return window && pages < ATTENTION_PARTS ? (uint32_t)pages : ATTENTION_PARTS;
+}
+
 static void vulkan_attention(struct backend *b, const struct attention_args *a)
 {
     struct vulkan_backend *v = vulkan_backend(b);
@@ -70,8 +78,8 @@ static void vulkan_attention(struct backend *b, const struct attention_args *a)
     }
     push.parts = vulkan_scratch(v, (size_t)n_workgroups * ATTENTION_PARTS * sizeof(float) *
                                        ATTENTION_PART_FLOATS(is_small ? 1 : 2));
-    vulkan_dispatch(v, p->part[a->shape.f16], &push, sizeof(push), n_workgroups, ATTENTION_PARTS,
-                    1);
+    vulkan_dispatch(v, p->part[a->shape.f16], &push, sizeof(push), n_workgroups,
+                    parts_seen(a->window), 1);
     vulkan_dispatch(v, p->merge, &push, sizeof(push), n_workgroups, 1, 1);
 }
 
