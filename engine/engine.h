@@ -89,6 +89,11 @@ bool engine_has_gpu(const struct engine *e); /* also where it has failed, until 
  * count; engine_end() still reports them, but without logits. */
 void engine_remove_gpu(struct engine *e);
 
+/* What the GPU's lane computes with, when it is added the next time: another than the options said.
+ * It is not there. */
+void engine_set_gpu_activations(struct engine *e, enum activation_type a);
+enum activation_type engine_gpu_activations(const struct engine *e);
+
 /* What executes a lane's operations; NULL: there is no such lane. */
 struct backend *engine_lane_backend(const struct engine *e, enum engine_lane lane);
 

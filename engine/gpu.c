@@ -1,6 +1,7 @@
 /* SPDX-FileCopyrightText: the llmd authors
  * SPDX-License-Identifier: Apache-2.0 */
 
+#include <assert.h>
 #include <errno.h>
 #include <openssl/evp.h>
 #include <stdio.h>
@@ -32,6 +33,17 @@ int gpu_identify(const struct engine *e, uint8_t ret[KV_IDENTITY])
 const char *gpu_name(const struct engine *e)
 {
     return vulkan_device_name(e->gpu);
+}
+
+void engine_set_gpu_activations(struct engine *e, enum activation_type a)
+{
+    assert(!e->lanes[LANE_GPU] && a != ACTIVATIONS_AUTO);
+    e->gpu_activations = a;
+}
+
+enum activation_type engine_gpu_activations(const struct engine *e)
+{
+    return e->gpu_activations;
 }
 
 int engine_add_gpu(struct engine *e, struct error *err)

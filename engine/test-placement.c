@@ -191,6 +191,8 @@ static void check_decoding(void)
     /* Not known: one, as if more came to no more. */
     r.lane[LANE_CPU].decode_many = r.lane[LANE_GPU].decode_many = r.both_decode = 0;
     choose_first(&r, 8, 1, GPU, CPU);
+    r.lane[LANE_GPU].decode = 21;
+    choose_first(&r, 8, 0, GPU, GPU);
 }
 
 static void check_staying(void)
