@@ -8,6 +8,7 @@
 BUILD_ROOT is configured with --prefix=/usr, without sanitizers. Status 77: this machine can boot no other.
 """
 import concurrent.futures
+import glob
 import json
 import os
 import shutil
@@ -117,6 +118,14 @@ def starts_on_first_use(m):
     assert m.run("stat", "--format=%U:%a", "/var/lib/llmd").stdout == "llmd:700\n"
 
 
+def threads(m, pid):
+    names = set()
+    for tid in os.listdir(f"{m.root}/proc/{pid}/task"):
+        with open(f"{m.root}/proc/{pid}/task/{tid}/comm") as f:
+            names.add(f.read().strip())
+    return names
+
+
 def status_of(m, pid):
     """/proc/PID/status by name."""
     with open(f"{m.root}/proc/{pid}/status") as f:
@@ -183,6 +192,40 @@ def gpu_only_if_asked_for(m):
     assert ask(m, "alice") == ""
     os.unlink(m.root + drop_in)
     assert devices() == before
+
+
+@test
+def gpu_in_software(m):
+    """llmd-vulkan-software.conf: what makes code is let, and there is no device. Without it the processor goes on alone."""
+    if not glob.glob(m.root + "/usr/share/vulkan/icd.d/lvp_icd.*"):
+        return "no lavapipe (mesa-vulkan-drivers): not tried"
+    config, drop_in = "/etc/llmd/llmd.conf.d/60-gpu.conf", "/etc/systemd/system/llmd.service.d/llmd-vulkan-software.conf"
+    m.write(config, "[Engine]\nBackend=vulkan\nDevice=llvmpipe\n")
+    m.run("systemctl", "restart", "llmd.service")
+    wait_said(m, "no GPU is used, the processor computes: llvmpipe")
+    wait_said(m, "llmd-vulkan-software.conf")
+    assert ask(m, "alice") == ""
+    assert "vulkan, not used: llvmpipe" in m.run("llmctl", "status", user="alice").stdout
+    m.run("install", "-D", "-m", "644", "/usr/share/doc/llmd/examples/llmd-vulkan-software.conf", drop_in)
+    m.run("systemctl", "daemon-reload")
+    m.run("systemctl", "restart", "llmd.service")
+    wait_said(m, "GPU: llvmpipe")
+    wait_said(m, "the GPU takes part")
+    assert ask(m, "alice") == ""
+    wait_for(lambda: os.path.exists(m.root + "/var/lib/llmd/vulkan-cache"))
+    assert m.run("stat", "--format=%U:%a", "/var/lib/llmd/vulkan-cache").stdout == "llmd:600\n"
+    pid = main_pid(m)
+    assert any(name.startswith("llvmpipe-") for name in threads(m, pid)), threads(m, pid)
+    for tid in os.listdir(f"{m.root}/proc/{pid}/task"):
+        status = status_of(m, f"{pid}/task/{tid}")
+        assert status["NoNewPrivs"] == "1" and status["Seccomp"] == "2" and status["CapEff"] == "0" * 16, status
+    assert "dri" not in os.listdir(f"{m.root}/proc/{pid}/root/dev")
+    with open(f"{m.root}/proc/{pid}/maps") as f:
+        assert not [line for line in f if "w" in line.split()[1] and "x" in line.split()[1]]
+    os.unlink(m.root + drop_in)
+    os.unlink(m.root + config)
+    m.run("systemctl", "daemon-reload")
+    m.run("systemctl", "restart", "llmd.service")
 
 
 @test

@@ -13,6 +13,8 @@ import sys
 import tempfile
 import threading
 
+import dbus
+
 from daemon_client import Broker, Daemon, SystemDaemon, until
 
 if sys.argv[6:] == ["--no-filter"]:
@@ -159,6 +161,66 @@ def models_are_read_inside(folder, model):
     assert seen["Seccomp"] == "2" and seen["NoNewPrivs"] == "1", seen
 
 
+SOFTWARE_DRIVER = "/usr/share/vulkan/icd.d/lvp_icd.x86_64.json"
+
+
+def opened(pid):
+    """What the process holds open, and what of it can be executed."""
+    files = set()
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            files.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        except FileNotFoundError:
+            pass
+    with open(f"/proc/{pid}/maps") as f:
+        maps = [line.split(None, 5) for line in f]
+    return files, [m for m in maps if "x" in m[1]]
+
+
+def with_a_gpu(folder, model):
+    """The device in software: the driver's threads are in the sandbox with the others, it can do its work there, and its machine
+    code is never writable."""
+    if not os.path.exists(SOFTWARE_DRIVER):
+        return "no lavapipe (mesa-vulkan-drivers): not tried"
+    home = folder + "/home"
+    os.mkdir(home)
+    env = dict(os.environ, VK_ICD_FILENAMES=SOFTWARE_DRIVER, HOME=home, XDG_CACHE_HOME=home + "/cache")
+    for mode in "strict", "report":
+        with Daemon(LLMD, model, f"{folder}/{mode}", "--backend=vulkan", "--device=llvmpipe", "--sandbox=" + mode, env=env) as d:
+            until(lambda: "the GPU takes part" in d.log() or "no Vulkan backend" in d.log(), lambda: d.log())
+            if "no Vulkan backend" in d.log():
+                return "a build without: not tried"
+            with d.connect() as c:
+                text, records = c.create().run(prompt="Hello", max_tokens=dbus.UInt32(8), temperature=0.0)
+                assert text and records[-1]["type"] == "end", (text, records)
+            if mode == "report":
+                assert "would refuse the" not in d.log(), d.log()
+                continue
+            pid = d.process.pid
+            check_confined(pid)
+            names = set()
+            for tid in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{tid}/comm") as f:
+                    names.add(f.read().strip())
+            assert "llvmpipe-0" in names, names
+            assert "sandbox" not in d.log(), d.log()
+            files, code = opened(pid)
+            assert not [f for f in files if f.startswith("/dev/dri")], files
+            assert [m for m in code if len(m) < 6] and not [m for m in code if "w" in m[1]], code
+    assert os.listdir(home) == ["cache"] and os.listdir(home + "/cache/llmd") == ["vulkan-cache"], os.listdir(home)
+
+
+def code_is_for_software_only(folder, model):
+    """Asked for hardware, and there is none: nothing but what the processor's daemon may."""
+    for options in [], ["--backend=hybrid"], ["--backend=vulkan", "--device=no such"]:
+        with Daemon(LLMD, model, folder + "/s", *options, env=dict(os.environ, VK_ICD_FILENAMES=SOFTWARE_DRIVER)) as d:
+            check_confined(d.process.pid)
+            _, code = opened(d.process.pid)
+            assert all(len(m) == 6 for m in code), code
+            assert not options or "no GPU is used, the processor computes: " in d.log(), d.log()
+            assert "sandbox" not in d.log(), d.log()
+
+
 def importer(folder, model):
     p = subprocess.Popen([LLM_IMPORT, "--verify", DEMO_MODEL], stdout=subprocess.DEVNULL)
     confined = 0
@@ -180,11 +242,10 @@ def main():
         model = os.path.join(top, "model.llmd")
         subprocess.run([MAKE_CHAT_MODEL, model], check=True)
         for t in (private_daemon, system_daemon, names_of_users_on_a_reload, daemon_of_llmctl, the_other_modes,
-                  models_and_links, a_folder_as_model, models_are_read_inside, importer):
+                  models_and_links, a_folder_as_model, models_are_read_inside, with_a_gpu, code_is_for_software_only, importer):
             with tempfile.TemporaryDirectory(dir=top) as folder:
                 print(t.__name__, end=" ", flush=True)
-                t(folder, model)
-                print("ok", flush=True)
+                print(t(folder, model) or "ok", flush=True)
 
 
 main()
