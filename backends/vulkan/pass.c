@@ -126,6 +126,7 @@ static int record(struct vulkan_backend *v, struct vulkan_pass *p, bool once)
     v->current = p;
     v->stage = STAGE_RECORDING;
     v->bound = VULKAN_N_PIPELINES;
+    v->since = (struct vulkan_accesses){.is_unknown = true}; /* what was before, and the host's */
     if (v->queries) {
         v->device->vk.CmdResetQueryPool(p->commands, v->queries, 0, 2);
         v->device->vk.CmdWriteTimestamp(p->commands, VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, v->queries,
@@ -174,17 +175,20 @@ void vulkan_dispatch(struct vulkan_backend *v, enum vulkan_pipeline p, const voi
 
     assert(push_bytes <= 128 && push_bytes % 4 == 0);
     assert(x <= 65535 && y <= 65535 && z <= 65535);
-    if (x == 0 || y == 0 || z == 0 || !vulkan_is_recording(v))
+    if (x == 0 || y == 0 || z == 0 || !vulkan_is_recording(v)) {
+        v->next = (struct vulkan_accesses){};
         return;
+    }
     r = vulkan_device_pipeline(v->device, p, &pipeline);
     if (r < 0) {
         vulkan_fail(v, r, "a pipeline");
         return;
     }
-    barrier(v, VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_TRANSFER_BIT,
-            VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_WRITE_BIT,
-            VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT,
-            VK_ACCESS_SHADER_READ_BIT | VK_ACCESS_SHADER_WRITE_BIT);
+    if (vulkan_must_wait(v))
+        barrier(v, VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_TRANSFER_BIT,
+                VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_WRITE_BIT,
+                VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT,
+                VK_ACCESS_SHADER_READ_BIT | VK_ACCESS_SHADER_WRITE_BIT);
     if (p != v->bound)
         vk->CmdBindPipeline(v->current->commands, VK_PIPELINE_BIND_POINT_COMPUTE, pipeline);
     v->bound = p;
@@ -378,6 +382,7 @@ int vulkan_copy(struct vulkan_backend *v, const struct vulkan_block *from, struc
 
     if (!vulkan_is_recording(v))
         return -ENODEV;
+    v->since.is_unknown = true;
     v->device->vk.CmdCopyBuffer(v->current->commands, from->buffer, to->buffer, 1, &part);
     return vulkan_settle(v);
 }

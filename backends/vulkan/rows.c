@@ -77,6 +77,9 @@ static void head_norm(struct backend *b, const struct head_norm_args *a)
         .has_rope = a->rope != NULL,
         .eps = a->eps,
     };
+    vulkan_writes(v, a->x, ((a->n - 1) * a->ld + (size_t)a->n_heads * a->head_dim) * sizeof(float));
+    if (a->rope)
+        vulkan_reads(v, a->rope, (size_t)a->n * a->head_dim * sizeof(float));
     DISPATCH(v, VULKAN_HEAD_NORM, push, a->n_heads, a->n);
 }
 

@@ -20,6 +20,7 @@
 
 #include "backends/vulkan/vulkan-backend.h"
 #include "base/cleanup.h"
+#include "shaders/push-rows.h"
 
 static const struct backend_limits limits = {.max_rows = 8, .max_width = 1024, .max_heads = 4};
 
@@ -243,6 +244,18 @@ static VkResult failing_CreateComputePipelines(VkDevice d, VkPipelineCache cache
                    : real.CreateComputePipelines(d, cache, n, info, a, ret);
 }
 
+static int n_barriers;
+
+static void counted_CmdPipelineBarrier(VkCommandBuffer c, VkPipelineStageFlags from,
+                                       VkPipelineStageFlags to, VkDependencyFlags flags, uint32_t n,
+                                       const VkMemoryBarrier *memory, uint32_t n_buffers,
+                                       const VkBufferMemoryBarrier *buffers, uint32_t n_images,
+                                       const VkImageMemoryBarrier *images)
+{
+    n_barriers++;
+    real.CmdPipelineBarrier(c, from, to, flags, n, memory, n_buffers, buffers, n_images, images);
+}
+
 /* An open device whose objects are counted. */
 static struct vulkan_device *counted_device(void)
 {
@@ -263,6 +276,7 @@ static struct vulkan_device *counted_device(void)
     d->vk.EndCommandBuffer = failing_EndCommandBuffer;
     d->vk.QueueSubmit = failing_QueueSubmit;
     d->vk.MapMemory = failing_MapMemory;
+    d->vk.CmdPipelineBarrier = counted_CmdPipelineBarrier;
     d->vk.BindBufferMemory = failing_BindBufferMemory;
     d->vk.CreateComputePipelines = failing_CreateComputePipelines;
     return d;
@@ -513,6 +527,51 @@ static void test_replay(void)
     assert(n_living == 0);
 }
 
+/* A dispatch that reads and writes 64 bytes each, as it says. How many barriers it took. */
+static int run_declared(struct vulkan_backend *v, char *read, char *written)
+{
+    struct softcap_push push = {
+        .x = vulkan_address(v, written ? written : read, 64), .n = 1, .c = 30, .below = 29};
+    int before = n_barriers;
+
+    if (read)
+        vulkan_reads(v, read, 64);
+    if (written)
+        vulkan_writes(v, written, 64);
+    vulkan_dispatch(v, VULKAN_SOFTCAP, &push, sizeof(push), 1, 1, 1);
+    return n_barriers - before;
+}
+
+static void test_hazards(void)
+{
+    CLEANUP(vulkan_device_freep) struct vulkan_device *d = counted_device();
+    CLEANUP(backend_freep) struct backend *b = new_backend(d);
+    struct vulkan_backend *v = vulkan_backend(b);
+    char *x = backend_alloc(b, 16384);
+
+    assert(run_declared(v, x, x + 128) == 1); /* the first waits for what was before */
+    assert(run_declared(v, x, x + 192) == 0); /* side by side */
+    assert(run_declared(v, x + 64, x + 256) == 0);
+    assert(run_declared(v, x + 512, x + 60) == 1);  /* writes what was read */
+    assert(run_declared(v, x, x + 128) == 1);       /* reads what was written */
+    assert(run_declared(v, x + 512, x + 188) == 1); /* writes what was written */
+    assert(run_declared(v, x + 512, x + 600) == 0);
+    b->ops->softcap(b, (float *)(x + 1024), 1, 30); /* says nothing */
+    assert(run_declared(v, x, x + 128) == 1);
+    assert(run_declared(v, x, x + 192) == 0);
+    assert(run_declared(v, x, NULL) == 1);
+    assert(run_declared(v, x, x + 256) == 1);
+    assert(backend_finish(b) == 0);
+    assert(run_declared(v, x, x + 256) == 1);
+    /* More than can be remembered are not forgotten, but waited for. */
+    for (int i = 0; i < VULKAN_RANGES - 1; i++)
+        assert(run_declared(v, NULL, x + 1024 + 64 * i) == 0);
+    assert(run_declared(v, NULL, x + 4096) == 0);
+    assert(run_declared(v, NULL, x + 8192) == 1);
+    assert(backend_finish(b) == 0);
+    backend_release(b, x, 16384);
+}
+
 /* ---- what goes wrong ---- */
 
 /* Something of everything. True when all of it went well. */
@@ -678,6 +737,7 @@ int main(void)
     test_weights(false, true);
     test_shared();
     test_replay();
+    test_hazards();
     test_out_of_memory();
     test_lost(false);
     test_lost(true);

@@ -18,6 +18,19 @@
 struct vulkan_region;
 struct vulkan_pass;
 
+/* What dispatches read and write, by the host's addresses. */
+#define VULKAN_RANGES 16
+
+struct vulkan_range {
+    uintptr_t start, end;
+};
+
+struct vulkan_accesses {
+    struct vulkan_range reads[VULKAN_RANGES], writes[VULKAN_RANGES];
+    uint32_t n_reads, n_writes;
+    bool is_unknown; /* there are others besides */
+};
+
 /* How many passes are kept. */
 #define VULKAN_PASSES 32
 
@@ -51,6 +64,7 @@ struct vulkan_backend {
     struct vulkan_pass *current;
     bool in_pass; /* between begin() and end() */
     enum vulkan_pipeline bound;
+    struct vulkan_accesses since, next;        /* since the last barrier; of the next dispatch */
     struct vulkan_pass *passes[VULKAN_PASSES]; /* kept; NULL: free */
     struct vulkan_pass *loose;                 /* of operations outside of passes */
     uint64_t n_begun;                          /* the clock of who was used last */
@@ -99,6 +113,14 @@ static inline struct address vulkan_offset(struct address a, uint64_t bytes)
 void vulkan_dispatch(struct vulkan_backend *v, enum vulkan_pipeline p, const void *push,
                      size_t push_bytes, uint32_t x, uint32_t y, uint32_t z);
 
+/*
+ * What the next dispatch reads and writes. Where all of it is said, weights aside, the dispatch may
+ * run beside those before it that it has nothing to do with; one of which nothing is said waits for
+ * all. Who uses scratch memory or KV pages says nothing.
+ */
+void vulkan_reads(struct vulkan_backend *v, const void *p, size_t bytes);
+void vulkan_writes(struct vulkan_backend *v, const void *p, size_t bytes);
+
 /* Each sets the operations of its file. */
 void vulkan_use_matmul(struct backend_ops *ops);
 void vulkan_use_rows(struct backend_ops *ops);
@@ -134,6 +156,9 @@ int vulkan_settle(struct vulkan_backend *v);
 /* Copies `bytes` of one block into another, at once. 0 or -ENODEV */
 int vulkan_copy(struct vulkan_backend *v, const struct vulkan_block *from, struct vulkan_block *to,
                 size_t to_offset, size_t bytes);
+
+/* hazards.c: whether the dispatch that comes now needs a barrier before it, which is then made. */
+bool vulkan_must_wait(struct vulkan_backend *v);
 
 /* kv-rows.c: the row tables of one pass */
 struct vulkan_kv_table {
