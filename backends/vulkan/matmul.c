@@ -146,17 +146,22 @@ static void matmul(struct backend *b, const struct weight *w, const struct activ
         size_t ld_d = x->ld_q / WEIGHT_BLOCK, n_blocks = w->n_in / WEIGHT_BLOCK;
 
         assert((uintptr_t)x->q % 4 == 0);
+        vulkan_reads(v, x->q, rows_bytes(x->n, x->ld_q, x->k, 1));
+        vulkan_reads(v, x->d, rows_bytes(x->n, ld_d, n_blocks, sizeof(float)));
+        vulkan_reads(v, x->sum, rows_bytes(x->n, ld_d, n_blocks, sizeof(int32_t)));
         p.x = vulkan_address(v, x->q, rows_bytes(x->n, x->ld_q, x->k, 1));
         p.d = vulkan_address(v, x->d, rows_bytes(x->n, ld_d, n_blocks, sizeof(float)));
         p.sum = vulkan_address(v, x->sum, rows_bytes(x->n, ld_d, n_blocks, sizeof(int32_t)));
         p.ld_x = u32(x->ld_q);
         first = int8_pipelines[has->dot_8][w->type == WEIGHT_Q4][w->layout];
     } else {
+        vulkan_reads(v, x->f32, rows_bytes(x->n, x->ld, x->k, sizeof(float)));
         p.x = vulkan_address(v, x->f32, rows_bytes(x->n, x->ld, x->k, sizeof(float)));
         p.ld_x = u32(x->ld);
         first = f32_pipelines[w->type][w->layout];
     }
     assert(first);
+    vulkan_writes(v, y, rows_bytes(x->n, ld_y, w->n_out, sizeof(float)));
     if (x->n <= MAX_MATVEC_ROWS || !tiles) {
         uint32_t rows = 1, pipeline = first;
 
