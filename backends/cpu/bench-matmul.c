@@ -2,10 +2,11 @@
  * SPDX-License-Identifier: Apache-2.0 */
 
 /*
- * Speed of the matrix product at the shapes of Gemma 3n E4B, level by level: bytes of weights per
- * second for one row (what decoding is bound by, next to what the memory delivers) and operations
- * per second for many rows (prefill). A figure is the best of several runs, since other programs
- * only ever make a run slower. Not a test.
+ * Speed of the matrix product at the shapes of Gemma 3n E4B, of a level or a GPU: bytes of weights
+ * per second for one row (what decoding is bound by, next to what the memory delivers) and
+ * operations per second for many rows (prefill). A figure is the best of several runs, since other
+ * programs only ever make a run slower; a GPU is given several products at a time, since asking it
+ * takes a while. Not a test.
  */
 
 #include <getopt.h>
@@ -17,6 +18,7 @@
 
 #include "backends/backend.h"
 #include "backends/cpu/probe.h"
+#include "backends/vulkan/vulkan.h"
 #include "base/checked.h"
 #include "base/cleanup.h"
 
@@ -50,20 +52,37 @@ static const struct {
 
 static const char *const activation_names[] = {"f32", "coarse", "fine"};
 
-static double bench(struct backend *b, const struct weight *w, size_t bytes, size_t n_copies,
-                    struct activations *x, float *y, double min_seconds)
+/* n products, each of the next copy; -ENODEV ends the program. ret: seconds for one */
+static double run(struct backend *b, const struct weight *w, size_t bytes, size_t n_copies,
+                  size_t *next, struct activations *x, float *y, size_t n)
 {
-    double best = 1e9, end = seconds() + min_seconds;
     struct weight copy = *w;
+    double start = seconds();
 
-    for (size_t i = 0; i < 3 || seconds() < end; i++) {
-        double start;
-
-        copy.data = (const char *)w->data + i % n_copies * bytes;
-        start = seconds();
+    for (size_t i = 0; i < n; i++) {
+        copy.data = (const char *)w->data + (*next)++ % n_copies * bytes;
         b->ops->matmul(b, &copy, x, y, w->n_out);
-        best = MIN(best, seconds() - start);
     }
+    if (backend_finish(b) < 0) {
+        fprintf(stderr, "bench-matmul: %s\n", backend_failure(b));
+        exit(1);
+    }
+    return (seconds() - start) / (double)n;
+}
+
+static double bench(struct backend *b, bool is_device, const struct weight *w, size_t bytes,
+                    size_t n_copies, struct activations *x, float *y, double min_seconds)
+{
+    size_t next = 0, n = 1;
+    double best = run(b, w, bytes, n_copies, &next, x, y, 1), end;
+
+    if (is_device) { /* the first may have had to wait for the driver's compiler */
+        best = run(b, w, bytes, n_copies, &next, x, y, 1);
+        n = (size_t)MAX(1.0, MIN(64.0, 0.02 / best));
+    }
+    end = seconds() + min_seconds;
+    for (size_t i = 0; i < 2 || seconds() < end; i++)
+        best = MIN(best, run(b, w, bytes, n_copies, &next, x, y, n));
     return best;
 }
 
@@ -93,24 +112,33 @@ static int print_limits(const struct backend *b, double *ret)
     return 0;
 }
 
-/* cold_bytes: copies of a matrix take this much, so that none stays in a cache. only: kinds whose
- * name begins so, NULL for all */
-static int run_level(const char *name, uint32_t n_threads, double min_seconds, size_t cold_bytes,
-                     const char *only)
+/* device: a GPU's name, or NULL for the CPU's level `name`. cold_bytes: copies of a matrix take
+ * this much, so that none stays in a cache. only: kinds whose name begins so, NULL for all */
+static int run_level(const char *device, const char *name, uint32_t n_threads, double min_seconds,
+                     size_t cold_bytes, const char *only)
 {
     static const uint32_t batches[] = {1, 2, 4, 8, 16, 128, 512};
     const struct backend_limits limits = {MAX_ROWS, 16384, 8};
+    CLEANUP(vulkan_device_freep) struct vulkan_device *d = NULL;
     CLEANUP(backend_freep) struct backend *b = NULL;
     struct error err = {{0}};
     double limit = 0;
+    int r;
     float *x, *y;
     char *data, *q;
 
-    if (backend_cpu_new(&b, name, n_threads, &limits, &err) < 0) {
+    if (device) {
+        r = vulkan_device_find(&d, &(struct vulkan_options){.name = device}, &err);
+        if (r == 0)
+            r = backend_vulkan_new(&b, d, &limits, &err);
+    } else {
+        r = backend_cpu_new(&b, name, n_threads, &limits, &err);
+    }
+    if (r < 0) {
         fprintf(stderr, "%s\n", err.text);
         return -1;
     }
-    if (b->vtable->n_threads(b) == 1)
+    if (!d && b->vtable->n_threads(b) == 1)
         clock_used = CLOCK_THREAD_CPUTIME_ID;
     data = backend_alloc(b, SPACE);
     x = backend_alloc(b, (size_t)MAX_ROWS * 16384 * 4);
@@ -124,7 +152,9 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
         data[i] = (char)(0x20 | (i * 2654435761u >> 9 & 0xf));
     for (size_t i = 0; i < (size_t)MAX_ROWS * 16384; i++)
         x[i] = (float)(i * 2654435761u >> 8 & 0xfff) / 2048 - 1;
-    if (print_limits(b, &limit) < 0)
+    if (d)
+        puts(vulkan_device_name(d));
+    else if (print_limits(b, &limit) < 0)
         return -1;
     printf("%-18s %-12s   GB/s at 1 row   Gop/s at", "weight", "shape");
     for (size_t i = 0; i < ARRAY_SIZE(batches); i++)
@@ -160,7 +190,7 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
                 double t, rate;
 
                 a.n = batches[i];
-                t = bench(b, &w, bytes, cold_bytes / bytes + 1, &a, y, min_seconds);
+                t = bench(b, d, &w, bytes, cold_bytes / bytes + 1, &a, y, min_seconds);
                 if (i == 0)
                     printf("   %13.1f           ", (double)bytes / t * 1e-9);
                 rate = 2e-9 * w.n_out * w.n_in * batches[i] / t;
@@ -180,21 +210,22 @@ static int run_level(const char *name, uint32_t n_threads, double min_seconds, s
 
 int main(int argc, char **argv)
 {
-    static const struct option options[] = {{"level", required_argument, NULL, 'l'},
-                                            {"threads", required_argument, NULL, 't'},
-                                            {"seconds", required_argument, NULL, 's'},
-                                            {"hot", no_argument, NULL, 'c'},
-                                            {"kind", required_argument, NULL, 'k'},
-                                            {"help", no_argument, NULL, 'h'},
-                                            {0}};
-    const char *level = NULL, *kind = NULL;
+    static const struct option options[] = {
+        {"device", required_argument, NULL, 'd'},  {"level", required_argument, NULL, 'l'},
+        {"threads", required_argument, NULL, 't'}, {"seconds", required_argument, NULL, 's'},
+        {"hot", no_argument, NULL, 'c'},           {"kind", required_argument, NULL, 'k'},
+        {"help", no_argument, NULL, 'h'},          {0}};
+    const char *device = NULL, *level = NULL, *kind = NULL;
     double min_seconds = 0.3;
     uint32_t n_threads = 0;
     bool hot = false;
     int o;
 
-    while ((o = getopt_long(argc, argv, "l:t:s:ck:h", options, NULL)) != -1)
+    while ((o = getopt_long(argc, argv, "d:l:t:s:ck:h", options, NULL)) != -1)
         switch (o) {
+        case 'd':
+            device = optarg;
+            break;
         case 'l':
             level = optarg;
             break;
@@ -212,14 +243,15 @@ int main(int argc, char **argv)
             break;
         case 'h':
             printf(
-                "usage: bench-matmul [--level NAME] [--threads N] [--seconds PER-FIGURE] [--hot]\n"
-                "                    [--kind TEXT]\n"
-                "  --hot   the same matrix each time, so that small ones stay in the cache\n"
-                "  --kind  only those whose name begins so, as 'q4 tile16 fine'\n");
+                "usage: bench-matmul [--level NAME] [--threads N] [--device NAME] [--kind TEXT]\n"
+                "                    [--seconds PER-FIGURE] [--hot]\n"
+                "  --device a GPU instead of the CPU, by a part of its name\n"
+                "  --hot    the same matrix each time, so that small ones stay in the cache\n"
+                "  --kind   only those whose name begins so, as 'q4 tile16 fine'\n");
             return 0;
         default:
             fprintf(stderr, "Try 'bench-matmul --help'.\n");
             return 2;
         }
-    return run_level(level, n_threads, min_seconds, hot ? 0 : SPACE / 2, kind) < 0;
+    return run_level(device, level, n_threads, min_seconds, hot ? 0 : SPACE / 2, kind) < 0;
 }
