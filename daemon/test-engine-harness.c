@@ -10,7 +10,9 @@
 #include "base/checked.h"
 #include "base/cleanup.h"
 #include "daemon/test-engine-harness.h"
+#include "engine/engine-internal.h"
 #include "engine/tokenizer.h"
+#include "tests/queued-backend.h"
 
 #undef NDEBUG
 #include <assert.h>
@@ -23,15 +25,20 @@ int __real_engine_start(struct engine *e, enum engine_lane lane, struct step_ite
 int __wrap_engine_start(struct engine *e, enum engine_lane lane, struct step_item *items, size_t n);
 int __real_engine_end(struct engine *e, enum engine_lane lane);
 int __wrap_engine_end(struct engine *e, enum engine_lane lane);
+int __real_engine_wait(struct engine *e, enum engine_lane lane, uint64_t usec);
 int __wrap_engine_wait(struct engine *e, enum engine_lane lane, uint64_t usec);
 int __wrap_engine_add_gpu(struct engine *e, struct error *err);
+bool __real_engine_has_gpu(const struct engine *e);
 bool __wrap_engine_has_gpu(const struct engine *e);
+void __real_engine_remove_gpu(struct engine *e);
 void __wrap_engine_remove_gpu(struct engine *e);
+const char *__real_engine_lane_failure(const struct engine *e, enum engine_lane lane);
 const char *__wrap_engine_lane_failure(const struct engine *e, enum engine_lane lane);
 void __real_session_drop_kv(struct session *s);
 void __wrap_session_drop_kv(struct session *s);
 struct session *__real_session_free(struct session *s);
 struct session *__wrap_session_free(struct session *s);
+unsigned __real_session_lanes(const struct session *s);
 unsigned __wrap_session_lanes(const struct session *s);
 int __real_tokenizer_encode(const struct tokenizer *t, const char *text, size_t n,
                             const struct encode_options *options, struct token_array *ids);
@@ -41,6 +48,7 @@ int __wrap_tokenizer_encode(const struct tokenizer *t, const char *text, size_t 
 /* ---- the second lane ---- */
 
 struct second_lane second = {.joins = -ENOENT};
+static struct queued_backend *device; /* the engine's */
 
 /* Engine thread: whose K and V are by whom, as the engine would know it. */
 static struct {
@@ -72,7 +80,7 @@ static void note_lanes(const struct step_item *items, size_t n, enum engine_lane
 
 unsigned __wrap_session_lanes(const struct session *s)
 {
-    return *lanes_of(s);
+    return second.real ? __real_session_lanes(s) : *lanes_of(s);
 }
 
 static struct step_item *pass_items;
@@ -90,7 +98,7 @@ void __wrap_session_drop_kv(struct session *s)
 {
     assert(!in_pass(s));
     pthread_mutex_lock(&gate.mutex);
-    second.n_dropped += *lanes_of(s) != 0;
+    second.n_dropped += __wrap_session_lanes(s) != 0;
     pthread_mutex_unlock(&gate.mutex);
     *lanes_of(s) = 0;
     __real_session_drop_kv(s);
@@ -109,9 +117,15 @@ int __wrap_engine_add_gpu(struct engine *e, struct error *err)
 {
     int r;
 
-    (void)e;
     pthread_mutex_lock(&gate.mutex);
     r = second.joins;
+    if (second.real && r == 0) {
+        device = queued_backend_new(&e->limits, &(struct queued_options){.map_limit = 1 << 22});
+        r = engine_add_lane(e, queued_backend_base(device), err);
+        if (r < 0)
+            fprintf(stderr, "%s\n", err->text);
+        assert(r == 0);
+    }
     assert(!second.there);
     second.there = r == 0;
     second.n_joined += r == 0;
@@ -121,24 +135,47 @@ int __wrap_engine_add_gpu(struct engine *e, struct error *err)
 
 bool __wrap_engine_has_gpu(const struct engine *e)
 {
-    (void)e;
-    return second.there;
+    return second.real ? __real_engine_has_gpu(e) : second.there;
 }
 
 void __wrap_engine_remove_gpu(struct engine *e)
 {
-    (void)e;
     pthread_mutex_lock(&gate.mutex);
     assert(second.there && !second.under_way);
     second.there = false;
     second.n_removed++;
     pthread_mutex_unlock(&gate.mutex);
+    if (second.real)
+        __real_engine_remove_gpu(e);
 }
 
 const char *__wrap_engine_lane_failure(const struct engine *e, enum engine_lane lane)
 {
-    (void)e;
+    if (second.real)
+        return __real_engine_lane_failure(e, lane);
     return lane == LANE_GPU && second.fails ? "it fell off the bus" : NULL;
+}
+
+/* The device is slow, now more and now less, and perhaps lost. */
+static int start_real(struct engine *e, struct step_item *items, size_t n)
+{
+    static uint32_t k;
+    bool fails;
+    int r;
+
+    pthread_mutex_lock(&gate.mutex);
+    fails = second.fails;
+    pthread_mutex_unlock(&gate.mutex);
+    if (fails)
+        queued_backend_lose(device, 1);
+    queued_backend_delay(device, k++ * 7 % 11);
+    r = __real_engine_start(e, LANE_GPU, items, n);
+    pass_items = items;
+    n_pass_items = r == 0 ? n : 0;
+    pthread_mutex_lock(&gate.mutex);
+    second.under_way = r == 0;
+    pthread_mutex_unlock(&gate.mutex);
+    return r;
 }
 
 static int start_second(struct step_item *items, size_t n)
@@ -173,8 +210,9 @@ int __wrap_engine_wait(struct engine *e, enum engine_lane lane, uint64_t usec)
     struct timespec until;
     int r = 0;
 
-    (void)e;
     assert(lane == LANE_GPU && second.under_way);
+    if (second.real)
+        return __real_engine_wait(e, lane, usec);
     clock_gettime(CLOCK_REALTIME, &until);
     until.tv_nsec += (long)(usec % 1000000) * 1000;
     until.tv_sec += (time_t)(usec / 1000000) + until.tv_nsec / 1000000000;
@@ -198,7 +236,7 @@ static int end_second(struct engine *e)
 
     pthread_mutex_lock(&gate.mutex);
     assert(second.under_way);
-    while (!may_end())
+    while (!second.real && !may_end())
         pthread_cond_wait(&gate.changed, &gate.mutex);
     if (second.hold)
         second.allowed--;
@@ -206,7 +244,7 @@ static int end_second(struct engine *e)
     pthread_mutex_unlock(&gate.mutex);
 
     n_pass_items = 0; /* no longer looked at */
-    r = fails ? -ENODEV : engine_step(e, items, n);
+    r = second.real ? __real_engine_end(e, LANE_GPU) : fails ? -ENODEV : engine_step(e, items, n);
     pthread_mutex_lock(&gate.mutex);
     second.under_way = false;
     second.n_ended++;
@@ -274,7 +312,7 @@ int __wrap_engine_start(struct engine *e, enum engine_lane lane, struct step_ite
     int result;
 
     if (lane == LANE_GPU)
-        return start_second(items, n);
+        return second.real ? start_real(e, items, n) : start_second(items, n);
     for (size_t i = 0; i < n; i++)
         assert(!in_pass(items[i].session));
 
@@ -434,20 +472,34 @@ void start_with(const struct engine_options *options)
 
 void start_engine(uint64_t kv_bytes)
 {
-    start_with(&(struct engine_options){.n_threads = 1, .max_rows = 64, .kv_bytes = kv_bytes});
+    start_with(&(struct engine_options){.n_threads = 1,
+                                        .max_rows = 64,
+                                        .kv_bytes = kv_bytes,
+                                        /* for the same bits */
+                                        .gpu_activations = ACTIVATIONS_INT8});
 }
 
-void start_lanes(enum placement_mode mode, uint64_t kv_bytes)
+static void start_second_lane(enum placement_mode mode, uint64_t kv_bytes, bool real)
 {
     struct pollfd p;
 
-    second = (struct second_lane){0};
+    second = (struct second_lane){.real = real};
     start_engine(kv_bytes);
     engine_thread_set_placement(engine, mode);
     engine_thread_set_loading(engine, false);
     p = (struct pollfd){.fd = engine_thread_fd(engine), .events = POLLIN};
     assert(poll(&p, 1, -1) == 1);
     assert(engine_thread_lanes_changed(engine) && second.there);
+}
+
+void start_lanes(enum placement_mode mode, uint64_t kv_bytes)
+{
+    start_second_lane(mode, kv_bytes, false);
+}
+
+void start_real_lanes(enum placement_mode mode, uint64_t kv_bytes)
+{
+    start_second_lane(mode, kv_bytes, true);
 }
 
 void take(struct run *r)

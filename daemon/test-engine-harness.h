@@ -6,7 +6,9 @@
  * The loop's side of the engine thread for its tests: jobs, what came of them, and gates at which
  * the threads that work can be held, for the program is linked with the engine's steps,
  * tokenizer_encode() and the allocation functions wrapped. The second lane is one that computes
- * what it was given when its pass is let go, on the first one's backend: the bits are the same.
+ * what it was given when its pass is let go, on the first one's backend: the bits are the same. Or
+ * it is the engine's own, on a backend that behaves as a device (tests/queued-backend.h), and
+ * cannot be held: `real`.
  */
 
 #include <pthread.h>
@@ -33,6 +35,7 @@ extern struct gate gate;
 /* The second lane; guarded by gate.mutex. */
 struct second_lane {
     int joins;        /* engine_add_gpu()'s answer */
+    bool real;        /* the engine's own */
     bool there;       /* joined, and not removed */
     bool hold;        /* passes go on until they are let go */
     unsigned allowed; /* while held */
@@ -87,6 +90,7 @@ void start_with(const struct engine_options *options);
 void start_engine(uint64_t kv_bytes);
 /* With the second lane, which has joined when this returns. */
 void start_lanes(enum placement_mode mode, uint64_t kv_bytes);
+void start_real_lanes(enum placement_mode mode, uint64_t kv_bytes);
 void stop_engine(void);
 
 /* Takes what news there are; waits for some first. */

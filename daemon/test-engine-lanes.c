@@ -617,7 +617,7 @@ static uint32_t below(uint32_t n)
 }
 
 /* Many at once, on little memory, some of them stopped; perhaps the GPU is lost among them. */
-static void test_many(enum placement_mode mode, bool lost, uint64_t kv_bytes)
+static void test_many(enum placement_mode mode, bool real, bool lost, uint64_t kv_bytes)
 {
     enum { N = 12, REQUESTS = 24 };
     struct timeline *tl[N];
@@ -625,7 +625,7 @@ static void test_many(enum placement_mode mode, bool lost, uint64_t kv_bytes)
     bool is_to_stop[N] = {false}, stopped[N] = {false};
     unsigned n_asked = 0, n_compared = 0;
 
-    start_lanes(mode, kv_bytes);
+    real ? start_real_lanes(mode, kv_bytes) : start_lanes(mode, kv_bytes);
     for (unsigned i = 0; i < N; i++)
         tl[i] = NULL;
     while (n_asked < REQUESTS) {
@@ -660,12 +660,62 @@ static void test_many(enum placement_mode mode, bool lost, uint64_t kv_bytes)
             continue;
         wait_for(&x[i]);
         assert(x[i].result == 0);
-        if (!stopped[i])
+        if (!stopped[i]) {
             expect_same(&x[i].out, &long_alone.out);
+            n_compared++;
+        }
         run_done(&x[i]);
         engine_thread_close(engine, tl[i]);
     }
+    assert(look().n_rows > 0 && look().n_removed == lost);
     printf("%u requests of %u came to their end\n", n_compared, n_asked);
+    stop_engine();
+}
+
+/* A conversation that goes from lane to lane, is forked and rewound, and loses the device. */
+static void test_real(void)
+{
+    struct timeline *a = timeline_for(2), *f, *tl;
+    struct run x = {0}, d = {0};
+    struct second_lane before;
+    uint32_t used;
+
+    start_real_lanes(PLACE_HYBRID, 0);
+    tl = begin_decoding(&d);
+    before = look();
+    ask(&x, a, text, 40);
+    wait_for(&x);
+    expect_same(&x.out, &long_alone.out);
+    assert(look().n_rows - before.n_rows == x.usage.prompt_tokens);
+    used = timeline_n_tokens(a);
+    do_kind(&x, a, JOB_FORK);
+    f = TAKE_PTR(x.fork);
+    ask(&x, a, "Next", 10);
+    wait_for(&x);
+    expect_same(&x.out, &next_alone.out);
+    submit(&x, a, &(struct job_request){.kind = JOB_REWIND, .rewind_to = used - 1});
+    wait_for(&x);
+    assert(x.result == 0);
+
+    /* What the device has done of the fork is known there, and done again by the processor. */
+    before = look();
+    ask_deterministic(&x, f, "Next", 10);
+    wait_for(&x);
+    expect_same(&x.out, &next_alone.out);
+    assert(look().n_rows == before.n_rows && look().n_dropped == before.n_dropped + 1);
+
+    engine_thread_close(engine, a);
+    a = timeline_for(3);
+    fail_passes();
+    ask(&x, a, text, 40);
+    wait_for(&x);
+    expect_same(&x.out, &long_alone.out);
+    assert(look().n_rows == before.n_rows && look().n_removed == 1);
+    wait_for_more(&d);
+    stop_decoding(tl, &d);
+    run_done(&x);
+    engine_thread_close(engine, a);
+    engine_thread_close(engine, f);
     stop_engine();
 }
 
@@ -709,9 +759,16 @@ int main(int argc, char **argv)
     test_lost_at_start();
     test_all_lost();
     test_deterministic();
-    test_many(PLACE_HYBRID, false, 0);
-    test_many(PLACE_HYBRID, true, session_bytes * 3);
-    test_many(PLACE_GPU, true, session_bytes * 3);
+    test_many(PLACE_HYBRID, false, false, 0);
+    test_many(PLACE_HYBRID, false, true, session_bytes * 3);
+    test_many(PLACE_GPU, false, true, session_bytes * 3);
+
+    /* The engine's own. */
+    test_real();
+    test_many(PLACE_HYBRID, true, false, 0);
+    test_many(PLACE_GPU, true, false, session_bytes * 3);
+    test_many(PLACE_HYBRID, true, true, session_bytes * 3);
+    test_many(PLACE_GPU, true, true, session_bytes * 3);
     run_done(&short_alone);
     run_done(&long_alone);
     run_done(&next_alone);
