@@ -27,6 +27,7 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "backends/vulkan/vulkan.h"
@@ -45,6 +46,9 @@
 #define FIRST_RENDER_MINOR 128
 
 #define CACHE_NAME "vulkan-cache"
+#define CRASHES_NAME "vulkan-crashes"
+#define CRASHES_MAX 3
+#define CRASHES_SECONDS (24 * 60 * 60)
 #define CACHE_BYTES_MAX ((size_t)64 << 20)
 #define HASH_BYTES 32
 #define SAVE_USEC UINT64_C(60000000)
@@ -235,13 +239,12 @@ static int try_in_child(const struct vulkan_options *o, unsigned patience_msec, 
 
 /* ---- the file ---- */
 
-static char *cache_path(const struct gpu_options *o, const char *suffix)
+/* malloc'ed; NULL: there is none, or no memory */
+static char *file_in_cache(const struct gpu_options *o, const char *name)
 {
     char *path;
 
-    return !o->cache_folder || asprintf(&path, "%s/" CACHE_NAME "%s", o->cache_folder, suffix) < 0
-               ? NULL
-               : path;
+    return !o->cache_folder || asprintf(&path, "%s/%s", o->cache_folder, name) < 0 ? NULL : path;
 }
 
 static int hash_of(const void *data, size_t n, uint8_t *ret)
@@ -252,7 +255,7 @@ static int hash_of(const void *data, size_t n, uint8_t *ret)
 /* NULL: there is none, or it is of no use. */
 static void *read_cache(struct gpu *g, size_t *ret_bytes)
 {
-    CLEANUP(freep) char *path = cache_path(&g->options, "");
+    CLEANUP(freep) char *path = file_in_cache(&g->options, CACHE_NAME);
     CLEANUP(closep) int fd = path ? open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW) : -EBADF;
     struct cache_head head;
     uint8_t hash[HASH_BYTES];
@@ -281,8 +284,8 @@ static void *read_cache(struct gpu *g, size_t *ret_bytes)
 static int write_cache(const struct gpu *g, const struct cache_head *head, const void *data,
                        size_t n)
 {
-    CLEANUP(freep) char *path = cache_path(&g->options, "");
-    CLEANUP(freep) char *new = cache_path(&g->options, ".new");
+    CLEANUP(freep) char *path = file_in_cache(&g->options, CACHE_NAME);
+    CLEANUP(freep) char *new = file_in_cache(&g->options, CACHE_NAME ".new");
     CLEANUP(closep) int fd = -EBADF;
     int r;
 
@@ -326,9 +329,56 @@ void gpu_save_cache(struct gpu *g)
     g->failure_said = r < 0;
 }
 
-void gpu_save_cache_sometimes(struct gpu *g)
+/* ---- processes that crashed ---- */
+
+/* Written by a signal handler. One byte for each process that crashed with a GPU. */
+static int crashes_fd = -EBADF;
+
+static void on_crash(int number)
 {
-    if (g && (g->saved_usec == 0 || now_usec() - g->saved_usec >= SAVE_USEC))
+    (void)!write(crashes_fd, "x", 1);
+    raise(number); /* which now ends the process */
+}
+
+/* Those in a row, the last of which is not long ago. *ret_path: where that stands, malloc'ed */
+static unsigned count_crashes(const struct gpu *g, char **ret_path)
+{
+    struct stat st;
+
+    *ret_path = g->options.cache_folder ? file_in_cache(&g->options, CRASHES_NAME) : NULL;
+    if (!*ret_path || lstat(*ret_path, &st) < 0 || !S_ISREG(st.st_mode) ||
+        time(NULL) - st.st_mtime >= CRASHES_SECONDS)
+        return 0;
+    return (unsigned)MIN(st.st_size, (off_t)CRASHES_MAX);
+}
+
+/* A sanitizer that has a handler of its own keeps it. */
+static void watch_crashes(const struct gpu *g, const char *path, unsigned n)
+{
+    static const int signals[] = {SIGSEGV, SIGILL, SIGFPE, SIGABRT};
+    struct sigaction action = {.sa_handler = on_crash, .sa_flags = SA_RESETHAND | SA_NODEFER}, is;
+
+    if (!path)
+        return;
+    places_make_folder(g->options.cache_folder);
+    crashes_fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (crashes_fd < 0)
+        return;
+    if (n == 0)
+        (void)!ftruncate(crashes_fd, 0); /* too long ago */
+    sigemptyset(&action.sa_mask);
+    for (size_t i = 0; i < ARRAY_SIZE(signals); i++)
+        if (sigaction(signals[i], NULL, &is) == 0 && is.sa_handler == SIG_DFL)
+            sigaction(signals[i], &action, NULL);
+}
+
+void gpu_rests(struct gpu *g)
+{
+    if (!g)
+        return;
+    if (crashes_fd >= 0)
+        (void)!ftruncate(crashes_fd, 0);
+    if (g->saved_usec == 0 || now_usec() - g->saved_usec >= SAVE_USEC)
         gpu_save_cache(g);
 }
 
@@ -344,9 +394,15 @@ static int find(struct gpu *g, struct error *err)
 {
     struct vulkan_options vulkan = {.name = g->options.device};
     CLEANUP(freep) void *cache = NULL;
-    unsigned before = n_threads();
+    CLEANUP(freep) char *crashes = NULL;
+    unsigned before = n_threads(), n_crashes = count_crashes(g, &crashes);
     int r;
 
+    if (n_crashes >= CRASHES_MAX)
+        return error_set(err, ECANCELED,
+                         "the last %u processes that used it have crashed; it is left alone for a "
+                         "day, or until %s is removed",
+                         n_crashes, crashes);
     set_environment(g->options.scope);
     r = try_in_child(&vulkan,
                      g->options.patience_msec > 0 ? g->options.patience_msec : PATIENCE_MSEC, err);
@@ -360,6 +416,8 @@ static int find(struct gpu *g, struct error *err)
     r = check_process(before, err);
     if (r < 0) /* not so in the child */
         g->device = vulkan_device_free(g->device);
+    else
+        watch_crashes(g, crashes, n_crashes);
     return r;
 }
 
@@ -393,8 +451,6 @@ int gpu_find(struct gpu **ret, const struct gpu_options *o, struct error *err)
             return r;
         }
     } else {
-        if (o->cache_folder)
-            places_make_folder(o->cache_folder);
         log_info("GPU: %s%s", vulkan_device_name(g->device),
                  vulkan_device_is_software(g->device) ? " (in software)" : "");
     }
@@ -404,8 +460,11 @@ int gpu_find(struct gpu **ret, const struct gpu_options *o, struct error *err)
 
 struct gpu *gpu_free(struct gpu *g)
 {
-    if (g)
+    if (g && g->device) {
         vulkan_device_free(g->device);
+        closep(&crashes_fd);
+        crashes_fd = -EBADF;
+    }
     free(g);
     return NULL;
 }

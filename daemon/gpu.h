@@ -5,7 +5,8 @@
 /*
  * gpu: the device that computes beside the processor, as the service has it: looked for before the
  * sandbox, what its driver needs of that, and the file in which compiled shaders are kept for the
- * next process. That there is none costs speed, never service; the log says why.
+ * next process. That there is none costs speed, never service; the log says why. Nor does a driver
+ * that crashes while it computes, but for a while: the third time it is left alone for a day.
  */
 
 #include "base/error.h"
@@ -45,8 +46,10 @@ const char *gpu_failure(const struct gpu *g);
 int gpu_allow(const struct gpu *g, struct sandbox *b);
 
 /*
- * Keeps what was compiled since the last time, if anything; the second, if that is a while ago. By
- * the thread that computes, or when there is none; a failure is logged, once.
+ * Keeps what was compiled since the last time, if anything. By the thread that computes, or when
+ * there is none; a failure is logged, once.
  */
 void gpu_save_cache(struct gpu *g);
-void gpu_save_cache_sometimes(struct gpu *g);
+
+/* It has worked, and all is well. By the thread that computes. */
+void gpu_rests(struct gpu *g);

@@ -417,7 +417,7 @@ static enum placement_mode backend(const struct service *s)
 /* Engine thread. */
 static void on_gpu_rests(void *userdata)
 {
-    gpu_save_cache_sometimes(userdata);
+    gpu_rests(userdata);
 }
 
 /* Of a model that is open. No session is. 0: it serves; -errno: there is no engine now */

@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +25,7 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "backends/vulkan/vulkan.h"
@@ -328,6 +330,7 @@ static void cannot_keep(void)
     gpu_save_cache(g);
     gpu_save_cache(g);
     gpu_free(g);
+    assert(rename(in_folder("cache/away"), in_folder("cache/llmd")) == 0);
 }
 
 static ino_t inode(void)
@@ -373,6 +376,81 @@ static void test_cache(void)
     assert(told && !strstr(told + 1, "is not kept"));
 }
 
+/* ---- crashes ---- */
+
+static void crashes(void)
+{
+    assert(find(with_cache()));
+    abort();
+}
+
+static void is_killed(void)
+{
+    assert(find(with_cache()));
+    raise(SIGKILL);
+}
+
+static void rests_and_crashes(void)
+{
+    struct gpu *g = find(with_cache());
+
+    assert(g);
+    gpu_rests(g);
+    abort();
+}
+
+static void is_left_alone(void)
+{
+    assert(!find(with_cache()));
+}
+
+static void is_used(void)
+{
+    struct gpu *g = find(with_cache());
+
+    assert(g);
+    gpu_free(g);
+}
+
+static void must_crash(void (*child)(void), int signal_number)
+{
+    int status = run(child);
+
+    if (WIFSIGNALED(status) && WTERMSIG(status) == signal_number && strstr(said, "GPU: llvmpipe") &&
+        !strstr(said, "Assertion"))
+        return;
+    fprintf(stderr, "status %#x; it said:\n%s", (unsigned)status, said);
+    abort();
+}
+
+static void test_crashes(void)
+{
+    const char *path = in_folder("cache/llmd/vulkan-crashes");
+    const struct timespec past[] = {{.tv_sec = time(NULL) - 25 * 60 * 60},
+                                    {.tv_sec = time(NULL) - 25 * 60 * 60}};
+
+    must_crash(crashes, SIGABRT);
+    must_crash(is_killed, SIGKILL); /* which says nothing of a driver */
+    must_crash(crashes, SIGABRT);
+    must_pass(is_used, "after two");
+    must_crash(rests_and_crashes, SIGABRT); /* the first again */
+    must_crash(crashes, SIGABRT);
+    must_crash(crashes, SIGABRT);
+    must_pass(is_left_alone, "after three");
+    assert(strstr(said, "no GPU is used") && strstr(said, "the last 3 processes") &&
+           strstr(said, "vulkan-crashes"));
+    must_pass(is_left_alone, "still");
+
+    assert(utimensat(AT_FDCWD, path, past, 0) == 0);
+    must_crash(crashes, SIGABRT); /* the first */
+    must_pass(is_used, "a day later");
+    must_crash(crashes, SIGABRT);
+    must_crash(crashes, SIGABRT);
+    must_pass(is_left_alone, "again");
+    assert(unlink(path) == 0);
+    must_pass(is_used, "by hand");
+}
+
 /* ---- inside ---- */
 
 static int result(long r)
@@ -387,6 +465,7 @@ static int opens(const char *path, int flags)
     return result(fd);
 }
 
+/* Tries what must not be, and ends by a crash, which is noted from there too. */
 static void inside(void)
 {
     CLEANUP(sandbox_freep) struct sandbox *s = NULL;
@@ -414,12 +493,16 @@ static void inside(void)
     fprintf(stderr, "so far\n");
     assert(result(socket(AF_INET, SOCK_STREAM, 0)) == -EPERM);
     assert(result(mprotect(p, 4096, PROT_READ | PROT_WRITE | PROT_EXEC)) == -EPERM);
-    gpu_free(g);
+    abort();
 }
 
 static void test_inside(void)
 {
-    must_pass(inside, "inside");
+    const char *crashes_path = in_folder("cache/llmd/vulkan-crashes");
+    struct stat st;
+
+    must_crash(inside, SIGABRT);
+    assert(stat(crashes_path, &st) == 0 && st.st_size == 1);
     const char *end = strstr(said, "so far\n"), *refused = strstr(said, "the sandbox refused");
     if (!end || !refused || refused < end) {
         fprintf(stderr, "inside it said:\n%s", said);
@@ -456,6 +539,7 @@ int main(int argc, char **argv)
     test_finding();
     test_environment();
     test_cache();
+    test_crashes();
     if (landlock_version() > 0 && HAVE_SECCOMP)
         test_inside();
     snprintf(command, sizeof(command), "rm -r %s", folder);

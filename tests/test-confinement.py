@@ -207,7 +207,9 @@ def with_a_gpu(folder, model):
             files, code = opened(pid)
             assert not [f for f in files if f.startswith("/dev/dri")], files
             assert [m for m in code if len(m) < 6] and not [m for m in code if "w" in m[1]], code
-    assert os.listdir(home) == ["cache"] and os.listdir(home + "/cache/llmd") == ["vulkan-cache"], os.listdir(home)
+    kept = home + "/cache/llmd"
+    assert os.listdir(home) == ["cache"] and sorted(os.listdir(kept)) == ["vulkan-cache", "vulkan-crashes"], os.listdir(kept)
+    assert os.stat(kept + "/vulkan-crashes").st_size == 0
 
 
 def code_is_for_software_only(folder, model):
