@@ -5,8 +5,8 @@
 /*
  * What the engine thread's own files share: engine-thread.c (the queues, what the loop calls),
  * job-output.c (what goes back to the loop), job-work.c (requests: admission, what a step gave,
- * memory), job-pass.c (steps of the lanes, and the GPU that comes and goes) and job-simple.c (what
- * is done between two steps).
+ * memory), job-pass.c (steps of the lanes, and the GPU that comes and goes), job-calibrate.c (how
+ * fast they are) and job-simple.c (what is done between two steps).
  *
  * Two lanes. A pass of the GPU goes on while this thread makes steps of the CPU, and does whatever
  * else it does. The sessions in it are left alone until it is over, which is soon: their jobs have
@@ -21,6 +21,7 @@
 
 #include "daemon/engine-thread.h"
 #include "daemon/session-record.h"
+#include "engine/calibration.h"
 #include "engine/engine.h"
 #include "engine/placement.h"
 #include "engine/scheduler.h"
@@ -83,7 +84,13 @@ enum gpu_state {
     GPU_FAILED, /* could not be had, or was lost; for good */
 };
 
-#define DESCRIPTIONS 4 /* at the start, with a GPU, without it again */
+enum calibration_state {
+    CALIBRATION_NONE, /* not wanted, or given up */
+    CALIBRATION_WANTED,
+    CALIBRATION_DONE, /* or known before */
+};
+
+#define DESCRIPTIONS 4 /* at the start, with a GPU, when that is measured, without it again */
 
 struct engine_thread {
     pthread_t thread;
@@ -118,6 +125,8 @@ struct engine_thread {
     void (*gpu_rests)(void *userdata);
     void *gpu_rests_userdata;
     char placement_text[256];
+    struct placement_info placement_info;
+    bool on_battery;
     struct weight_change *weights, **weights_end;
     unsigned relief;   /* the level of the last event; 0: none to be looked at */
     bool has_released; /* some timelines are */
@@ -139,6 +148,14 @@ struct engine_thread {
     struct lane_pass pass[ENGINE_LANES];
     struct placement placement;
     struct placement_choice choice; /* of this turn */
+    struct {
+        enum calibration_state state;
+        struct calibration_result result; /* DONE */
+        struct calibration *work;         /* NULL: not begun */
+        uint64_t due_usec;                /* when others are not waited for any more */
+        void (*done)(void *userdata, const struct calibration_result *c);
+        void *userdata;
+    } calibration;
     enum gpu_state gpu;
     bool gpu_has_worked; /* since gpu_rests() was last called */
     uint64_t preemptions, kv_given_back;
@@ -251,10 +268,26 @@ bool pass_is_under_way(const struct engine_thread *t);
 /* Until it is over, something has come in, or something is to be said. */
 void pass_wait(struct engine_thread *t);
 
+/* What computes, and who does what, has changed: it is published. */
+void pass_describe(struct engine_thread *t);
+void pass_describe_placement(struct engine_thread *t); /* who does what */
+void pass_tell_loop(struct engine_thread *t);
+
+/* The GPU, or all, can compute no more: -ENODEV, -ENOTRECOVERABLE. why: NULL: the lane knows */
+void pass_failed(struct engine_thread *t, int r, const char *why);
+
 /* The GPU joins as soon as it may. */
 void pass_look_at_gpu(struct engine_thread *t);
 
 struct job *job_of(struct scheduler_task *task);
+
+/* ---- job-calibrate.c: engine thread ---- */
+
+void calibrate_begin(struct engine_thread *t); /* the GPU has joined */
+void calibrate_end(struct engine_thread *t);   /* it goes, or the engine will */
+
+/* A piece of it, if it is due. True: there may be more. */
+bool calibrate_turn(struct engine_thread *t, bool idle);
 
 /* ---- job-recover.c: engine thread ---- */
 

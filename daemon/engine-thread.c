@@ -154,6 +154,10 @@ static void set_mode(struct engine_thread *t)
         return;
     t->mode_changed = false;
     placement_init(&t->placement, t->mode);
+    if (t->mode == PLACE_AUTO && t->calibration.state == CALIBRATION_DONE)
+        placement_set_rates(&t->placement, &t->calibration.result.rates);
+    if (t->mode != PLACE_AUTO)
+        t->calibration.state = CALIBRATION_NONE;
     t->gpu = t->mode == PLACE_CPU ? GPU_NONE : GPU_WAITS;
 }
 
@@ -269,11 +273,13 @@ static void *engine_thread_run(void *userdata)
             pass_look_at_gpu(t);
             idle = !pass_step(t);
             idle = !spill_turn(t) && idle;
+            idle = !calibrate_turn(t, idle) && idle;
             work_publish(t);
         }
         free_closed(t);
         assert(!t->active && !t->timelines);
     }
+    calibrate_end(t);
     work_done(t);
     t->engine = engine_free(t->engine);
     return NULL;
@@ -395,6 +401,39 @@ void engine_thread_set_gpu_rests(struct engine_thread *t, void (*rests)(void *us
     t->gpu_rests = rests;
     t->gpu_rests_userdata = userdata;
     pthread_mutex_unlock(&t->mutex);
+}
+
+void engine_thread_set_calibration(struct engine_thread *t, const struct calibration_result *known,
+                                   void (*done)(void *userdata, const struct calibration_result *c),
+                                   void *userdata)
+{
+    pthread_mutex_lock(&t->mutex);
+    t->calibration.state = known ? CALIBRATION_DONE : CALIBRATION_WANTED;
+    if (known)
+        t->calibration.result = *known;
+    t->calibration.done = done;
+    t->calibration.userdata = userdata;
+    t->mode_changed = true;
+    wake(t);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+void engine_thread_set_on_battery(struct engine_thread *t, bool on_battery)
+{
+    pthread_mutex_lock(&t->mutex);
+    if (t->on_battery != on_battery)
+        wake(t);
+    t->on_battery = on_battery;
+    pthread_mutex_unlock(&t->mutex);
+}
+
+void engine_thread_get_placement(struct engine_thread *t, struct placement_info *ret)
+{
+    pthread_mutex_lock(&t->mutex);
+    *ret = t->placement_info;
+    pthread_mutex_unlock(&t->mutex);
+    if (ret->state == PLACEMENT_BACKS_OFF && now_usec() >= ret->until_usec)
+        ret->state = PLACEMENT_WORKS; /* nothing came that would have seen it */
 }
 
 bool engine_thread_lanes_changed(struct engine_thread *t)

@@ -14,7 +14,8 @@
  * Memory: a pool of KV pages serves all timelines. When it runs short, those without a job give
  * theirs back, the least recently used first, then requests wait in the queue again, and go on
  * later where they were. What had been given back is computed again, by the same lane to the same
- * bits, so nobody notices but by the time it takes; a request fails (-ENOBUFS) only when it alone does not fit.
+ * bits, so nobody notices but by the time it takes; a request fails (-ENOBUFS) only when it alone
+ * does not fit.
  */
 
 #include <stdbool.h>
@@ -22,6 +23,7 @@
 
 #include "base/error.h"
 #include "daemon/job.h"
+#include "engine/calibration.h"
 #include "engine/engine.h"
 #include "engine/placement.h"
 #include "engine/scheduler.h"
@@ -49,8 +51,8 @@ const char *engine_thread_description(const struct engine_thread *t);
  */
 void engine_thread_set_placement(struct engine_thread *t, enum placement_mode mode);
 
-/* By the engine thread, when it has nothing to do and the GPU has worked since the last time. Before
- * the first job; no step waits for it. */
+/* By the engine thread, when it has nothing to do and the GPU has worked since the last time.
+ * Before the first job; no step waits for it. */
 void engine_thread_set_gpu_rests(struct engine_thread *t, void (*rests)(void *userdata),
                                  void *userdata);
 
@@ -65,6 +67,29 @@ struct lane_info {
     char failure[256]; /* why it does not, in words; empty: there is none, or not yet */
 };
 void engine_thread_get_lanes(struct engine_thread *t, struct lane_info ret[ENGINE_LANES]);
+
+/*
+ * How fast the lanes are, for PLACE_AUTO, which uses no GPU before that is known. known: by an
+ * earlier process; its activations are the GPU's. NULL: it is measured when the GPU has joined and
+ * nobody waits (engine/calibration.h), and done() is then called by the engine thread. Before the
+ * first job, after engine_thread_set_placement(); else nothing is measured.
+ */
+void engine_thread_set_calibration(struct engine_thread *t, const struct calibration_result *known,
+                                   void (*done)(void *userdata, const struct calibration_result *c),
+                                   void *userdata);
+
+/* The machine is on battery, and the GPU is not to be used there (engine/placement.h). */
+void engine_thread_set_on_battery(struct engine_thread *t, bool on_battery);
+
+struct placement_info {
+    enum placement_mode mode;
+    enum placement_state state;       /* now */
+    uint64_t until_usec;              /* when it backs off: until then */
+    struct placement_rates rates;     /* 0: not known */
+    enum activation_type activations; /* the GPU's; AUTO: it was not there yet */
+    bool is_measured;                 /* the rates are, by this process or an earlier one */
+};
+void engine_thread_get_placement(struct engine_thread *t, struct placement_info *ret);
 
 /* Who does what, one line for people: placement_explain(). Returns buf. */
 const char *engine_thread_explain(struct engine_thread *t, char *buf, size_t n);

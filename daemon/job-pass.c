@@ -28,24 +28,38 @@
 
 /* ---- what people are told ---- */
 
-static void describe(struct engine_thread *t)
+void pass_describe_placement(struct engine_thread *t)
 {
-    unsigned n = atomic_load(&t->n_descriptions);
+    const struct placement *p = &t->placement;
     char text[sizeof(t->placement_text)];
 
-    placement_explain(&t->placement, text, sizeof(text));
-    if (n < DESCRIPTIONS) {
-        strncpy(t->descriptions[n], engine_description(t->engine), sizeof(t->descriptions[n]) - 1);
-        atomic_store(&t->n_descriptions, n + 1);
-    }
+    placement_explain(p, text, sizeof(text));
     pthread_mutex_lock(&t->mutex);
     memcpy(t->placement_text, text, sizeof(text));
+    t->placement_info = (struct placement_info){
+        .mode = p->mode,
+        .state = p->state,
+        .until_usec = p->until_usec,
+        .rates = p->rates,
+        .activations = t->gpu == GPU_WORKS ? engine_gpu_activations(t->engine) : ACTIVATIONS_AUTO,
+        .is_measured = t->calibration.state == CALIBRATION_DONE};
     t->lanes[LANE_CPU].works = true;
     t->lanes[LANE_GPU].works = t->gpu == GPU_WORKS;
     pthread_mutex_unlock(&t->mutex);
 }
 
-static void tell_loop(struct engine_thread *t)
+void pass_describe(struct engine_thread *t)
+{
+    unsigned n = atomic_load(&t->n_descriptions);
+
+    if (n < DESCRIPTIONS) {
+        strncpy(t->descriptions[n], engine_description(t->engine), sizeof(t->descriptions[n]) - 1);
+        atomic_store(&t->n_descriptions, n + 1);
+    }
+    pass_describe_placement(t);
+}
+
+void pass_tell_loop(struct engine_thread *t)
 {
     pthread_mutex_lock(&t->mutex);
     t->lanes_changed = true;
@@ -58,19 +72,20 @@ static void tell_loop(struct engine_thread *t)
 static void fail_gpu(struct engine_thread *t, const char *why)
 {
     t->gpu = GPU_FAILED;
+    calibrate_end(t);
     placement_set_gpu(&t->placement, false);
     pthread_mutex_lock(&t->mutex);
     strncpy(t->lanes[LANE_GPU].failure, why, sizeof(t->lanes[LANE_GPU].failure) - 1);
     pthread_mutex_unlock(&t->mutex);
-    describe(t);
-    tell_loop(t);
+    pass_describe(t);
+    pass_tell_loop(t);
     for (struct job *j = t->active; j; j = j->work.next)
         work_choose_lane(t, j);
 }
 
-static void lose_gpu(struct engine_thread *t)
+static void lose_gpu(struct engine_thread *t, const char *said)
 {
-    const char *failure = engine_lane_failure(t->engine, LANE_GPU);
+    const char *failure = said ? said : engine_lane_failure(t->engine, LANE_GPU);
     char why[sizeof(t->lanes[LANE_GPU].failure)] = "it gives no reason";
 
     if (failure)
@@ -85,8 +100,11 @@ static void lose_gpu(struct engine_thread *t)
 static void join_gpu(struct engine_thread *t)
 {
     struct error err = {0};
-    int r = engine_add_gpu(t->engine, &err);
+    int r;
 
+    if (t->placement.mode == PLACE_AUTO && t->calibration.state == CALIBRATION_DONE)
+        engine_set_gpu_activations(t->engine, t->calibration.result.gpu_activations);
+    r = engine_add_gpu(t->engine, &err);
     if (r == -ENOENT && !t->options.gpu) {
         t->gpu = GPU_NONE;
         for (struct job *j = t->active; j; j = j->work.next)
@@ -101,10 +119,11 @@ static void join_gpu(struct engine_thread *t)
     }
     t->gpu = GPU_WORKS;
     placement_set_gpu(&t->placement, true);
-    describe(t);
+    calibrate_begin(t);
+    pass_describe(t);
     log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_GPU}, "the GPU takes part: %s; %s",
              engine_description(t->engine), t->placement_text);
-    tell_loop(t);
+    pass_tell_loop(t);
 }
 
 void pass_look_at_gpu(struct engine_thread *t)
@@ -149,10 +168,10 @@ static size_t unmark(struct engine_thread *t, struct lane_pass *p)
     return n;
 }
 
-static void failed(struct engine_thread *t, enum engine_lane lane, int r)
+static void failed(struct engine_thread *t, enum engine_lane lane, int r, const char *why)
 {
     if (lane == LANE_GPU && r == -ENODEV) {
-        lose_gpu(t);
+        lose_gpu(t, why);
         return;
     }
     if (r == -ENODEV || r == -ENOTRECOVERABLE)
@@ -164,6 +183,11 @@ static void failed(struct engine_thread *t, enum engine_lane lane, int r)
         unmark(t, &t->pass[l]);
     }
     work_fail_all(t, r);
+}
+
+void pass_failed(struct engine_thread *t, int r, const char *why)
+{
+    failed(t, LANE_GPU, r, why);
 }
 
 /* Time that the device itself worked on the lane's last pass; 0: not known. */
@@ -195,7 +219,7 @@ static void end_pass(struct engine_thread *t, enum engine_lane lane)
     size_t n = unmark(t, p);
 
     if (r < 0) {
-        failed(t, lane, r);
+        failed(t, lane, r, NULL);
         return;
     }
     if (lane == LANE_GPU)
@@ -227,7 +251,7 @@ static bool start_pass(struct engine_thread *t, enum engine_lane lane)
     r = engine_start(t->engine, lane, p->items, p->n);
     if (r < 0) {
         unmark(t, p);
-        failed(t, lane, r);
+        failed(t, lane, r, NULL);
     }
     return true;
 }
@@ -295,7 +319,7 @@ int pass_init(struct engine_thread *t, struct error *err)
         if (!p->picks || !p->items)
             return error_set(err, ENOMEM, "out of memory");
     }
-    describe(t);
+    pass_describe(t);
     return 0;
 }
 

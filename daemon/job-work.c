@@ -616,10 +616,14 @@ static void choose_lanes(struct engine_thread *t)
 {
     struct placement_load load = {.now_usec = now_usec()};
 
+    pthread_mutex_lock(&t->mutex);
+    load.on_battery = t->on_battery;
+    pthread_mutex_unlock(&t->mutex);
     for (const struct job *j = t->active; j; j = j->work.next)
         if (j->work.is_running && !j->work.is_paused)
             *(in_prefill(j) ? &load.n_prompts : &load.n_decoding) += 1;
-    placement_choose(&t->placement, &load, &t->choice);
+    if (placement_choose(&t->placement, &load, &t->choice))
+        pass_describe_placement(t);
 }
 
 /* Sees which readers are slow, and takes those that no longer are back. */

@@ -25,12 +25,14 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "backends/vulkan/vulkan.h"
 #include "base/cleanup.h"
 #include "daemon/arguments.h"
 #include "daemon/authority.h"
 #include "daemon/build-identity.h"
 #include "daemon/bus-host.h"
 #include "daemon/bus.h"
+#include "daemon/calibration-file.h"
 #include "daemon/client-session.h"
 #include "daemon/client.h"
 #include "daemon/config.h"
@@ -46,6 +48,7 @@
 #include "daemon/model-store.h"
 #include "daemon/notify.h"
 #include "daemon/places.h"
+#include "daemon/power.h"
 #include "daemon/prefetch-child.h"
 #include "daemon/prefetch.h"
 #include "daemon/recovery.h"
@@ -59,6 +62,7 @@
 
 #define GRACE_USEC 2000000u    /* for readers to take what a stopped request still has to say */
 #define EXCHANGE_USEC 5000000u /* for readers of the last model's streams, before it goes */
+#define POWER_USEC 30000000u   /* between two looks at whether there is mains */
 #define LOAD_EXTEND_USEC UINT64_C(60000000)
 
 struct numbers {
@@ -78,13 +82,14 @@ struct service_private {
     char *loading;                 /* what the loader opens: a name, or a path */
     struct model *next;
     char *next_name;
-    sd_event_source *idle_timer, *grace_timer, *exchange_timer;
-    sd_event_source *status_source; /* post: NULL where nobody wants to know */
-    sd_event_source *end_source;    /* deferred: the loop ends */
-    struct unit_job *job;           /* asked for, after a signal to stop */
-    int signal;                     /* that one */
-    sd_event_source *fault_source;  /* a model's file has changed */
-    struct numbers told;            /* in the last status line */
+    sd_event_source *idle_timer, *grace_timer, *exchange_timer, *power_timer;
+    char calibration_key[CALIBRATION_KEY]; /* of the engine with its GPU; read by its thread */
+    sd_event_source *status_source;        /* post: NULL where nobody wants to know */
+    sd_event_source *end_source;           /* deferred: the loop ends */
+    struct unit_job *job;                  /* asked for, after a signal to stop */
+    int signal;                            /* that one */
+    sd_event_source *fault_source;         /* a model's file has changed */
+    struct numbers told;                   /* in the last status line */
     unsigned pressure_said;
     bool recovered;     /* what another process left was looked at */
     bool open;          /* clients are let in */
@@ -415,6 +420,60 @@ static enum placement_mode backend(const struct service *s)
 }
 
 /* Engine thread. */
+static void on_calibrated(void *userdata, const struct calibration_result *c)
+{
+    struct service *s = userdata;
+    const char *folder = s->private->places.cache;
+    int r = calibration_write(folder, s->private->calibration_key,
+                              vulkan_device_name(gpu_device(s->gpu)), c);
+
+    if (r < 0)
+        log_warning("%s: how fast CPU and GPU are is not kept, and is measured again next time: %s",
+                    folder, strerror(-r));
+}
+
+/* Of the engine that is new, and has no GPU yet. */
+static void set_calibration(struct service *s)
+{
+    struct service_private *p = s->private;
+    struct calibration_result known;
+    struct error err = {0};
+    int r;
+
+    if (!gpu_device(s->gpu) || backend(s) != PLACE_AUTO)
+        return;
+    if (!p->places.cache || calibration_key(p->calibration_key, s->model, gpu_device(s->gpu),
+                                            engine_thread_description(s->engine)) < 0) {
+        engine_thread_set_calibration(s->engine, NULL, NULL, NULL);
+        return;
+    }
+    r = calibration_read(p->places.cache, p->calibration_key, &known, &err);
+    if (r < 0 && r != -ENOENT)
+        log_notice("how fast CPU and GPU are is measured again: %s",
+                   err.text[0] ? err.text : strerror(-r));
+    engine_thread_set_calibration(s->engine, r < 0 ? NULL : &known, on_calibrated, s);
+}
+
+/* Looked at while there is a GPU that it matters to. */
+static void look_at_power(struct service *s)
+{
+    if (!s->engine || !gpu_device(s->gpu))
+        return;
+    engine_thread_set_on_battery(s->engine,
+                                 !s->config->gpu_on_battery && power_on_battery(POWER_SUPPLIES));
+    sd_event_source_set_time_relative(s->private->power_timer, POWER_USEC);
+    sd_event_source_set_enabled(s->private->power_timer, SD_EVENT_ONESHOT);
+}
+
+static int on_power_due(sd_event_source *source, uint64_t usec, void *userdata)
+{
+    (void)source;
+    (void)usec;
+    look_at_power(userdata);
+    return 0;
+}
+
+/* Engine thread. */
 static void on_gpu_rests(void *userdata)
 {
     gpu_rests(userdata);
@@ -457,6 +516,8 @@ static int make_engine(struct service *s, struct model *m, struct error *err)
     engine_thread_set_spill_folder(s->engine, s->private->state_fd);
     engine_thread_set_placement(s->engine, gpu_device(s->gpu) ? backend(s) : PLACE_CPU);
     engine_thread_set_gpu_rests(s->engine, on_gpu_rests, s->gpu);
+    set_calibration(s);
+    look_at_power(s);
     set_weights(s);
     return 0;
 }
@@ -1121,6 +1182,7 @@ static int new_parts(struct service *s, struct error *err)
         (r = new_timer(s, &p->grace_timer, on_grace_over)) < 0 ||
         (r = new_timer(s, &p->exchange_timer, on_exchange_late)) < 0 ||
         (r = new_timer(s, &p->idle_timer, on_idle)) < 0 ||
+        (r = new_timer(s, &p->power_timer, on_power_due)) < 0 ||
         (r = sd_event_add_signal(s->event, NULL, SIGTERM, on_stop_signal, s)) < 0 ||
         (r = sd_event_add_signal(s->event, NULL, SIGINT, on_stop_signal, s)) < 0 ||
         (r = sd_event_add_signal(s->event, NULL, SIGHUP, on_reload_signal, s)) < 0)
@@ -1255,6 +1317,7 @@ struct service *service_free(struct service *s)
         sd_event_source_disable_unref(p->idle_timer);
         sd_event_source_disable_unref(p->grace_timer);
         sd_event_source_disable_unref(p->exchange_timer);
+        sd_event_source_disable_unref(p->power_timer);
         closep(&p->state_fd);
         places_done(&p->places);
         config_free(p->config);

@@ -196,6 +196,128 @@ static void test_all_on_gpu(void)
     stop_engine();
 }
 
+/* The first one that the engine thread measures; its sums are the test's. */
+static void note_measured(void *userdata, const struct calibration_result *c)
+{
+    struct calibration_result *ret = userdata;
+
+    pthread_mutex_lock(&gate.mutex);
+    *ret = *c;
+    pthread_mutex_unlock(&gate.mutex);
+}
+
+static void wait_for_lanes(void)
+{
+    while (!engine_thread_lanes_changed(engine))
+        poll(&(struct pollfd){.fd = engine_thread_fd(engine), .events = POLLIN}, 1, -1);
+}
+
+/* A GPU that reads prompts, beside a processor that decodes. */
+static const struct calibration_result usual = {
+    .rates = {.lane = {{.prefill = 100, .decode = 20, .decode_many = 60},
+                       {.prefill = 400, .decode = 10, .decode_many = 50}}},
+    .gpu_activations = ACTIVATIONS_INT8};
+
+static struct placement_info placement(void)
+{
+    struct placement_info i;
+
+    engine_thread_get_placement(engine, &i);
+    return i;
+}
+
+static void start_auto(const struct calibration_result *known, struct calibration_result *ret)
+{
+    second = (struct second_lane){0};
+    start_engine(0);
+    engine_thread_set_placement(engine, PLACE_AUTO);
+    engine_thread_set_calibration(engine, known, note_measured, ret);
+    engine_thread_set_loading(engine, false);
+    wait_for_lanes();
+}
+
+static void test_measured(void)
+{
+    struct calibration_result x = {0};
+    struct engine_statistics s;
+    struct run r = {0};
+    char line[256];
+
+    /* What is not known is measured first, with a request as without. */
+    start_auto(NULL, &x);
+    alone(&r, "Hello", 20);
+    expect_same(&r.out, &short_alone.out);
+    run_done(&r);
+    wait_for_lanes();
+    assert(x.rates.lane[LANE_CPU].prefill > 0 && x.rates.lane[LANE_GPU].decode > 0);
+    assert(x.rates.both_prefill > 0 && x.rates.both_decode > 0);
+    assert(placement().is_measured && placement().mode == PLACE_AUTO);
+    assert(placement().rates.lane[LANE_GPU].prefill == x.rates.lane[LANE_GPU].prefill);
+    assert(strstr(engine_thread_explain(engine, line, sizeof(line)), " tokens/s"));
+    assert(!strstr(line, "not measured"));
+    s = statistics();
+    assert(s.kv_bytes_used == 0); /* what measured has gone */
+    stop_engine();
+
+    /* What is known is not. */
+    start_auto(&usual, NULL);
+    assert(placement().is_measured && placement().activations == ACTIVATIONS_INT8);
+    alone(&r, text, 40);
+    expect_same(&r.out, &long_alone.out);
+    s = statistics();
+    assert(s.lanes[LANE_GPU].prompt_rows == r.usage.prompt_tokens);
+    assert(s.lanes[LANE_GPU].decoded_rows == 0 && s.lanes[LANE_CPU].decoded_rows == 39);
+    run_done(&r);
+
+    /* On battery the processor does all, and it is said. */
+    engine_thread_set_on_battery(engine, true);
+    alone(&r, text, 40);
+    expect_same(&r.out, &long_alone.out);
+    run_done(&r);
+    assert(statistics().lanes[LANE_GPU].prompt_rows == s.lanes[LANE_GPU].prompt_rows);
+    assert(placement().state == PLACEMENT_ON_BATTERY);
+    assert(strstr(engine_thread_explain(engine, line, sizeof(line)), "on battery"));
+    engine_thread_set_on_battery(engine, false);
+    alone(&r, text, 40);
+    run_done(&r);
+    assert(statistics().lanes[LANE_GPU].prompt_rows > s.lanes[LANE_GPU].prompt_rows);
+    assert(placement().state == PLACEMENT_WORKS);
+    stop_engine();
+
+    /* Nobody has asked for it: no GPU is used. */
+    second = (struct second_lane){0};
+    start_lanes(PLACE_AUTO, 0);
+    alone(&r, text, 40);
+    expect_same(&r.out, &long_alone.out);
+    assert(look().n_passes == 0 && placement().state == PLACEMENT_UNMEASURED);
+    run_done(&r);
+    stop_engine();
+}
+
+/* It goes while it is measured: that is what is told, and the processor goes on. */
+static void test_lost_in_measuring(void)
+{
+    struct calibration_result x = {0};
+    struct lane_info lanes[ENGINE_LANES];
+    struct run r = {0};
+
+    second = (struct second_lane){.fails = true};
+    start_engine(0);
+    engine_thread_set_placement(engine, PLACE_AUTO);
+    engine_thread_set_calibration(engine, NULL, note_measured, &x);
+    engine_thread_set_loading(engine, false);
+    do {
+        wait_for_lanes();
+        engine_thread_get_lanes(engine, lanes);
+    } while (lanes[LANE_GPU].works);
+    assert(strcmp(lanes[LANE_GPU].failure, "it fell off the bus") == 0);
+    assert(x.rates.lane[LANE_CPU].prefill == 0 && !placement().is_measured);
+    alone(&r, "Hello", 20);
+    expect_same(&r.out, &short_alone.out);
+    run_done(&r);
+    stop_engine();
+}
+
 static void test_hybrid(void)
 {
     struct run d = {0}, x = {0};
@@ -749,6 +871,8 @@ int main(int argc, char **argv)
 
     test_joins();
     test_all_on_gpu();
+    test_measured();
+    test_lost_in_measuring();
     test_hybrid();
     test_stop();
     test_others_meanwhile();

@@ -55,6 +55,8 @@ void placement_set_rates(struct placement *p, const struct placement_rates *rate
 {
     p->rates = *rates;
     p->has_choice = false;
+    if (p->state == PLACEMENT_UNMEASURED && placement_is_measured(p))
+        p->state = PLACEMENT_WORKS;
 }
 
 void placement_set_gpu(struct placement *p, bool has_gpu)

@@ -1,0 +1,110 @@
+/* SPDX-FileCopyrightText: the llmd authors
+ * SPDX-License-Identifier: Apache-2.0 */
+
+/*
+ * The lanes are measured when nobody waits for anything. Where somebody always does, a turn of it
+ * (engine/calibration.h) is done every two seconds, from half a minute on after the GPU joined.
+ */
+
+#include <errno.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "daemon/engine-thread-internal.h"
+#include "daemon/log.h"
+
+#define PATIENCE_USEC 30000000u        /* to wait for a quiet moment */
+#define PAUSE_USEC 2000000u            /* between two turns, where there is none */
+#define TURN_USEC (300u * 1000 * 1000) /* of a driver that compiles, at the worst */
+
+void calibrate_begin(struct engine_thread *t)
+{
+    if (t->calibration.state == CALIBRATION_WANTED)
+        t->calibration.due_usec = now_usec() + PATIENCE_USEC;
+}
+
+void calibrate_end(struct engine_thread *t)
+{
+    t->calibration.work = calibration_free(t->calibration.work);
+    if (t->calibration.state == CALIBRATION_WANTED)
+        t->calibration.state = CALIBRATION_NONE;
+}
+
+static void set_busy(struct engine_thread *t, uint64_t usec)
+{
+    pthread_mutex_lock(&t->mutex);
+    t->busy_until_usec = usec > 0 ? now_usec() + usec : 0;
+    pthread_mutex_unlock(&t->mutex);
+}
+
+static void give_up(struct engine_thread *t, const char *why)
+{
+    log_with(LOG_NOTICE, &(struct log_fields){.message_id = LOG_ID_GPU},
+             "the GPU is not used: how fast it is cannot be measured: %s", why);
+    calibrate_end(t);
+}
+
+static void done(struct engine_thread *t)
+{
+    struct calibration_result result = *calibration_result(t->calibration.work);
+
+    calibrate_end(t);
+    t->calibration.state = CALIBRATION_DONE;
+    t->calibration.result = result;
+    placement_set_rates(&t->placement, &result.rates);
+    pass_describe(t);
+    log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_GPU}, "measured: %s",
+             t->placement_text);
+    if (t->calibration.done)
+        t->calibration.done(t->calibration.userdata, &result);
+    pass_tell_loop(t);
+}
+
+static int turn(struct engine_thread *t, struct error *err)
+{
+    bool choose =
+        t->options.activations != ACTIVATIONS_F32 && t->options.gpu_activations == ACTIVATIONS_AUTO;
+    int r = 0;
+
+    if (!t->calibration.work)
+        r = calibration_new(&t->calibration.work, t->engine, choose);
+    return r < 0 ? r : calibration_turn(t->calibration.work, err);
+}
+
+/* Not in the middle of a request's step, and not instead of it. */
+static bool is_due(struct engine_thread *t, bool idle)
+{
+    bool wakes;
+
+    if (t->calibration.state != CALIBRATION_WANTED || t->gpu != GPU_WORKS || t->lost < 0 ||
+        pass_is_under_way(t))
+        return false;
+    if (!idle)
+        return now_usec() >= t->calibration.due_usec;
+    pthread_mutex_lock(&t->mutex);
+    wakes = t->wakes || t->quit;
+    pthread_mutex_unlock(&t->mutex);
+    return !wakes;
+}
+
+bool calibrate_turn(struct engine_thread *t, bool idle)
+{
+    struct error err = {0};
+    int r;
+
+    if (!is_due(t, idle))
+        return false;
+    set_busy(t, TURN_USEC);
+    r = turn(t, &err);
+    set_busy(t, 0);
+    t->gpu_has_worked = true;
+    if (!idle)
+        t->calibration.due_usec = now_usec() + PAUSE_USEC;
+    if (r == 0)
+        done(t);
+    else if (r == -ENODEV || r == -ENOTRECOVERABLE)
+        pass_failed(t, r, err.text[0] ? err.text : NULL);
+    else if (r < 0)
+        give_up(t, err.text[0] ? err.text : strerror(-r));
+    return true;
+}
