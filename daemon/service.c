@@ -387,7 +387,8 @@ static void keep_kv(struct service *s)
     if (engine_thread_kv_adopted(s->engine))
         return;
     fd_store_remove(s->store, "kv");
-    fd_store_push(s->store, "kv", &fd, 1);
+    if (fd >= 0) /* else K and V are a GPU's, which sees no memory of others', and go with us */
+        fd_store_push(s->store, "kv", &fd, 1);
 }
 
 /* Once, before clients are let in: they find everything as it was. */

@@ -110,7 +110,8 @@ void engine_memory(const struct engine *e, struct engine_memory *ret);
  * The pool is one memfd, sealed in its size. Whoever holds it may start another engine with it
  * (engine_options.kv_fd), once this process is gone: K and V are then there still.
  */
-int engine_kv_fd(const struct engine *e); /* the engine's */
+int engine_kv_fd(const struct engine *e); /* the engine's; negative: K and V lie in memory of a GPU
+                                             that sees no other, and go with the process */
 
 /* options.kv_fd was taken: same identity, page geometry, number of pages and arithmetic. */
 bool engine_kv_adopted(const struct engine *e);
