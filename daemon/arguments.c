@@ -43,7 +43,7 @@ static void help(void)
          "      --pin-threads yes|no  whether each thread keeps to one core (yes)\n"
          "      --cpu-level LEVEL     at most: reference, avx2, avx512, amx\n"
          "      --backend WHICH       what computes: cpu, vulkan (the GPU), hybrid (both), or auto\n"
-         "                            (default: both, where there is a GPU)\n"
+         "                            (by measurement; default)\n"
          "      --device NAME         the GPU with this in its name (default: the integrated one)\n"
          "      --calibrate           measure again how fast processor and GPU are\n"
          "      --sandbox MODE        strict (default), report what it would refuse, or off\n"
