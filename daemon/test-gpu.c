@@ -43,6 +43,9 @@
 #define PR_MDWE_REFUSE_EXEC_GAIN 1
 #endif
 
+#define VALIDATION "/usr/share/vulkan/explicit_layer.d/VkLayer_khronos_validation.json"
+#define VALIDATION_LIBRARY "VkLayer_khronos_validation"
+
 #define SAID_BYTES 65536
 
 static char folder[64], said[SAID_BYTES];
@@ -258,8 +261,66 @@ static void users_environment(void)
     put_environment(SCOPE_USER);
 }
 
+/* A layer that somebody names, and one of the machine's that installs itself. */
+static void put_layers(enum service_scope scope)
+{
+    struct gpu *g;
+
+    setenv("VK_INSTANCE_LAYERS", "VK_LAYER_KHRONOS_validation", 1);
+    g = find(&(struct gpu_options){.mode = PLACE_HYBRID, .device = NAME, .scope = scope});
+    assert(g);
+    assert(has_line("/proc/self/maps", VALIDATION_LIBRARY) == (scope != SCOPE_SYSTEM));
+    assert(!has_line("/proc/self/maps", "VkLayer_MESA_device_select"));
+    gpu_free(g);
+}
+
+static void systems_layers(void)
+{
+    put_layers(SCOPE_SYSTEM);
+}
+
+static void private_layers(void)
+{
+    put_layers(SCOPE_PRIVATE);
+}
+
+/* A driver in the home directory: what a daemon that was taken over might have put there. */
+static void put_driver(enum service_scope scope)
+{
+    char *folders[] = {in_folder(".local"), in_folder(".local/share"),
+                       in_folder(".local/share/vulkan"), in_folder(".local/share/vulkan/icd.d")};
+    struct gpu *g;
+
+    for (size_t i = 0; i < ARRAY_SIZE(folders); i++)
+        (void)!mkdir(folders[i], 0700);
+    (void)!symlink(in_folder("bad.json"), in_folder(".local/share/vulkan/icd.d/bad.json"));
+    unsetenv("VK_ICD_FILENAMES");
+    unsetenv("XDG_DATA_HOME");
+    setenv("HOME", folder, 1);
+    setenv("BAD_DRIVER", "crashes", 1);
+    g = find(&(struct gpu_options){.mode = PLACE_HYBRID, .device = NAME, .scope = scope});
+    assert(!g == (scope != SCOPE_SYSTEM)); /* who has a home chooses what is in it */
+    gpu_free(g);
+}
+
+static void systems_driver(void)
+{
+    put_driver(SCOPE_SYSTEM);
+}
+
+static void users_driver(void)
+{
+    put_driver(SCOPE_USER);
+}
+
 static void test_environment(void)
 {
+    must_pass(systems_driver, "no driver from home");
+    must_pass(users_driver, "a user's driver");
+    if (access(VALIDATION, F_OK) == 0) {
+        must_pass(systems_layers, "no layers for the system's");
+        must_pass(private_layers, "layers that a user names");
+    }
     must_pass(systems_environment, "the system's environment");
     assert(strstr(said, "GPU: llvmpipe"));
     must_pass(users_environment, "a user's environment");
