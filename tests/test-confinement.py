@@ -212,6 +212,32 @@ def with_a_gpu(folder, model):
     assert os.stat(kept + "/vulkan-crashes").st_size == 0
 
 
+def gpu_outlives_a_model(folder, model):
+    """Another model is served by the device that was found before the sandbox; what it compiled is in the state folder."""
+    if not os.path.exists(SOFTWARE_DRIVER):
+        return "no lavapipe (mesa-vulkan-drivers): not tried"
+    models, own = folder + "/models", folder + "/own"
+    for name in models, own:
+        os.mkdir(name)
+    for name in "a", "b":
+        subprocess.run(["cp", model, f"{models}/{name}.llmd"], check=True)
+    config = f"[Model]\nFolder={models}\nDefault=a\n[Engine]\nBackend=vulkan\nDevice=llvmpipe\n"
+    joined = "the GPU takes part"
+    with Broker(own) as broker, SystemDaemon(LLMD, own, broker, config=config, env=dict(os.environ, VK_ICD_FILENAMES=SOFTWARE_DRIVER)) as d:
+        until(lambda: joined in d.log() or "no Vulkan backend" in d.log(), lambda: d.log())
+        if "no Vulkan backend" in d.log():
+            return "a build without: not tried"
+        for n, name in enumerate(("a", "b"), 1):
+            until(lambda: d.log().count(joined) == n and f"serving {models}/{name}.llmd" in d.log(), lambda: d.log())
+            with d.connect() as c:
+                _, records = c.create().run(prompt="Hello", max_tokens=dbus.UInt32(4), temperature=0.0)
+                assert records[-1]["type"] == "end", records
+            subprocess.run([LLMCTL, "--socket", d.socket, "model", "default", "b"], check=True)
+        assert d.log().count("GPU: ") == 1 and "sandbox" not in d.log(), d.log()
+        check_confined(d.process.pid)
+    assert {"vulkan-cache", "vulkan-crashes"} <= set(os.listdir(d.state)), os.listdir(d.state)
+
+
 def code_is_for_software_only(folder, model):
     """Asked for hardware, and there is none: nothing but what the processor's daemon may."""
     for options in [], ["--backend=hybrid"], ["--backend=vulkan", "--device=no such"]:
@@ -244,7 +270,7 @@ def main():
         model = os.path.join(top, "model.llmd")
         subprocess.run([MAKE_CHAT_MODEL, model], check=True)
         for t in (private_daemon, system_daemon, names_of_users_on_a_reload, daemon_of_llmctl, the_other_modes,
-                  models_and_links, a_folder_as_model, models_are_read_inside, with_a_gpu, code_is_for_software_only, importer):
+                  models_and_links, a_folder_as_model, models_are_read_inside, with_a_gpu, gpu_outlives_a_model, code_is_for_software_only, importer):
             with tempfile.TemporaryDirectory(dir=top) as folder:
                 print(t.__name__, end=" ", flush=True)
                 print(t(folder, model) or "ok", flush=True)
