@@ -48,7 +48,7 @@ static struct piece {
     size_t bytes;
 } * cpu_pages, *told;
 
-static bool copies_weights, lacks_some;
+static bool copies_weights;
 static uint64_t pass, last_pass;
 
 uint32_t next_random(void)
@@ -60,15 +60,6 @@ uint32_t next_random(void)
 float uniform(void) /* in -1..1 */
 {
     return (float)((double)next_random() * 0x1p-30 - 1);
-}
-
-bool op_have(const char *name, bool have)
-{
-    if (!have) {
-        printf("%s: %s: not there yet\n", two->ops->name, name);
-        lacks_some = true;
-    }
-    return have;
 }
 
 bool op_begin(struct backend *b)
@@ -227,6 +218,11 @@ void op_pages_free(void)
 {
     pieces_free(&cpu_pages);
     pages.used = 0;
+}
+
+bool op_leave_out(size_t i, size_t of)
+{
+    return on_device && (i + copies_weights) % of != 0;
 }
 
 double op_tiny(void)
@@ -550,7 +546,7 @@ static int test_vulkan(void (*tests)(void))
         vulkan_device_free(device);
         pieces_free(&told);
     }
-    return lacks_some ? 77 : 0;
+    return 0;
 }
 
 int op_test_main(int argc, char **argv, void (*tests)(void))

@@ -33,11 +33,6 @@ extern bool on_device;
  * the machine lacks more. */
 int op_test_main(int argc, char **argv, void (*tests)(void));
 
-/* Whether the level has the operation: HAVE(norm). A device that is being written may lack some:
- * then the exit status is 77. */
-#define HAVE(op) op_have(#op, two->ops->op != NULL)
-bool op_have(const char *name, bool have);
-
 /* Issues an operation and waits for what it gives: ISSUE(b, norm(b, &a)). */
 #define ISSUE(b, call)      \
     do {                    \
@@ -68,6 +63,10 @@ void op_free(void *p, size_t bytes);
 const void *op_weights(const void *p, size_t bytes);
 void *op_page(size_t bytes);
 void op_pages_free(void);
+
+/* Devices in software are slow: case i is one that is left to another round, or to the CPU, so that
+ * one in `of` remains. All are there for the CPU. */
+bool op_leave_out(size_t i, size_t of);
 
 /* Values around zero that a device may take for it (backend.h), and what sums of those make. */
 double op_tiny(void);

@@ -484,7 +484,7 @@ static void check_streams(uint32_t hidden, uint32_t n)
     float *mean = malloc(hidden * sizeof(*mean));
 
     for (uint32_t k = 0; k < hidden; k++)
-        x.p[hidden + k] *= 1e-5f; /* under the floor of rescale */
+        x.p[hidden + k] *= 1e-5f;               /* under the floor of rescale */
     for (uint32_t k = 0; k < n * hidden; k++) { /* squares beyond floats, and below them */
         h.p[2 * h.ld + k] *= 1e25f;
         h.p[3 * h.ld + k] *= 1e-25f;
@@ -737,21 +737,13 @@ static void test_new(void)
 
 static void tests(void)
 {
-    if (HAVE(norm))
-        test_norm();
-    if (HAVE(head_norm))
-        test_head_norm();
-    if (HAVE(gate))
-        test_gate();
-    if (HAVE(altup_predict) && HAVE(altup_correct) && HAVE(stream_norm) && HAVE(rescale) &&
-        HAVE(merge))
-        test_streams();
-    if (HAVE(ple))
-        test_ple();
-    if (HAVE(copy_rows))
-        test_copy_rows();
-    if (HAVE(softcap))
-        test_softcap();
+    test_norm();
+    test_head_norm();
+    test_gate();
+    test_streams();
+    test_ple();
+    test_copy_rows();
+    test_softcap();
 }
 
 int main(int argc, char **argv)

@@ -10,12 +10,25 @@
 #include "base/checked.h"
 #include "engine/engine-internal.h"
 
+/* What a device must have to spare at the least for the pool to lie in its memory. */
+#define POOL_TRIAL ((size_t)4 << 20)
+
 void gpu_prepare(struct engine *e)
 {
+    void *p;
+
     if (vulkan_device_open(e->gpu, NULL) < 0 || vulkan_device_shares(e->gpu))
         return;
-    if (backend_vulkan_new(&e->pool_backend, e->gpu, &e->limits, NULL) < 0)
+    if (backend_vulkan_new(&e->pool_backend, e->gpu, &e->limits, NULL) < 0) {
         e->pool_backend = NULL;
+        return;
+    }
+    /* Of a device that has no memory to give the pool must not hang: the CPU needs it as well. */
+    p = backend_alloc(e->pool_backend, POOL_TRIAL);
+    if (p)
+        backend_release(e->pool_backend, p, POOL_TRIAL);
+    else
+        e->pool_backend = backend_free(e->pool_backend);
 }
 
 int gpu_identify(const struct engine *e, uint8_t ret[KV_IDENTITY])

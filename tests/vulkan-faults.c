@@ -72,9 +72,35 @@ static struct {
     VkSemaphore semaphore;
 } held; /* the submission that hangs */
 
-#define NEXT(name) PFN_vk##name next = (PFN_vk##name)next_device(device, "vk" #name)
-
 static VkDevice device;
+
+/* What comes after this layer, asked once: later the loader answers with the first layer. */
+#define INSTANCE_FUNCTIONS(X)             \
+    X(DestroyInstance)                    \
+    X(EnumeratePhysicalDevices)           \
+    X(GetPhysicalDeviceFeatures2)         \
+    X(EnumerateDeviceExtensionProperties) \
+    X(CreateDevice)
+
+#define DEVICE_FUNCTIONS(X)   \
+    X(DestroyDevice)          \
+    X(AllocateMemory)         \
+    X(CreateComputePipelines) \
+    X(QueueSubmit)            \
+    X(WaitSemaphores)         \
+    X(DeviceWaitIdle)         \
+    X(DestroyPipeline)        \
+    X(DestroyBuffer)          \
+    X(FreeMemory)             \
+    X(DestroySemaphore)       \
+    X(DestroyCommandPool)
+
+static struct {
+#define X(name) PFN_vk##name name;
+    INSTANCE_FUNCTIONS(X)
+    DEVICE_FUNCTIONS(X)
+#undef X
+} next;
 
 static void open_control(void)
 {
@@ -133,6 +159,9 @@ static VKAPI_ATTR VkResult VKAPI_CALL create_instance(const VkInstanceCreateInfo
     r = ((PFN_vkCreateInstance)get(NULL, "vkCreateInstance"))(info, allocator, ret);
     if (r == VK_SUCCESS) {
         next_instance = get;
+#define X(name) next.name = (PFN_vk##name)get(*ret, "vk" #name);
+        INSTANCE_FUNCTIONS(X)
+#undef X
         instance = *ret;
     }
     return r;
@@ -141,30 +170,22 @@ static VKAPI_ATTR VkResult VKAPI_CALL create_instance(const VkInstanceCreateInfo
 static VKAPI_ATTR void VKAPI_CALL destroy_instance(VkInstance i,
                                                    const VkAllocationCallbacks *allocator)
 {
-    PFN_vkDestroyInstance next = (PFN_vkDestroyInstance)next_instance(i, "vkDestroyInstance");
-
     control->touched += hangs;
-    next(i, allocator);
+    next.DestroyInstance(i, allocator);
 }
 
 static VKAPI_ATTR VkResult VKAPI_CALL enumerate_physical_devices(VkInstance i, uint32_t *n,
                                                                  VkPhysicalDevice *ret)
 {
-    PFN_vkEnumeratePhysicalDevices next =
-        (PFN_vkEnumeratePhysicalDevices)next_instance(i, "vkEnumeratePhysicalDevices");
-
     if (!from_the_start(FAULT_NO_DEVICE))
-        return next(i, n, ret);
+        return next.EnumeratePhysicalDevices(i, n, ret);
     *n = 0;
     return VK_SUCCESS;
 }
 
 static VKAPI_ATTR void VKAPI_CALL get_features(VkPhysicalDevice p, VkPhysicalDeviceFeatures2 *f)
 {
-    PFN_vkGetPhysicalDeviceFeatures2 next =
-        (PFN_vkGetPhysicalDeviceFeatures2)next_instance(instance, "vkGetPhysicalDeviceFeatures2");
-
-    next(p, f);
+    next.GetPhysicalDeviceFeatures2(p, f);
     for (VkBaseOutStructure *s = f->pNext; s; s = s->pNext)
         if (s->sType == VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES &&
             from_the_start(FAULT_NO_ADDRESSES))
@@ -174,16 +195,13 @@ static VKAPI_ATTR void VKAPI_CALL get_features(VkPhysicalDevice p, VkPhysicalDev
 static VKAPI_ATTR VkResult VKAPI_CALL enumerate_extensions(VkPhysicalDevice p, const char *layer,
                                                            uint32_t *n, VkExtensionProperties *ret)
 {
-    PFN_vkEnumerateDeviceExtensionProperties next =
-        (PFN_vkEnumerateDeviceExtensionProperties)next_instance(
-            instance, "vkEnumerateDeviceExtensionProperties");
     VkResult r;
 
     if (layer && strcmp(layer, NAME) == 0) {
         *n = 0;
         return VK_SUCCESS;
     }
-    r = next(p, layer, n, ret);
+    r = next.EnumerateDeviceExtensionProperties(p, layer, n, ret);
     if (control->fault != FAULT_NO_IMPORT || !ret)
         return r;
     for (uint32_t i = 0; i < *n; i++)
@@ -202,8 +220,7 @@ static VKAPI_ATTR VkResult VKAPI_CALL create_device(VkPhysicalDevice p,
                                                     VkDevice *ret)
 {
     const VkLayerDeviceCreateInfo *link = info->pNext;
-    PFN_vkGetInstanceProcAddr get;
-    PFN_vkGetDeviceProcAddr get_device;
+    PFN_vkGetDeviceProcAddr next_get_device;
     VkResult r;
 
     if (from_the_start(FAULT_REFUSED))
@@ -211,12 +228,14 @@ static VKAPI_ATTR VkResult VKAPI_CALL create_device(VkPhysicalDevice p,
     while (link->sType != VK_STRUCTURE_TYPE_LOADER_DEVICE_CREATE_INFO ||
            link->function != VK_LAYER_LINK_INFO)
         link = link->pNext;
-    get = link->u.pLayerInfo->pfnNextGetInstanceProcAddr;
-    get_device = link->u.pLayerInfo->pfnNextGetDeviceProcAddr;
+    next_get_device = link->u.pLayerInfo->pfnNextGetDeviceProcAddr;
     ((VkLayerDeviceCreateInfo *)link)->u.pLayerInfo = link->u.pLayerInfo->pNext;
-    r = ((PFN_vkCreateDevice)get(instance, "vkCreateDevice"))(p, info, allocator, ret);
+    r = next.CreateDevice(p, info, allocator, ret);
     if (r == VK_SUCCESS) {
-        next_device = get_device;
+        next_device = next_get_device;
+#define X(name) next.name = (PFN_vk##name)next_device(*ret, "vk" #name);
+        DEVICE_FUNCTIONS(X)
+#undef X
         device = *ret;
         lost = hangs = false;
         control->devices++;
@@ -228,10 +247,9 @@ static VKAPI_ATTR VkResult VKAPI_CALL allocate_memory(VkDevice d, const VkMemory
                                                       const VkAllocationCallbacks *allocator,
                                                       VkDeviceMemory *ret)
 {
-    NEXT(AllocateMemory);
-
     control->allocations++;
-    return strikes(FAULT_MEMORY) ? VK_ERROR_OUT_OF_DEVICE_MEMORY : next(d, info, allocator, ret);
+    return strikes(FAULT_MEMORY) ? VK_ERROR_OUT_OF_DEVICE_MEMORY
+                                 : next.AllocateMemory(d, info, allocator, ret);
 }
 
 static VKAPI_ATTR VkResult VKAPI_CALL create_pipelines(VkDevice d, VkPipelineCache cache,
@@ -240,11 +258,9 @@ static VKAPI_ATTR VkResult VKAPI_CALL create_pipelines(VkDevice d, VkPipelineCac
                                                        const VkAllocationCallbacks *allocator,
                                                        VkPipeline *ret)
 {
-    NEXT(CreateComputePipelines);
-
     control->pipelines++;
     return strikes(FAULT_PIPELINE) ? VK_ERROR_OUT_OF_HOST_MEMORY
-                                   : next(d, cache, n, info, allocator, ret);
+                                   : next.CreateComputePipelines(d, cache, n, info, allocator, ret);
 }
 
 /* Of those that are waited for, so that it can be done later. */
@@ -270,20 +286,17 @@ static void hold(VkQueue queue, const VkSubmitInfo *info)
 /* A device that hung comes to after all, long after it was given up. */
 static void *come_to(void *unused)
 {
-    PFN_vkWaitSemaphores wait = (PFN_vkWaitSemaphores)next_device(device, "vkWaitSemaphores");
     VkSemaphoreWaitInfo info = {
         .sType = VK_STRUCTURE_TYPE_SEMAPHORE_WAIT_INFO,
         .semaphoreCount = 1,
         .pSemaphores = &held.semaphore,
         .pValues = &held.value,
     };
-    NEXT(QueueSubmit);
-
     (void)unused;
     while (control->release == 0)
         usleep(1000);
-    if (next(held.queue, 1, &held.info, VK_NULL_HANDLE) == VK_SUCCESS)
-        wait(device, &info, UINT64_MAX);
+    if (next.QueueSubmit(held.queue, 1, &held.info, VK_NULL_HANDLE) == VK_SUCCESS)
+        next.WaitSemaphores(device, &info, UINT64_MAX);
     control->release = 2;
     return NULL;
 }
@@ -291,7 +304,6 @@ static void *come_to(void *unused)
 static VKAPI_ATTR VkResult VKAPI_CALL queue_submit(VkQueue queue, uint32_t n,
                                                    const VkSubmitInfo *info, VkFence fence)
 {
-    NEXT(QueueSubmit);
     pthread_t thread;
 
     control->submits++;
@@ -315,14 +327,12 @@ static VKAPI_ATTR VkResult VKAPI_CALL queue_submit(VkQueue queue, uint32_t n,
         pthread_detach(thread);
         return VK_SUCCESS;
     }
-    return next(queue, n, info, fence);
+    return next.QueueSubmit(queue, n, info, fence);
 }
 
 static VKAPI_ATTR VkResult VKAPI_CALL wait_semaphores(VkDevice d, const VkSemaphoreWaitInfo *info,
                                                       uint64_t timeout)
 {
-    NEXT(WaitSemaphores);
-
     if (hangs) {
         struct timespec t = {(time_t)(timeout / 1000000000), (long)(timeout % 1000000000)};
 
@@ -331,19 +341,17 @@ static VKAPI_ATTR VkResult VKAPI_CALL wait_semaphores(VkDevice d, const VkSemaph
     }
     if (strikes(FAULT_LOST_AT_WAIT)) {
         /* what the driver was given is done: it knows of no fault */
-        next(d, info, UINT64_MAX);
+        next.WaitSemaphores(d, info, UINT64_MAX);
         lost = true;
     }
-    return lost ? VK_ERROR_DEVICE_LOST : next(d, info, timeout);
+    return lost ? VK_ERROR_DEVICE_LOST : next.WaitSemaphores(d, info, timeout);
 }
 
 static VKAPI_ATTR VkResult VKAPI_CALL device_wait_idle(VkDevice d)
 {
-    NEXT(DeviceWaitIdle);
-
     if (hangs)
         abort(); /* for ever */
-    return lost ? VK_ERROR_DEVICE_LOST : next(d);
+    return lost ? VK_ERROR_DEVICE_LOST : next.DeviceWaitIdle(d);
 }
 
 #define FREES(X)                     \
@@ -357,20 +365,16 @@ static VKAPI_ATTR VkResult VKAPI_CALL device_wait_idle(VkDevice d)
     static VKAPI_ATTR void VKAPI_CALL do_##name(VkDevice d, type object,                \
                                                 const VkAllocationCallbacks *allocator) \
     {                                                                                   \
-        NEXT(name);                                                                     \
-                                                                                        \
         control->touched += hangs;                                                      \
-        next(d, object, allocator);                                                     \
+        next.name(d, object, allocator);                                                \
     }
 FREES(X)
 #undef X
 
 static VKAPI_ATTR void VKAPI_CALL destroy_device(VkDevice d, const VkAllocationCallbacks *allocator)
 {
-    NEXT(DestroyDevice);
-
     control->touched += hangs;
-    next(d, allocator);
+    next.DestroyDevice(d, allocator);
 }
 
 /* ---- what the loader asks for ---- */

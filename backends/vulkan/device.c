@@ -52,6 +52,25 @@ int vulkan_errno(VkResult r)
 
 /* ---- the loader and its functions ---- */
 
+/*
+ * Driver, layers, and the compilers they bring are never unloaded: they have had threads, and may
+ * have left things to be done at the end of a thread or of the process. What they keep for
+ * themselves stays reachable, so that a search for leaks finds only leaks. Which of the modules in
+ * the process are theirs cannot be told; the others stay as well.
+ */
+static void keep_modules(const struct vulkan_device *d)
+{
+    struct link_map *m;
+
+    if (dlinfo(d->library, RTLD_DI_LINKMAP, &m) != 0)
+        return;
+    while (m->l_prev)
+        m = m->l_prev;
+    for (; m; m = m->l_next)
+        if (m->l_name[0])
+            dlopen(m->l_name, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
 static int load(struct vulkan_device *d, struct error *err)
 {
     PFN_vkGetInstanceProcAddr get;
@@ -92,6 +111,7 @@ static int load(struct vulkan_device *d, struct error *err)
                          "no Vulkan driver on this machine that works; install one "
                          "(Debian: mesa-vulkan-drivers) to use a GPU");
     }
+    keep_modules(d);
 #define X(name)                                              \
     d->vk.name = (PFN_vk##name)get(d->instance, "vk" #name); \
     if (!d->vk.name)                                         \
@@ -583,25 +603,6 @@ static void close_device(struct vulkan_device *d)
     d->device = NULL;
 }
 
-/*
- * Driver, layers, and the compilers they bring are never unloaded: they have had threads, and may
- * have left things to be done at the end of a thread or of the process. What they keep for
- * themselves stays reachable, so that a search for leaks finds only leaks. Which of the modules in
- * the process are theirs cannot be told; the others stay as well.
- */
-static void keep_modules(const struct vulkan_device *d)
-{
-    struct link_map *m;
-
-    if (dlinfo(d->library, RTLD_DI_LINKMAP, &m) != 0)
-        return;
-    while (m->l_prev)
-        m = m->l_prev;
-    for (; m; m = m->l_next)
-        if (m->l_name[0])
-            dlopen(m->l_name, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
-}
-
 int vulkan_device_open(struct vulkan_device *d, struct error *err)
 {
     int r;
@@ -625,7 +626,6 @@ int vulkan_device_open(struct vulkan_device *d, struct error *err)
 #undef X
     if (!d->vk.GetMemoryHostPointerPropertiesEXT)
         d->import_align = 0;
-    keep_modules(d);
     d->vk.GetDeviceQueue(d->device, d->queue_family, 0, &d->queue);
     r = create_cache(d);
     if (r == 0)
