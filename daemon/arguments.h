@@ -22,7 +22,7 @@ struct arguments {
     struct engine_options engine;
     enum placement_mode backend;
     const char *device; /* part of the GPU's name; NULL: configured */
-    bool calibrate;     /* measure processor and GPU again, whatever is known of them */
+    bool calibrate;     /* measure processor and GPU again, print that, exit */
     uint32_t context;   /* 0: configured */
     bool has_activations, has_kv_type, has_pinning, has_idle, has_sandbox, has_backend;
     uint64_t idle_usec;

@@ -19,6 +19,7 @@
 #include "base/standard-fds.h"
 #include "daemon/after-stop.h"
 #include "daemon/arguments.h"
+#include "daemon/calibrate.h"
 #include "daemon/config.h"
 #include "daemon/log.h"
 #include "daemon/service.h"
@@ -91,6 +92,12 @@ static int serve(const struct arguments *a, bool *ret_started, struct error *err
     r = config_load(&config, a->scope, a->config_file, NULL, err);
     if (r < 0)
         return r;
+    if (a->calibrate) {
+        *ret_started = true;
+        r = calibrate(a, config, err);
+        config_free(config);
+        return r < 0 ? r : 0;
+    }
     r = service_new(&service, a, config, err);
     if (r < 0)
         return r;

@@ -357,10 +357,8 @@ static void set_weights(struct service *s)
                   strerror(-r));
 }
 
-static struct engine_options engine_options(const struct service *s)
+struct engine_options service_engine_options(const struct arguments *a, const struct config *c)
 {
-    const struct arguments *a = s->arguments;
-    const struct config *c = s->config;
     struct engine_options o = a->engine;
 
     if (!a->has_activations)
@@ -375,7 +373,6 @@ static struct engine_options engine_options(const struct service *s)
         o.no_pinning = !c->pin_threads;
     if (o.kv_bytes == 0)
         o.kv_bytes = c->kv_bytes;
-    o.gpu = gpu_device(s->gpu);
     return o;
 }
 
@@ -485,7 +482,7 @@ static void on_gpu_rests(void *userdata)
 /* Of a model that is open. No session is. 0: it serves; -errno: there is no engine now */
 static int make_engine(struct service *s, struct model *m, struct error *err)
 {
-    struct engine_options options = engine_options(s);
+    struct engine_options options = service_engine_options(s->arguments, s->config);
     uint32_t context = s->arguments->context, most = model_config(m)->context_max;
     uint8_t identity[SAVED_MODEL_BYTES], kv_identity[BUILD_IDENTITY_BYTES];
     int r;
@@ -503,6 +500,7 @@ static int make_engine(struct service *s, struct model *m, struct error *err)
         options.kv_identity = kv_identity;
         options.has_kv_fd = fd_store_next(s->store, "kv", &options.kv_fd) > 0;
     }
+    options.gpu = gpu_device(s->gpu);
     r = engine_thread_new(&s->engine, m, &options, err);
     if (options.has_kv_fd)
         close(options.kv_fd);

@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "daemon/recovery.h"
+#include "engine/engine.h"
 
 struct arguments;
 struct authority;
@@ -82,6 +83,9 @@ int service_new(struct service **ret, const struct arguments *arguments, struct 
                 struct error *err);
 struct service *service_free(struct service *s);
 void service_freep(struct service **s);
+
+/* As both have it, the command line first; without a GPU. */
+struct engine_options service_engine_options(const struct arguments *a, const struct config *c);
 
 /* Until it ends: 0; 1: for a failure that was logged; -errno */
 int service_run(struct service *s, struct error *err);

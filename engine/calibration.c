@@ -279,7 +279,7 @@ static int measure(struct calibration *c)
         return measure_decoding(c, LANE_CPU, 1, &cpu->decode);
     case CPU_MANY:
         return measure_decoding(c, LANE_CPU, c->n_many, &cpu->decode_many);
-    case GPU_PROMPT:
+    case GPU_PROMPT: /* these are not come to without one */
         return measure_prompt(c, LANE_GPU);
     case GPU_ONE:
         return measure_decoding(c, LANE_GPU, 1, &gpu->decode);
@@ -365,5 +365,8 @@ int calibration_turn(struct calibration *c, struct error *err)
         c->section = r > 0 ? GPU_PROMPT : BOTH_PROMPT;
         return 1;
     }
-    return ++c->section < SECTIONS;
+    c->section++;
+    if (c->section == GPU_PROMPT && !engine_has_gpu(c->engine))
+        c->section = SECTIONS;
+    return c->section < SECTIONS;
 }

@@ -27,7 +27,7 @@ struct calibration_result {
 struct calibration;
 
 /*
- * The engine has a GPU's lane. choose_activations: the lane may be taken away and added again, with
+ * Without a GPU's lane the processor's is measured. choose_activations: the lane may be taken away and added again, with
  * others; else they stay. 0, -ENOMEM
  */
 int calibration_new(struct calibration **ret, struct engine *e, bool choose_activations);
