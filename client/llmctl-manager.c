@@ -37,6 +37,22 @@ static const struct bus_property statistics[] = {
     {"clients", 'u', offsetof(struct manager, clients)},
     {"prefill-rate", 'd', offsetof(struct manager, prefill_rate)},
     {"decode-rate", 'd', offsetof(struct manager, decode_rate)},
+    {"placement", 's', offsetof(struct manager, placement)},
+    {"gpu", 's', offsetof(struct manager, gpu)},
+    {"gpu-state", 's', offsetof(struct manager, gpu_state)},
+    {"gpu-reason", 's', offsetof(struct manager, gpu_reason)},
+    {"cpu-prompt-tokens", 't', offsetof(struct manager, cpu_prompt_tokens)},
+    {"cpu-completion-tokens", 't', offsetof(struct manager, cpu_completion_tokens)},
+    {"cpu-prefill-measured", 'd', offsetof(struct manager, cpu_prefill)},
+    {"cpu-decode-measured", 'd', offsetof(struct manager, cpu_decode)},
+    {"cpu-decode-many-measured", 'd', offsetof(struct manager, cpu_decode_many)},
+    {"gpu-prompt-tokens", 't', offsetof(struct manager, gpu_prompt_tokens)},
+    {"gpu-completion-tokens", 't', offsetof(struct manager, gpu_completion_tokens)},
+    {"gpu-prefill-measured", 'd', offsetof(struct manager, gpu_prefill)},
+    {"gpu-decode-measured", 'd', offsetof(struct manager, gpu_decode)},
+    {"gpu-decode-many-measured", 'd', offsetof(struct manager, gpu_decode_many)},
+    {"both-prefill-measured", 'd', offsetof(struct manager, both_prefill)},
+    {"both-decode-measured", 'd', offsetof(struct manager, both_decode)},
 };
 
 void manager_done(struct manager *m)

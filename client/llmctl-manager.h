@@ -21,6 +21,12 @@ struct manager {
     uint64_t kv_bytes_spilled;
     double prefill_rate, decode_rate; /* tokens a second */
 
+    const char *gpu_state; /* NULL: an older daemon, and the rest is not meant */
+    const char *placement, *gpu, *gpu_reason;
+    uint64_t gpu_prompt_tokens, gpu_completion_tokens, cpu_prompt_tokens, cpu_completion_tokens;
+    double cpu_prefill, cpu_decode, cpu_decode_many; /* measured, tokens a second; 0: not */
+    double gpu_prefill, gpu_decode, gpu_decode_many, both_prefill, both_decode;
+
     sd_bus_message *messages[2]; /* what the strings are in */
 };
 

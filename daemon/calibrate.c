@@ -164,6 +164,9 @@ static int run(struct work *w, struct error *err)
         has_gpu = r >= 0;
         if (r < 0)
             log_warning("the GPU is not used: %s", err->text);
+    } else {
+        log_notice("there is no GPU to measure%s%s", gpu_failure(w->gpu) ? ": " : "",
+                   gpu_failure(w->gpu) ? gpu_failure(w->gpu) : "");
     }
     r = measure(w, &result, err);
     if (r < 0)

@@ -6,9 +6,12 @@
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* the signatures are sd-bus's */
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "backends/vulkan/vulkan.h"
+#include "base/checked.h"
 #include "base/cleanup.h"
 #include "daemon/bus-objects.h"
 #include "daemon/bus.h"
@@ -359,30 +362,132 @@ static int method_remove_model(sd_bus_message *m, void *userdata, sd_bus_error *
 
 /* ---- figures ---- */
 
+struct lanes {
+    struct engine_statistics statistics;
+    struct placement_info placement;
+    struct lane_info info[ENGINE_LANES];
+    char explanation[256];
+};
+
+/* Of a GPU that there is, or could be. *ret_reason: why it is not used; "" */
+static const char *gpu_state(const struct service *s, const struct lanes *l,
+                             const char **ret_reason)
+{
+    const char *failure = gpu_failure(s->gpu);
+
+    *ret_reason = "";
+    if (l->info[LANE_GPU].failure[0])
+        failure = l->info[LANE_GPU].failure;
+    if (failure) {
+        *ret_reason = failure;
+        return "failed";
+    }
+    if (!gpu_device(s->gpu))
+        return "none";
+    if (!l->info[LANE_GPU].works)
+        return "waiting";
+    switch (l->placement.state) {
+    case PLACEMENT_WORKS:
+        break;
+    case PLACEMENT_UNMEASURED:
+        *ret_reason = "how fast it is has not been measured yet";
+        return "unmeasured";
+    case PLACEMENT_ON_BATTERY:
+        *ret_reason = "the machine runs on its battery";
+        return "on-battery";
+    case PLACEMENT_BACKS_OFF:
+        *ret_reason = "others use it, and it is left to them for a while";
+        return "backs-off";
+    }
+    return "in-use";
+}
+
+static int append_lanes(sd_bus_message *reply, const struct service *s, const struct lanes *l)
+{
+    static const char *const names[ENGINE_LANES] = {[LANE_CPU] = "cpu", [LANE_GPU] = "gpu"};
+    const struct placement_rates *rates = &l->placement.rates;
+    const char *reason, *state = gpu_state(s, l, &reason);
+    const struct vulkan_device *device = gpu_device(s->gpu);
+    int r;
+
+    r = sd_bus_message_append(reply, "{sv}{sv}{sv}{sv}{sv}{sv}", "placement", "s", l->explanation,
+                              "gpu", "s", device ? vulkan_device_name(device) : "", "gpu-state",
+                              "s", state, "gpu-reason", "s", reason, "both-prefill-measured", "d",
+                              rates->both_prefill, "both-decode-measured", "d",
+                              rates->both_decode);
+    for (int i = 0; i < ENGINE_LANES && r >= 0; i++) {
+        const struct lane_statistics *x = &l->statistics.lanes[i];
+        const struct lane_rates *y = &rates->lane[i];
+        const struct {
+            const char *name;
+            uint64_t number;
+            double rate;
+        } entries[] = {{"prompt-tokens", x->prompt_rows, -1},
+                       {"completion-tokens", x->decoded_rows, -1},
+                       {"busy-usec", x->usec, -1},
+                       {"prefill-measured", 0, y->prefill},
+                       {"decode-measured", 0, y->decode},
+                       {"decode-many-measured", 0, y->decode_many}};
+        char name[48];
+
+        for (size_t j = 0; j < ARRAY_SIZE(entries) && r >= 0; j++) {
+            snprintf(name, sizeof(name), "%s-%s", names[i], entries[j].name);
+            r = entries[j].rate < 0
+                    ? sd_bus_message_append(reply, "{sv}", name, "t", entries[j].number)
+                    : sd_bus_message_append(reply, "{sv}", name, "d", entries[j].rate);
+        }
+    }
+    return r;
+}
+
+static void get_lanes(const struct service *s, struct lanes *ret)
+{
+    struct engine_thread *engine = session_set_engine(s->sessions);
+
+    *ret = (struct lanes){.explanation = ""};
+    session_set_get_statistics(s->sessions, &ret->statistics);
+    if (!engine)
+        return;
+    engine_thread_get_placement(engine, &ret->placement);
+    engine_thread_get_lanes(engine, ret->info);
+    engine_thread_explain(engine, ret->explanation, sizeof(ret->explanation));
+}
+
 static int get_statistics(sd_bus_message *m, void *userdata, sd_bus_error *error)
 {
     CLEANUP(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
     struct served *v = userdata;
     struct session_set *sessions = v->service->sessions;
-    struct engine_statistics i;
+    const struct engine_statistics *i;
+    struct lanes lanes;
     int r;
 
-    session_set_get_statistics(sessions, &i);
+    get_lanes(v->service, &lanes);
+    i = &lanes.statistics;
     r = sd_bus_message_new_method_return(m, &reply);
     if (r >= 0)
+        r = sd_bus_message_open_container(reply, 'a', "{sv}");
+    if (r >= 0)
         r = sd_bus_message_append(
-            reply, "a{sv}", 22, "requests", "t", i.requests, "requests-cancelled", "t",
-            i.requests_cancelled, "requests-failed", "t", i.requests_failed, "requests-refused",
-            "t", session_set_n_refused(sessions), "prompt-tokens", "t", i.prompt_tokens,
-            "completion-tokens", "t", i.completion_tokens, "steps", "t", i.steps, "preemptions",
-            "t", i.preemptions, "kv-given-back", "t", i.kv_given_back, "uptime-usec", "t",
-            clients_uptime_usec(v->service->clients), "queued", "u", i.queued, "running", "u",
-            i.running, "sessions", "u", session_set_n_sessions(sessions), "clients", "u",
-            clients_n(v->service->clients), "kv-bytes-used", "t", i.kv_bytes_used, "kv-bytes-max",
-            "t", i.kv_bytes_max, "kv-spilled", "t", i.kv_spilled, "kv-restored", "t", i.kv_restored,
-            "kv-bytes-spilled", "t", i.kv_bytes_spilled, "memory-pressure", "u",
-            memory_pressure_level(v->service->pressure), "prefill-rate", "d", i.prefill_rate,
-            "decode-rate", "d", i.decode_rate);
+            reply, "{sv}{sv}{sv}{sv}{sv}{sv}{sv}{sv}{sv}{sv}", "requests", "t", i->requests,
+            "requests-cancelled", "t", i->requests_cancelled, "requests-failed", "t",
+            i->requests_failed, "requests-refused", "t", session_set_n_refused(sessions),
+            "prompt-tokens", "t", i->prompt_tokens, "completion-tokens", "t", i->completion_tokens,
+            "steps", "t", i->steps, "preemptions", "t", i->preemptions, "kv-given-back", "t",
+            i->kv_given_back, "uptime-usec", "t", clients_uptime_usec(v->service->clients));
+    if (r >= 0)
+        r = sd_bus_message_append(
+            reply, "{sv}{sv}{sv}{sv}{sv}{sv}{sv}{sv}{sv}{sv}{sv}{sv}", "queued", "u", i->queued,
+            "running", "u", i->running, "sessions", "u", session_set_n_sessions(sessions),
+            "clients", "u", clients_n(v->service->clients), "kv-bytes-used", "t", i->kv_bytes_used,
+            "kv-bytes-max", "t", i->kv_bytes_max, "kv-spilled", "t", i->kv_spilled, "kv-restored",
+            "t", i->kv_restored, "kv-bytes-spilled", "t", i->kv_bytes_spilled, "memory-pressure",
+            "u", memory_pressure_level(v->service->pressure), "prefill-rate", "d", i->prefill_rate,
+            "decode-rate", "d", i->decode_rate);
+    if (r >= 0)
+        r = append_lanes(reply, v->service, &lanes);
+    if (r >= 0)
+        r = sd_bus_message_close_container(reply);
     return r < 0 ? r : sd_bus_send(NULL, reply, NULL);
 }
 

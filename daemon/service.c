@@ -445,9 +445,7 @@ static void set_calibration(struct service *s)
         engine_thread_set_calibration(s->engine, NULL, NULL, NULL);
         return;
     }
-    r = s->arguments->calibrate
-            ? -ENOENT
-            : calibration_read(p->places.cache, p->calibration_key, &known, &err);
+    r = calibration_read(p->places.cache, p->calibration_key, &known, &err);
     if (r < 0 && r != -ENOENT)
         log_notice("how fast CPU and GPU are is measured again: %s",
                    err.text[0] ? err.text : strerror(-r));
