@@ -292,18 +292,19 @@ void pass_collect(struct engine_thread *t)
 
 void pass_wait(struct engine_thread *t)
 {
-    bool wakes = false;
+    for (;;) {
+        bool wakes;
 
-    while (!wakes) {
-        if (is_over(t, LOOK_USEC)) {
-            t->pass[LANE_GPU].seen_usec = now_usec();
-            return;
-        }
         pthread_mutex_lock(&t->mutex);
         t->n_turns++;
         wakes = t->wakes || t->quit;
         pthread_mutex_unlock(&t->mutex);
-        wakes = wakes || (t->due_usec > 0 && now_usec() >= t->due_usec);
+        if (wakes || (t->due_usec > 0 && now_usec() >= t->due_usec))
+            return;
+        if (is_over(t, LOOK_USEC)) {
+            t->pass[LANE_GPU].seen_usec = now_usec();
+            return;
+        }
     }
 }
 
