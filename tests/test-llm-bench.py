@@ -265,9 +265,28 @@ class Test:
                 (1, "may use", "--threads", "1024", self.a),
                 (1, "/no/such.json: cannot read", "--compare", "/no/such.json", self.a),
                 (1, "not what 'llm-bench --json'", "--compare", self.a, self.a),
+                (2, "hybrid", "--backend", "hybrid", "--threads", "1,2", self.a),
+                (2, "hybrid", "--backend", "hybrid", "--compare", "old.json", self.a),
                 (2, "nothing is measured", "--threads", "1", "--compare", "old.json", "new.json")):
             out, err = run(self.bench, *command, status=status)
             assert out == "" and message in err and len(err.splitlines()) == status, err
+
+    def test_hybrid(self):
+        """The GPU reads while the processor decodes; without a device in software that is not tried."""
+        options = ["--backend", "hybrid", "--device", "llvmpipe", "--prompt", "5,20", "--depth", "8,70", "--sessions", "1,3", "--decode", "2",
+                   "--repetitions", "1", "--threads", "1"]
+        p = subprocess.run([self.bench, *options, "--json", self.a], capture_output=True, text=True, timeout=250)
+        if p.returncode == 1 and ("Vulkan" in p.stderr or "llvmpipe" in p.stderr):
+            print("hybrid: not tried: " + p.stderr.strip())
+            return
+        assert p.returncode == 0, p.stderr
+        got = json.loads(p.stdout)
+        assert got["depth"] == 8 and "llvmpipe" in got["engine"] and got["engine"].startswith("cpu/") and "1 thread," in got["engine"], got
+        assert [(r["prompt_tokens"], r["sessions"]) for r in got["hybrid"]] == [(5, 1), (5, 3), (20, 1), (20, 3)], got
+        for r in got["hybrid"]:
+            assert all(r[k] > 0 for k in ("gpu_read_alone", "gpu_read_beside", "cpu_decode_alone", "cpu_decode_beside")), r
+        out, _ = run(self.bench, *options, self.a)
+        assert len(out.splitlines()) == 8 and out.splitlines()[4].split() == ["5", "1", *out.splitlines()[4].split()[2:]], out
 
 
 def main():
@@ -284,6 +303,7 @@ def main():
         t.test_tables()
         t.test_compare(report)
         t.test_interrupt()
+        t.test_hybrid()
     return 0
 
 

@@ -22,6 +22,7 @@
 #include "tools/common/engine-args.h"
 #include "tools/common/program.h"
 #include "tools/llm-bench/compare.h"
+#include "tools/llm-bench/hybrid.h"
 #include "tools/llm-bench/json.h"
 #include "tools/llm-bench/load.h"
 #include "tools/llm-bench/measure.h"
@@ -52,14 +53,16 @@ static const char help[] =
     "  --quick                  what takes a minute: less of each of the above\n"
     "  --compare OLD.json       also print ratios to what --json printed earlier; with NEW.json\n"
     "                           instead of a model nothing is measured\n"
-    "  --json                   print a JSON object\n" ENGINE_ARGS_HELP_MODES
-    "  --help                   show this and exit\n"
+    "  --json                   print a JSON object\n"
+    "  --backend hybrid         a GPU reads prompts while the processor decodes, at the least\n"
+    "                           depth: what each does alone, and beside the "
+    "other\n" ENGINE_ARGS_HELP_MODES "  --help                   show this and exit\n"
     "  --version                show the version and exit";
 
 struct arguments {
     struct bench_options bench;
     const char *compare, *path;
-    bool json, quick, has_others, has_prompts, has_depths, has_positions, has_probe;
+    bool json, quick, hybrid, has_others, has_prompts, has_depths, has_positions, has_probe;
 };
 
 static int by_value(const void *pa, const void *pb)
@@ -189,6 +192,11 @@ static int parse_options(struct arguments *a, int argc, char **argv)
         case 'j':
             a->json = true;
             break;
+        case ENGINE_ARG_BACKEND:
+            a->hybrid = strcmp(optarg, "hybrid") == 0;
+            if (!a->hybrid)
+                r = engine_args_take(&o->engine, c, optarg, &err);
+            break;
         case ENGINE_ARG_THREADS:
             r = parse_list("--threads", optarg, 1024, &o->threads, &err);
             break;
@@ -214,6 +222,9 @@ static int parse_options(struct arguments *a, int argc, char **argv)
     if (compares_files(a) && a->has_others)
         return usage_error(program, "of two files, %s and %s, nothing is measured: --json only",
                            a->compare, a->path);
+    if (a->hybrid && (a->compare || o->threads.n > 1))
+        return usage_error(program, "--backend hybrid: neither --compare nor more than one number "
+                                    "of --threads");
     fill_in(a);
     return 0;
 }
@@ -320,6 +331,8 @@ static int run(const struct arguments *a, struct error *err)
         r = check_lengths(a, m, err);
     if (r < 0)
         return r;
+    if (a->hybrid)
+        return hybrid(m, o, a->json, err);
     c.old = old;
     c.model = m;
     outcome = measure(found, m, o, old ? check_comparison : NULL, &c, &why);
