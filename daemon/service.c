@@ -1302,6 +1302,8 @@ struct service *service_free(struct service *s)
     engine_thread_free(s->engine);
     model_free(s->model);
     model_store_free(s->models);
+    gpu_save_cache(s->gpu); /* in a folder of `places` */
+    gpu_free(s->gpu);
     if (s->store) { /* an orderly end leaves nothing to go on with */
         fd_store_remove(s->store, "kv");
         fd_store_remove(s->store, "instance");
@@ -1324,8 +1326,6 @@ struct service *service_free(struct service *s)
         free(p->next_name);
         free(p);
     }
-    gpu_save_cache(s->gpu);
-    gpu_free(s->gpu);
     sd_event_unref(s->event);
     free(s->model_name);
     free(s->failure);

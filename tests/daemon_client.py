@@ -34,6 +34,14 @@ def make_endless_model(make_chat_model, path):
     subprocess.run([make_chat_model, path, str(1 << 24)], check=True)
 
 
+def backend_options(options=()):
+    """What lets a daemon use mesa's software driver, where LLMD_TEST_BACKEND says vulkan or hybrid (tools/test --backend)."""
+    backend = os.environ.get("LLMD_TEST_BACKEND")
+    if not backend or any(str(o).startswith("--backend") for o in options):
+        return []
+    return [f"--backend={backend}", "--device=" + os.environ.get("LLMD_TEST_DEVICE", "llvmpipe")]
+
+
 class Daemon:
     """llmd itself, started directly. Its log is a file. model: None lets it look for one itself."""
 
@@ -45,7 +53,7 @@ class Daemon:
         program = [llmd] if isinstance(llmd, str) else llmd  # or a command that starts it
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                [*program, mode, *which, "--socket", socket, "--ready-fd", str(write), *options],
+                [*program, mode, *which, "--socket", socket, "--ready-fd", str(write), *backend_options(options), *options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[write], env=env)
         os.close(write)
         with os.fdopen(read, "rb") as f:

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 
-from daemon_client import ERROR, MANAGER, PATIENCE, ROOT, SESSION
+from daemon_client import ERROR, MANAGER, PATIENCE, ROOT, SESSION, backend_options
 from raw_bus import BusError, RawBus
 
 HIGH = 2000  # descriptors are moved there, out of the way of those that the child gets
@@ -156,7 +156,7 @@ class Manager:
         # Numbers matter, so close_fds= would be in the way: everything of ours is close-on-exec.
         self.process = subprocess.Popen(
             ["/bin/sh", "-c", "LISTEN_PID=$$; export LISTEN_PID; exec \"$@\"", "sh", self.llmd, "--system", *self.no_bus,
-             "--model", self.model, "--config", self.config, *self.options], env=env, preexec_fn=arrange, close_fds=False)
+             "--model", self.model, "--config", self.config, *backend_options(self.options), *self.options], env=env, preexec_fn=arrange, close_fds=False)
         for fd in (*sources, log, null):
             os.close(fd)
         self.n_starts += 1

@@ -10,7 +10,9 @@ into place whole, so that tests may ask for the same one at the same time and no
 A model's name is SHAPE-TYPE-SEED, as in tiny-q4_0-1.
 """
 import contextlib
+import ctypes.util
 import fcntl
+import glob
 import hashlib
 import importlib.util
 import os
@@ -50,6 +52,14 @@ def shared(path):
 def need_numpy():
     if importlib.util.find_spec("numpy") is None:
         raise Unavailable(f"{sys.executable} has no numpy (python3-numpy)")
+
+
+def need_gpu():
+    """A device for Vulkan: the one that LLMD_TEST_DEVICE names, or mesa's software driver."""
+    if not ctypes.util.find_library("vulkan"):
+        raise Unavailable("there is no Vulkan loader (libvulkan1)")
+    if not os.environ.get("LLMD_TEST_DEVICE") and not glob.glob("/usr/share/vulkan/icd.d/lvp_icd*.json"):
+        raise Unavailable("there is no software driver for Vulkan (mesa-vulkan-drivers)")
 
 
 def digest(*parts):

@@ -22,7 +22,14 @@ try:
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
+import models
 from vulkan_faults import DEVICE, Faults
+
+try:
+    models.need_gpu()
+except models.Unavailable as e:
+    print(f"skipped: {e}")
+    sys.exit(models.SKIPPED)
 
 LLMD, MAKE_CHAT_MODEL, LAYER = (os.path.abspath(p) for p in sys.argv[1:4])
 N = 40

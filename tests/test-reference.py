@@ -8,7 +8,8 @@
 Each model is random, made as GGUF by tests/models.py, imported with llm-import and evaluated with `llm-eval logits` at
 the CPU levels this machine has. The limits are those the project set itself; no other number decides.
 
---small leaves out what takes long in an instrumented build.
+--small leaves out what takes long in an instrumented build. --gpu compares a GPU, mesa's software driver, with the CPU
+instead, in every type that weights can have.
 """
 import argparse
 import os
@@ -31,6 +32,9 @@ LLAMACPP_KLD = 1e-5   # f32 weights and activations against llama.cpp's frozen l
 # llama.cpp rounds activations with q4_0 weights, which alone puts it 5.9e-4 from float64; f32 activations cannot agree
 # better than that, and a wrong weight is farther off by orders of magnitude.
 LLAMACPP_Q4_KLD = 7e-4
+
+GPU_KLD = 1e-5        # f32 activations on a GPU against the CPU's
+GPU = ("--backend=vulkan", "--device=" + os.environ.get("LLMD_TEST_DEVICE", "llvmpipe"))
 
 WEIGHTS = {"f32": "f32", "q8_0": "q8", "q4_0": "q4"}  # GGUF type: the same numbers in a model file
 
@@ -75,13 +79,13 @@ class Test:
         run(self.args.llm_import, "--weights", WEIGHTS[kind], models.model(name), out)
         return out
 
-    def logits(self, model_file, name, sequences, level, activations):
+    def logits(self, model_file, name, sequences, level, activations, *options):
         tokens = os.path.join(self.work, "tokens.txt")
         out = os.path.join(self.work, "logits.f32")
         with open(tokens, "w") as f:
             f.write(models.tokens_text(sequences))
         run(self.args.llm_eval, "logits", "--activations", activations, "--cpu-level", level, "--tokens", tokens,
-            "--output", out, model_file)
+            "--output", out, *options, model_file)
         got = self.load(out, name, sequences)
         os.unlink(out)
         return got
@@ -126,6 +130,20 @@ class Test:
                 self.check(f"{name} {level} int8", reference, got, None, INT8_KLD)
         os.unlink(model_file)
 
+    def gpu_against_cpu(self, name, weights, level, int8):
+        """A GPU sums in another order than the CPU, and that is all."""
+        sequences = self.random_sequences(name, (1, 7, 33, 90))
+        model_file = os.path.join(self.work, f"{name}-{weights}.llmd")
+        run(self.args.llm_import, "--weights", weights, models.model(name), model_file)
+        cpu = self.logits(model_file, name, sequences, level, "f32")
+        got = self.logits(model_file, name, sequences, level, "f32", *GPU)
+        self.check(f"{name} as {weights}, GPU f32", cpu, got, F32_MEAN_D, GPU_KLD)
+        if int8:
+            cpu = self.logits(model_file, name, sequences, level, "int8")
+            got = self.logits(model_file, name, sequences, level, "int8", *GPU)
+            self.check(f"{name} as {weights}, GPU int8", cpu, got, None, INT8_KLD)
+        os.unlink(model_file)
+
     def against_llamacpp(self, kind, levels, limit):
         name = f"tiny-{kind}-1"
         sums = models.contents(models.shared("data/reference/README.md")).decode()
@@ -156,6 +174,7 @@ def main():
     ap.add_argument("--llm-import", required=True)
     ap.add_argument("--llm-eval", required=True)
     ap.add_argument("--small", action="store_true")
+    ap.add_argument("--gpu", action="store_true")
     args = ap.parse_args()
     levels = cpu_levels()
     try:
@@ -163,6 +182,14 @@ def main():
         frozen = frozen_sequences()
         with tempfile.TemporaryDirectory(prefix="llmd-reference-") as work:
             t = Test(args, work)
+            if args.gpu:
+                models.need_gpu()
+                for weights in ("f32", "f16", "bf16", "q8", "q4"):
+                    t.gpu_against_cpu("odd-f32-1", weights, levels[-1], weights in ("q8", "q4") and not args.small)
+                for shape, weights in (("tiny", "q4"),) if args.small else (("tiny", "q4"), ("tiny", "bf16"), ("narrow", "q8")):
+                    t.gpu_against_cpu(f"{shape}-f32-1", weights, levels[-1], shape == "tiny")
+                print(f"{t.n} comparisons, {t.failed} beyond their limit")
+                return 1 if t.failed or not t.n else 0
             for kind in WEIGHTS:
                 for shape in models.SHAPES:
                     for seed in (1,) if args.small else (1, 2, 3):

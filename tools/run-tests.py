@@ -164,12 +164,18 @@ def main():
     ap.add_argument("--stage", action="append", choices=ALL, help="only this stage; may be repeated")
     ap.add_argument("--jobs", type=int, default=max(2, os.cpu_count() or 2), metavar="N",
                     help="compile and test N at a time (default: the cores, at least 2)")
+    ap.add_argument("--backend", choices=("vulkan", "hybrid"),
+                    help="the whole-system tests, with a daemon that uses mesa's software driver as its GPU")
     ap.add_argument("patterns", nargs="*", metavar="NAME", help="only tests with this in their name or suite")
     args = ap.parse_args()
     if args.system:
         if args.all or args.stage or args.patterns:
             ap.error("--system is all that is run with it")
         args.quick, args.patterns = True, SYSTEM
+    if args.backend:
+        os.environ["LLMD_TEST_BACKEND"] = args.backend
+        args.patterns = args.patterns or ["system"]
+        args.stage = args.stage or [DEFAULT[0]]
     if args.jobs < 1:
         ap.error("--jobs must be at least 1")
 
