@@ -14,7 +14,7 @@ import tempfile
 
 import dbus
 
-from daemon_client import Client, make_endless_model
+from daemon_client import Client, backend_options, make_endless_model
 
 LLMCTL, LLMD, MAKE_MODEL = map(os.path.abspath, sys.argv[1:4])
 PATIENCE = 120
@@ -43,7 +43,7 @@ class Home:
         self.starts_path = os.path.join(self.path, "starts")
         wrapper = os.path.join(self.path, "llmd")
         with open(wrapper, "w") as f:
-            f.write(f'#!/bin/sh\necho $$ >> {self.starts_path}\nexec {LLMD} "$@"\n')
+            f.write(f'#!/bin/sh\necho $$ >> {self.starts_path}\nexec {LLMD} {" ".join(backend_options())} "$@"\n')
         os.chmod(wrapper, 0o755)
         self.env = dict(os.environ, XDG_RUNTIME_DIR=self.runtime, XDG_DATA_HOME=self.data, LLMD_BINARY=wrapper,
                         LLMD_MODEL=model)
