@@ -241,7 +241,7 @@ static bool start_pass(struct engine_thread *t, enum engine_lane lane)
     struct lane_pass *p = &t->pass[lane];
     int r;
 
-    p->n = scheduler_choose(t->scheduler, lane, p->picks, engine_max_rows(t->engine));
+    p->n = scheduler_choose(t->scheduler, lane, p->picks, engine_lane_max_rows(t->engine, lane));
     if (p->n == 0)
         return false;
     for (size_t i = 0; i < p->n; i++)
@@ -310,9 +310,8 @@ void pass_wait(struct engine_thread *t)
 
 int pass_init(struct engine_thread *t, struct error *err)
 {
-    uint32_t max_rows = engine_max_rows(t->engine);
-
     for (int l = 0; l < ENGINE_LANES; l++) {
+        uint32_t max_rows = engine_lane_max_rows(t->engine, (enum engine_lane)l);
         struct lane_pass *p = &t->pass[l];
 
         p->picks = calloc(max_rows, sizeof(*p->picks));

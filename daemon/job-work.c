@@ -816,7 +816,8 @@ void work_publish(struct engine_thread *t)
 int work_init(struct engine_thread *t, struct error *err)
 {
     struct scheduler_options options = {
-        .max_rows = engine_max_rows(t->engine),
+        .max_rows = engine_lane_max_rows(t->engine, LANE_CPU),
+        .lane_rows = {[LANE_GPU] = engine_lane_max_rows(t->engine, LANE_GPU)},
         .max_logits = engine_max_logits(t->engine),
         .max_running = MAX_RUNNING,
         .even_lanes = 1u << LANE_GPU, /* passes that were recorded are replayed */

@@ -65,9 +65,10 @@ int calibration_new(struct calibration **ret, struct engine *e, bool choose_acti
     if (!c)
         return -ENOMEM;
     c->engine = e;
-    c->most_rows = MIN(MIN(engine_max_rows(e), PROMPT_ROWS), MAX(m->context_max / 2, 1u));
+    c->most_rows =
+        MIN(MIN(engine_lane_max_rows(e, LANE_GPU), PROMPT_ROWS), MAX(m->context_max / 2, 1u));
     c->n_ctx = MIN(m->context_max, 2 * PROMPT_ROWS);
-    c->n_many = MIN(MIN(MANY, engine_max_logits(e)), engine_max_rows(e));
+    c->n_many = MIN(MIN(MANY, engine_max_logits(e)), engine_lane_max_rows(e, LANE_GPU));
     c->activations = c->result.gpu_activations = engine_gpu_activations(e);
     /* A backend that the pool lies in stays, with all that it was told of. */
     c->tries_int8 = choose_activations && c->activations == ACTIVATIONS_F32 && !e->pool_backend;

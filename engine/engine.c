@@ -26,6 +26,7 @@
 #define DEFAULT_MAX_ROWS 256
 #define DEFAULT_MAX_LOGITS 16
 #define MOST_ROWS 65536u
+#define GPU_MAX_ROWS 128u
 
 /* A quarter of the machine's memory; at most one of what may be mapped, or be in a file. */
 static uint64_t default_kv_bytes(void)
@@ -218,9 +219,14 @@ const struct model *engine_model(const struct engine *e)
     return e->model;
 }
 
+uint32_t engine_lane_max_rows(const struct engine *e, enum engine_lane lane)
+{
+    return lane == LANE_GPU ? MIN(e->max_rows, GPU_MAX_ROWS) : e->max_rows;
+}
+
 uint32_t engine_max_rows(const struct engine *e)
 {
-    return e->max_rows;
+    return engine_lane_max_rows(e, e->home);
 }
 
 uint32_t engine_max_logits(const struct engine *e)

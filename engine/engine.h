@@ -53,7 +53,8 @@ struct engine_options {
     const char *cpu_level;  /* cap: "reference", "avx2", "avx512", "amx"; NULL: the best there is */
     uint32_t n_threads;     /* 0: one for each core this process may use */
     bool no_pinning;        /* threads may move between cores; else see backend_cpu_pin() */
-    uint32_t max_rows;      /* tokens in one step; 0: 256 */
+    uint32_t max_rows;      /* tokens in one step; 0: 256; a GPU's steps have at most 128, since its
+                               activations are memory of its own */
     uint32_t max_logits;    /* wanted rows in one step; 0: 16 */
     uint64_t kv_bytes;      /* budget of the page pool; 0: a quarter of physical memory, or of
                                RLIMIT_AS or RLIMIT_FSIZE where that is less */
@@ -74,7 +75,8 @@ struct engine *engine_free(struct engine *e); /* all sessions must be gone */
 void engine_freep(struct engine **e);
 
 const struct model *engine_model(const struct engine *e);
-uint32_t engine_max_rows(const struct engine *e);
+uint32_t engine_max_rows(const struct engine *e); /* the home lane's */
+uint32_t engine_lane_max_rows(const struct engine *e, enum engine_lane lane);
 uint32_t engine_max_logits(const struct engine *e);
 
 /*

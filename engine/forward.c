@@ -46,7 +46,7 @@ static void lay_out(struct lane *l, struct arena *a)
     const struct engine *e = l->engine;
     const struct model_config *c = e->config;
     struct forward_buffers *b = &l->buf;
-    size_t n = e->max_rows, streams = (size_t)c->n_streams * c->hidden;
+    size_t n = l->max_rows, streams = (size_t)c->n_streams * c->hidden;
     size_t heads = (size_t)c->n_heads * c->head_dim, heads_kv = (size_t)c->n_heads_kv * c->head_dim;
     size_t ple = (size_t)c->n_layers * c->ple_width, ffn = 0, blocks = e->widest / WEIGHT_BLOCK;
     size_t hidden = ALIGN_UP((size_t)c->hidden, (size_t)64), n_rounded = n;
@@ -110,8 +110,8 @@ int forward_init(struct lane *l)
         return -ENOMEM;
     a = (struct arena){.base = l->scratch};
     lay_out(l, &a);
-    b->rows = array(e->max_rows, 1, sizeof(*b->rows));
-    b->kv_rows = array(e->config->n_layers_kv, e->max_rows, sizeof(*b->kv_rows));
+    b->rows = array(l->max_rows, 1, sizeof(*b->rows));
+    b->kv_rows = array(e->config->n_layers_kv, l->max_rows, sizeof(*b->kv_rows));
     b->kv_rows_wanted = array(e->config->n_layers_kv, e->max_logits, sizeof(*b->kv_rows_wanted));
     return b->rows && b->kv_rows && b->kv_rows_wanted ? 0 : -ENOMEM;
 }
@@ -586,7 +586,7 @@ static void issue(struct lane *l, uint32_t n, uint32_t n_wanted)
         .ple = b->ple,
         .rope = {b->rope[0], b->rope[1]},
         .kv_rows = b->kv_rows,
-        .ld_kv = l->engine->max_rows,
+        .ld_kv = l->max_rows,
     };
 
     begin(&p);
@@ -638,13 +638,13 @@ static uint32_t fill(struct lane *l, uint32_t n)
         b->ids[i] = row->token;
         b->ids_ple[i] = row->token < c->vocab_size_ple ? row->token : 0;
         for (uint32_t k = 0; k < c->n_layers_kv; k++)
-            b->kv_rows[(size_t)k * e->max_rows + i] = kv_cache_row(row->kv, k, row->pos);
+            b->kv_rows[(size_t)k * l->max_rows + i] = kv_cache_row(row->kv, k, row->pos);
         if (!row->wanted)
             continue;
         assert(n_wanted < e->max_logits);
         for (uint32_t k = 0; k < c->n_layers_kv; k++)
             b->kv_rows_wanted[(size_t)k * e->max_logits + n_wanted] =
-                b->kv_rows[(size_t)k * e->max_rows + i];
+                b->kv_rows[(size_t)k * l->max_rows + i];
         b->wanted[n_wanted++] = i;
     }
     read_ahead_rows(&e->weights->ple_embed, b->ids_ple, n);
@@ -655,7 +655,7 @@ int forward_start(struct lane *l, uint32_t n)
 {
     uint32_t n_wanted;
 
-    assert(n >= 1 && n <= l->engine->max_rows);
+    assert(n >= 1 && n <= l->max_rows);
     if (l->maps) {
         struct backend *processor = l->engine->lanes[LANE_CPU]->backend;
         int r = lane_map_pages(l);

@@ -115,11 +115,16 @@ int lane_new(struct lane **ret, struct engine *e, enum engine_lane id, struct ba
             backend_free(b);
         return error_set(err, ENOMEM, "out of memory");
     }
-    *l = (struct lane){
-        .engine = e, .id = id, .backend = b, .own = b, .activations = activations, .maps = maps};
+    *l = (struct lane){.engine = e,
+                       .id = id,
+                       .backend = b,
+                       .own = b,
+                       .activations = activations,
+                       .maps = maps,
+                       .max_rows = engine_lane_max_rows(e, id)};
     r = forward_init(l);
     if (r < 0)
-        error_set(err, -r, "no memory for the activations of %u rows", e->max_rows);
+        error_set(err, -r, "no memory for the activations of %u rows", l->max_rows);
     if (r == 0 && maps)
         r = map_weights(l, err);
     if (r < 0) {

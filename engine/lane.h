@@ -78,6 +78,7 @@ struct lane {
                       embeddings, whose rows the processor's lane brings, and pages of the pool */
     void *scratch; /* backend memory behind the buffers */
     size_t scratch_bytes;
+    uint32_t max_rows;
     struct forward_buffers buf;
     char failure[192]; /* why it is of no use any more, where the backend does not know; or "" */
 

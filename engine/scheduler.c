@@ -122,6 +122,7 @@ struct rate_slot {
 };
 
 struct lane_state {
+    uint32_t max_rows;
     uint64_t n_steps;
     double floor[2];                    /* least virtual time of the runnable; of idle ones */
     double most[2];                     /* the most ever */
@@ -259,6 +260,9 @@ int scheduler_new(struct scheduler **ret, const struct scheduler_options *option
         return -ENOMEM;
     assert(options->max_rows > 0 && options->max_logits > 0);
     s->max_rows = options->max_rows;
+    for (unsigned i = 0; i < SCHEDULER_LANES; i++)
+        s->lanes[i].max_rows =
+            options->lane_rows[i] ? MIN(options->lane_rows[i], s->max_rows) : s->max_rows;
     s->max_logits = options->max_logits;
     s->even_lanes = options->even_lanes;
     s->max_running = options->max_running ? options->max_running : DEFAULT_MAX_RUNNING;
@@ -906,14 +910,14 @@ static uint32_t rows_for(const struct scheduler *s, const struct lane_state *l,
     double cost = prompt_row_usec(l, situation), n = l->cost[situation].most_rows;
 
     if (s->is_loading)
-        return s->max_rows;
+        return l->max_rows;
     if (situation == ALONE)
         limit = MAX(limit, STEP_USEC);
     if (cost == 0)
         cost = PROMPT_COST * token_usec(l);
     if (cost > 0)
         n = MIN(n, (limit - step) / cost);
-    return (uint32_t)MAX(MIN(n, (double)s->max_rows), 1.0);
+    return (uint32_t)MAX(MIN(n, (double)l->max_rows), 1.0);
 }
 
 /* Of a step of n rows or fewer. */
@@ -945,7 +949,7 @@ static size_t choose_prompts(struct scheduler *s, unsigned lane, struct schedule
             l->situation == BESIDE || several_wait || (waiting && waiting != e[i]->account);
         uint32_t most = rows_for(s, l, beside ? BESIDE : ALONE, n_decoding), rows;
 
-        most = MIN(most, s->max_rows - n_decoding);
+        most = MIN(most, l->max_rows - n_decoding);
         if (s->even_lanes & 1u << lane)
             most = MAX(even(n_decoding + most), n_decoding + 1) - n_decoding;
         if (most <= n_prompt_rows)
@@ -1000,7 +1004,7 @@ size_t scheduler_choose(struct scheduler *s, unsigned lane, struct scheduler_pic
     n_decoding = keep_decoding(&c, s->sorted, n_decoding);
     n_prompts = keep_prompts(&c, prompts, n_prompts);
 
-    n_rows = n_prompts > 0 && s->max_rows > 1 ? s->max_rows - 1 : s->max_rows;
+    n_rows = n_prompts > 0 && l->max_rows > 1 ? l->max_rows - 1 : l->max_rows;
     n_picks = MIN(MIN(n_decoding, (size_t)s->max_logits), MIN(n_rows, max_picks));
     for (size_t i = 0; i < n_picks; i++) {
         struct scheduler_entry *e = s->sorted[i];
@@ -1033,8 +1037,7 @@ static void learn_decoding(struct lane_state *l, size_t n, double usec)
     m->at = l->n_steps;
 }
 
-static void learn_prompts(struct lane_state *l, size_t n_decoding, uint32_t rows, double usec,
-                          uint32_t max_rows)
+static void learn_prompts(struct lane_state *l, size_t n_decoding, uint32_t rows, double usec)
 {
     struct prompt_cost *c = &l->cost[l->situation];
     double step = n_decoding > 0 ? l->measured[MIN(n_decoding, (size_t)MEASURED - 1)].usec : 0;
@@ -1047,7 +1050,7 @@ static void learn_prompts(struct lane_state *l, size_t n_decoding, uint32_t rows
     c->usec = 0.5 * c->usec + extra;
     c->rows = 0.5 * c->rows + rows;
     c->most_rows = MAX(0.9 * c->most_rows, growth * rows + 1);
-    c->most_rows = MIN(c->most_rows, (double)max_rows);
+    c->most_rows = MIN(c->most_rows, (double)l->max_rows);
 }
 
 static void note_rate(struct lane_state *l, uint64_t usec, uint32_t prompt_rows, uint32_t decoded)
@@ -1065,10 +1068,10 @@ static void note_rate(struct lane_state *l, uint64_t usec, uint32_t prompt_rows,
 
 /* for_prompts: rows of prompts, with those that were picked as if they decoded. */
 static void learn(struct lane_state *l, size_t n_decoding, uint32_t prompt_rows,
-                  uint32_t for_prompts, uint64_t took_usec, uint32_t max_rows)
+                  uint32_t for_prompts, uint64_t took_usec)
 {
     if (prompt_rows > 0)
-        learn_prompts(l, n_decoding, prompt_rows, (double)took_usec, max_rows);
+        learn_prompts(l, n_decoding, prompt_rows, (double)took_usec);
     else
         learn_decoding(l, n_decoding, (double)took_usec);
     if (n_decoding > 0) {
@@ -1129,7 +1132,7 @@ void scheduler_account(struct scheduler *s, unsigned lane, const struct schedule
     l->statistics.usec += took_usec;
     s->is_ranked = false;
     if (!s->is_loading)
-        learn(l, n_decoding, prompt_rows, for_prompts, took_usec, s->max_rows);
+        learn(l, n_decoding, prompt_rows, for_prompts, took_usec);
     price = prompt_price(l);
     for (size_t i = 0; i < n_picks; i++)
         charge(s, lane, &picks[i], price);

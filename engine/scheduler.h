@@ -77,6 +77,7 @@ struct scheduler_task {
 
 struct scheduler_options {
     uint32_t max_rows, max_logits; /* of a step, as the engine's */
+    uint32_t lane_rows[SCHEDULER_LANES]; /* of a lane's steps, where they are fewer; 0: max_rows */
     uint32_t max_running;          /* 0: 64 */
     unsigned even_lanes; /* bits, 1 << lane: a step is cheaper there with as many rows as one before
                             had: where prompts fill it up, their number is rounded down */

@@ -64,7 +64,7 @@ static void count_cached(struct session *s, enum engine_lane lane, uint32_t to)
 static int catch_up(struct lane *l, struct session *s)
 {
     while (s->n_cached < s->n_tokens) {
-        uint32_t n = MIN(s->n_tokens - s->n_cached, l->engine->max_rows);
+        uint32_t n = MIN(s->n_tokens - s->n_cached, l->max_rows);
         int r = kv_cache_reserve(&s->kv, s->n_cached, s->n_cached + n);
 
         if (r < 0)
@@ -106,7 +106,8 @@ static int prepare(struct lane *l, struct step_item *item)
 }
 
 /* The whole step's limits, and that no session is in it twice. */
-static int check_step(struct engine *e, struct step_item *items, size_t n_items)
+static int check_step(struct engine *e, enum engine_lane lane, struct step_item *items,
+                      size_t n_items)
 {
     uint64_t rows = 0, wanted = 0;
     int r = 0;
@@ -123,7 +124,8 @@ static int check_step(struct engine *e, struct step_item *items, size_t n_items)
     }
     for (size_t i = 0; i < n_items; i++)
         items[i].session->in_step = false;
-    if (rows > e->max_rows || wanted > e->max_logits || kv_pool_is_adopting(e->pool))
+    if (rows > engine_lane_max_rows(e, lane) || wanted > e->max_logits ||
+        kv_pool_is_adopting(e->pool))
         return -EINVAL;
     return r;
 }
@@ -196,7 +198,7 @@ int engine_start(struct engine *e, enum engine_lane lane, struct step_item *item
         return -EBUSY;
     for (size_t i = 0; i < n_items; i++)
         session_settle(items[i].session);
-    r = check_step(e, items, n_items);
+    r = check_step(e, lane, items, n_items);
     if (r < 0)
         return r;
     if (lane_failure(l))
@@ -270,7 +272,7 @@ int session_eval(struct session *s, const uint32_t *tokens, size_t n, const floa
         struct step_item item = {.session = s, .tokens = tokens};
         int r;
 
-        item.n_tokens = (uint32_t)MIN(n, (size_t)e->max_rows);
+        item.n_tokens = (uint32_t)MIN(n, (size_t)engine_max_rows(e));
         item.wanted = ret_logits && item.n_tokens == n ? LOGITS_LAST : LOGITS_NONE;
         r = engine_step(e, &item, 1);
         if (r == 0)

@@ -106,7 +106,7 @@ struct world {
 static void world_init(struct world *w, const struct machine *m, uint32_t max_rows,
                        uint32_t max_logits)
 {
-    *w = (struct world){.m = m, .o = {max_rows, max_logits, 0}};
+    *w = (struct world){.m = m, .o = {.max_rows = max_rows, .max_logits = max_logits}};
     assert(scheduler_new(&w->s, &w->o) == 0);
 }
 
@@ -984,7 +984,7 @@ struct pair {
 
 static void pair_init(struct pair *p, const struct machine *cpu, const struct machine *gpu)
 {
-    struct scheduler_options o = {256, 16, 0, ON_GPU};
+    struct scheduler_options o = {.max_rows = 256, .max_logits = 16, .even_lanes = ON_GPU};
 
     *p = (struct pair){.m = {cpu, gpu}, .beside = 1.2};
     assert(scheduler_new(&p->s, &o) == 0);
@@ -1305,6 +1305,7 @@ static void check_random(uint64_t seed)
     o = (struct scheduler_options){.max_rows = 1 + below(300),
                                    .max_logits = 1 + below(20),
                                    .max_running = 1 + below(80),
+                                   .lane_rows = {0, below(200)},
                                    .even_lanes = below(4)};
     max_picks = 1 + below(N);
     memset(t, 0, sizeof(t));
@@ -1403,6 +1404,7 @@ static void check_random(uint64_t seed)
             }
             n_under_way[lane] = n;
             assert(rows <= o.max_rows && logits <= o.max_logits);
+            assert(o.lane_rows[lane] == 0 || rows <= o.lane_rows[lane]);
         }
         if (below(3) == 0)
             end_random(s, lane, picks[lane], &n_under_way[lane]);

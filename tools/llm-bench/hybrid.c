@@ -72,7 +72,7 @@ static int decode_step(struct hybrid *h, uint32_t n, struct error *err)
 static int read_prompt(struct hybrid *h, uint32_t prompt, uint32_t n, uint32_t *ret_decoded,
                        struct error *err)
 {
-    uint32_t most = engine_max_rows(h->engine), at = 0;
+    uint32_t most = engine_lane_max_rows(h->engine, LANE_GPU), at = 0;
     CLEANUP(freep) uint32_t *ids = calloc(most, sizeof(*ids));
     int r = 0;
 
@@ -173,9 +173,10 @@ static int make_sessions(struct hybrid *h, uint32_t most, struct error *err)
     for (uint32_t i = 0; r >= 0 && i < most; i++) {
         r = session_new(&h->writers[i], h->engine, n_ctx, NULL);
         for (uint32_t at = 0; r >= 0 && at < h->depth;) {
-            struct step_item item = {.session = h->writers[i],
-                                     .tokens = ids + at,
-                                     .n_tokens = MIN(h->depth - at, engine_max_rows(h->engine))};
+            struct step_item item = {
+                .session = h->writers[i],
+                .tokens = ids + at,
+                .n_tokens = MIN(h->depth - at, engine_lane_max_rows(h->engine, LANE_CPU))};
 
             r = engine_start(h->engine, LANE_CPU, &item, 1);
             if (r >= 0)
