@@ -195,7 +195,12 @@ static int measure_prompt(struct calibration *c, enum engine_lane lane)
         double rows = probe * PASS_SECONDS / took; /* more rows take less each: it is less */
 
         c->rows = (uint32_t)MAX(MIN(rows, (double)c->most_rows), (double)probe);
-        c->best = c->rows == probe ? took : 1e9;
+        c->best = took;
+        if (c->rows == probe) { /* slow, or of few rows: so much is enough */
+            c->result.rates.lane[lane].prefill = c->rows / took;
+            return 0;
+        }
+        c->best = 1e9;
         return 1;
     }
     case 2: /* likewise */
