@@ -11,8 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "base/checked.h"
 #include "base/cleanup.h"
@@ -528,17 +526,12 @@ static bool is_cache_of(const struct vulkan_device *d, const void *data, size_t 
 static int create_cache(struct vulkan_device *d)
 {
     VkPipelineCacheCreateInfo info = {.sType = VK_STRUCTURE_TYPE_PIPELINE_CACHE_CREATE_INFO};
-    int r;
 
     if (is_cache_of(d, d->first_cache, d->first_cache_bytes)) {
         info.initialDataSize = d->first_cache_bytes;
         info.pInitialData = d->first_cache;
     }
-    r = vulkan_errno(d->vk.CreatePipelineCache(d->device, &info, NULL, &d->cache));
-    free(d->first_cache);
-    d->first_cache = NULL;
-    d->first_cache_bytes = 0;
-    return r;
+    return vulkan_errno(d->vk.CreatePipelineCache(d->device, &info, NULL, &d->cache));
 }
 
 static int create_layout(struct vulkan_device *d)
@@ -551,37 +544,6 @@ static int create_layout(struct vulkan_device *d)
     };
 
     return vulkan_errno(d->vk.CreatePipelineLayout(d->device, &info, NULL, &d->layout));
-}
-
-/* Whether the device sees a page of a memfd: tried, since drivers differ in what they import. */
-static bool try_sharing(struct vulkan_device *d)
-{
-    struct vulkan_block b;
-    size_t bytes = MAX(d->import_align, (size_t)sysconf(_SC_PAGESIZE));
-    bool shares = false;
-    int fd;
-
-    if (d->import_align == 0)
-        return false;
-    fd = memfd_create("vulkan", MFD_CLOEXEC);
-    if (fd < 0)
-        return false;
-    /* Aligned to what may be more than a page: the first multiple within twice as much. */
-    if (ftruncate(fd, (off_t)(2 * bytes)) == 0) {
-        void *p = mmap(NULL, 2 * bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-
-        if (p != MAP_FAILED) {
-            void *aligned = (void *)ALIGN_UP((uintptr_t)p, (uintptr_t)bytes);
-
-            if (vulkan_block_import(d, aligned, bytes, &b) == 0) {
-                shares = true;
-                vulkan_block_free(d, &b);
-            }
-            munmap(p, 2 * bytes);
-        }
-    }
-    close(fd);
-    return shares;
 }
 
 /* Of a device half made. */
@@ -603,13 +565,11 @@ static void close_device(struct vulkan_device *d)
     d->device = NULL;
 }
 
-int vulkan_device_open(struct vulkan_device *d, struct error *err)
+/* All but trying. On failure nothing is left. */
+static int open_once(struct vulkan_device *d, struct error *err)
 {
-    int r;
+    int r = create_device(d);
 
-    if (d->device)
-        return 0;
-    r = create_device(d);
     if (r < 0) {
         d->device = NULL;
         return error_set(err, r == -ENOMEM ? ENOMEM : ENODEV, "%s cannot be opened: %s", d->name,
@@ -634,7 +594,7 @@ int vulkan_device_open(struct vulkan_device *d, struct error *err)
         close_device(d);
         return error_set(err, ENOMEM, "%s cannot be opened: out of memory", d->name);
     }
-    d->shares = try_sharing(d);
+    d->state = VULKAN_WELL;
     return 0;
 
 lacking:
@@ -644,6 +604,42 @@ lacking:
     d->device = NULL;
     return error_set(err, ENODEV, "%s cannot be used: its driver lacks functions of Vulkan 1.2",
                      d->name);
+}
+
+/* Tries what was not tried before. A trial that fails may take the device with it: false then. */
+static bool try_imports(struct vulkan_device *d)
+{
+    if (!d->has_tried[BACKEND_SHARED]) {
+        d->has_tried[BACKEND_SHARED] = true;
+        d->shares = vulkan_try_import(d, true);
+    }
+    if (d->state == VULKAN_WELL && !d->has_tried[BACKEND_WEIGHTS]) {
+        d->has_tried[BACKEND_WEIGHTS] = true;
+        d->imports_weights =
+            !d->copy_weights && vulkan_device_is_integrated(d) && vulkan_try_import(d, false);
+    }
+    return d->state == VULKAN_WELL;
+}
+
+int vulkan_device_open(struct vulkan_device *d, struct error *err)
+{
+    int r;
+
+    if (d->device)
+        return d->state == VULKAN_HUNG ? error_set(err, ENODEV, "%s does not answer", d->name) : 0;
+    do {
+        r = open_once(d, err);
+        if (r < 0)
+            return r;
+        if (!try_imports(d) && d->state == VULKAN_LOST)
+            close_device(d);
+    } while (!d->device);
+    free(d->first_cache);
+    d->first_cache = NULL;
+    d->first_cache_bytes = 0;
+    if (d->state == VULKAN_HUNG)
+        return error_set(err, ENODEV, "%s does not answer", d->name);
+    return 0;
 }
 
 /* See backend.c */

@@ -29,6 +29,15 @@ enum vulkan_state {
     VULKAN_HUNG, /* it may still be at work: what it holds must be left to it */
 };
 
+/* A buffer with memory of its own, and the address by which shaders find it. */
+struct vulkan_block {
+    VkBuffer buffer;
+    VkDeviceMemory memory;
+    VkDeviceAddress address;
+    void *host; /* NULL: the host cannot see it */
+    size_t bytes;
+};
+
 struct vulkan_device {
     struct vulkan_functions vk;
     void *library;
@@ -47,7 +56,7 @@ struct vulkan_device {
     double timestamp_nsec;   /* between two ticks */
     uint64_t max_piece;      /* bytes of one allocation and one buffer */
     size_t import_align;     /* 0: memory cannot be imported */
-    bool copy_weights;
+    bool copy_weights, imports_weights;
     uint64_t hang_usec;
     void *first_cache; /* as given; freed when opened */
     size_t first_cache_bytes;
@@ -57,22 +66,14 @@ struct vulkan_device {
     VkPipelineCache cache;
     VkPipelineLayout layout; /* one for all: 128 bytes of push constants */
     VkPipeline pipelines[VULKAN_N_PIPELINES];
-    bool shares;
+    bool shares, has_tried[2]; /* by enum backend_memory: whether it can be imported */
     enum vulkan_state state;
+    struct vulkan_block tried[2]; /* of a trial after which the device did not answer */
     struct vulkan_device *next_abandoned;
 };
 
 /* 0, -ENOMEM, -ENODEV, ... of vulkan_errno() */
 int vulkan_device_pipeline(struct vulkan_device *d, enum vulkan_pipeline p, VkPipeline *ret);
-
-/* A buffer with memory of its own, and the address by which shaders find it. */
-struct vulkan_block {
-    VkBuffer buffer;
-    VkDeviceMemory memory;
-    VkDeviceAddress address;
-    void *host; /* NULL: the host cannot see it */
-    size_t bytes;
-};
 
 enum vulkan_place {
     VULKAN_HOST,   /* host-visible and coherent, cached where there is such; content undefined */
@@ -88,3 +89,7 @@ int vulkan_block_new(struct vulkan_device *d, size_t bytes, enum vulkan_place pl
 int vulkan_block_import(struct vulkan_device *d, void *p, size_t bytes, struct vulkan_block *ret);
 /* Nothing that is under way may use it: after a hang, nobody calls this. */
 void vulkan_block_free(struct vulkan_device *d, struct vulkan_block *b);
+
+/* try-import.c: whether the device can use memory of a memfd that is mapped, for reading alone or
+ * for both. Where it cannot, d->state may be another afterwards. */
+bool vulkan_try_import(struct vulkan_device *d, bool writable);

@@ -233,8 +233,7 @@ int vulkan_map(struct backend *backend, const void *p, size_t bytes, enum backen
 {
     struct vulkan_backend *v = vulkan_backend(backend);
     struct vulkan_region region = {.start = (uintptr_t)p, .bytes = bytes};
-    bool copied = kind == BACKEND_WEIGHTS &&
-                  (v->device->copy_weights || !vulkan_device_is_integrated(v->device));
+    bool copied = kind == BACKEND_WEIGHTS && !v->device->imports_weights;
     int r;
 
     if (bytes == 0)

@@ -375,8 +375,8 @@ int vulkan_settle(struct vulkan_backend *v)
     return r;
 }
 
-int vulkan_copy(struct vulkan_backend *v, const struct vulkan_block *from, struct vulkan_block *to,
-                size_t to_offset, size_t bytes)
+int vulkan_copy(struct vulkan_backend *v, const struct vulkan_block *from,
+                const struct vulkan_block *to, size_t to_offset, size_t bytes)
 {
     VkBufferCopy part = {.dstOffset = to_offset, .size = bytes};
 

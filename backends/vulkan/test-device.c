@@ -318,8 +318,11 @@ static void test_weights(bool copied, bool upload)
     /* A piece that starts and ends in the midst of pages. */
     float *first = w + 3, *second = w + 400001;
 
-    if (upload)
+    assert(d->imports_weights != copied);
+    if (upload) {
         d->type = VK_PHYSICAL_DEVICE_TYPE_DISCRETE_GPU; /* with memory of its own */
+        d->imports_weights = false;
+    }
     assert(backend_map(b, first, 399998 * 4, BACKEND_WEIGHTS) == 0);
     assert(backend_map(b, second, (FILE_FLOATS - 400001) * 4L, BACKEND_WEIGHTS) == 0);
     assert((vulkan_address(vulkan_backend(b), first, 4).low == (uint32_t)(uintptr_t)first) !=
@@ -341,6 +344,84 @@ static void test_weights(bool copied, bool upload)
     backend_release(b, ids, 4096);
     b = backend_free(b);
     munmap(w, FILE_FLOATS * 4L);
+}
+
+/*
+ * Drivers that refuse imports, and such as agree and then give the device up when something is
+ * submitted that uses one: another is made, and what was to be imported is copied.
+ */
+static PFN_vkQueueSubmit real_submit;
+static unsigned submits, lost_submits; /* bit i: submission i is */
+
+static VkResult some_lost_QueueSubmit(VkQueue q, uint32_t n, const VkSubmitInfo *info,
+                                      VkFence fence)
+{
+    return lost_submits >> submits++ & 1 ? VK_ERROR_DEVICE_LOST : real_submit(q, n, info, fence);
+}
+
+static PFN_vkVoidFunction losing_GetDeviceProcAddr(VkDevice d, const char *name)
+{
+    PFN_vkVoidFunction f = real_get(d, name);
+
+    if (strcmp(name, "vkQueueSubmit") != 0)
+        return f;
+    real_submit = (PFN_vkQueueSubmit)f;
+    return (PFN_vkVoidFunction)some_lost_QueueSubmit;
+}
+
+static void test_lost_by_import(unsigned lost, bool shares, bool imports, unsigned n_submits)
+{
+    CLEANUP(vulkan_device_freep)
+    struct vulkan_device *d = find_device(&(struct vulkan_options){});
+    CLEANUP(backend_freep) struct backend *b = NULL;
+    float *x;
+
+    real_get = d->vk.GetDeviceProcAddr;
+    d->vk.GetDeviceProcAddr = losing_GetDeviceProcAddr;
+    submits = 0;
+    lost_submits = lost;
+    b = new_backend(d);
+    assert(submits == n_submits);
+    assert(vulkan_device_shares(d) == shares && d->imports_weights == imports);
+    x = backend_alloc(b, 4);
+    *x = 1;
+    b->ops->softcap(b, x, 1, 30);
+    assert(backend_finish(b) == 0 && *x < 1);
+}
+
+static PFN_vkWaitSemaphores real_wait;
+
+static VkResult no_answer_WaitSemaphores(VkDevice d, const VkSemaphoreWaitInfo *info,
+                                         uint64_t timeout)
+{
+    (void)timeout;
+    real_wait(d, info, UINT64_MAX); /* so that the driver is done before the process is */
+    return VK_TIMEOUT;
+}
+
+static PFN_vkVoidFunction hanging_GetDeviceProcAddr(VkDevice d, const char *name)
+{
+    PFN_vkVoidFunction f = real_get(d, name);
+
+    if (strcmp(name, "vkWaitSemaphores") != 0)
+        return f;
+    real_wait = (PFN_vkWaitSemaphores)f;
+    return (PFN_vkVoidFunction)no_answer_WaitSemaphores;
+}
+
+/* A device that does not even answer to that is not used, and left alone. */
+static void test_hung_by_import(void)
+{
+    struct vulkan_device *d = find_device(&(struct vulkan_options){});
+    struct backend *b = NULL;
+    struct error err = {};
+
+    real_get = d->vk.GetDeviceProcAddr;
+    d->vk.GetDeviceProcAddr = hanging_GetDeviceProcAddr;
+    assert(vulkan_device_open(d, &err) == -ENODEV && strstr(err.text, "does not answer"));
+    assert(!vulkan_device_shares(d) && !d->imports_weights);
+    assert(backend_vulkan_new(&b, d, &limits, &err) == -ENODEV && !b);
+    vulkan_device_free(d);
 }
 
 /* Both sides see what the other writes. */
@@ -693,8 +774,7 @@ static uint64_t waited;
 
 static VkResult hung_WaitSemaphores(VkDevice d, const VkSemaphoreWaitInfo *info, uint64_t timeout)
 {
-    (void)d;
-    (void)info;
+    real.WaitSemaphores(d, info, UINT64_MAX); /* so that the driver is done before the process is */
     waited += timeout;
     return VK_TIMEOUT;
 }
@@ -736,6 +816,11 @@ int main(void)
     test_weights(true, false);
     test_weights(false, true);
     test_shared();
+    test_lost_by_import(0, true, true, 2);
+    test_lost_by_import(1, false, true, 2);
+    test_lost_by_import(2, true, false, 2);
+    test_lost_by_import(3, false, false, 2);
+    test_hung_by_import();
     test_replay();
     test_hazards();
     test_out_of_memory();

@@ -154,8 +154,8 @@ bool vulkan_is_recording(struct vulkan_backend *v);
 /* Until nothing is issued that was not waited for. 0 or -ENODEV */
 int vulkan_settle(struct vulkan_backend *v);
 /* Copies `bytes` of one block into another, at once. 0 or -ENODEV */
-int vulkan_copy(struct vulkan_backend *v, const struct vulkan_block *from, struct vulkan_block *to,
-                size_t to_offset, size_t bytes);
+int vulkan_copy(struct vulkan_backend *v, const struct vulkan_block *from,
+                const struct vulkan_block *to, size_t to_offset, size_t bytes);
 
 /* hazards.c: whether the dispatch that comes now needs a barrier before it, which is then made. */
 bool vulkan_must_wait(struct vulkan_backend *v);

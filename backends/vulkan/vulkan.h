@@ -44,8 +44,9 @@ int vulkan_device_find(struct vulkan_device **ret, const struct vulkan_options *
                        struct error *err);
 
 /*
- * Makes the logical device and its queue; may start threads of the driver's. Nothing happens where
- * it is open. Pipelines are made when they are first used. 0, -ENODEV, -ENOMEM
+ * Makes the logical device and its queue, and tries what memory it can share; may start threads of
+ * the driver's. Nothing happens where it is open. Pipelines are made when they are first used. 0,
+ * -ENODEV, -ENOMEM
  */
 int vulkan_device_open(struct vulkan_device *d, struct error *err);
 
