@@ -90,6 +90,14 @@ enum calibration_state {
     CALIBRATION_DONE, /* or known before */
 };
 
+/* What engine_thread_set_calibration() was given. */
+struct calibration_wish {
+    enum calibration_state state;
+    struct calibration_result known; /* DONE */
+    void (*done)(void *userdata, const struct calibration_result *c);
+    void *userdata;
+};
+
 #define DESCRIPTIONS 4 /* at the start, with a GPU, when that is measured, without it again */
 
 struct engine_thread {
@@ -119,6 +127,7 @@ struct engine_thread {
     bool is_loaded;    /* the loop has said that all is read that will be */
     bool mode_changed; /* mode is to be looked at */
     enum placement_mode mode;
+    struct calibration_wish wish; /* likewise */
     bool lanes_changed;       /* the loop does not know yet */
     uint64_t busy_until_usec; /* for the watchdog: no turn is expected before */
     struct lane_info lanes[ENGINE_LANES];
@@ -153,8 +162,7 @@ struct engine_thread {
         struct calibration_result result; /* DONE */
         struct calibration *work;         /* NULL: not begun */
         uint64_t due_usec;                /* when others are not waited for any more */
-        void (*done)(void *userdata, const struct calibration_result *c);
-        void *userdata;
+        struct calibration_wish wish;
     } calibration;
     enum gpu_state gpu;
     bool gpu_has_worked; /* since gpu_rests() was last called */

@@ -154,10 +154,11 @@ static void set_mode(struct engine_thread *t)
         return;
     t->mode_changed = false;
     placement_init(&t->placement, t->mode);
-    if (t->mode == PLACE_AUTO && t->calibration.state == CALIBRATION_DONE)
-        placement_set_rates(&t->placement, &t->calibration.result.rates);
-    if (t->mode != PLACE_AUTO)
-        t->calibration.state = CALIBRATION_NONE;
+    t->calibration.wish = t->wish;
+    t->calibration.state = t->mode == PLACE_AUTO ? t->wish.state : CALIBRATION_NONE;
+    t->calibration.result = t->wish.known;
+    if (t->calibration.state == CALIBRATION_DONE)
+        placement_set_rates(&t->placement, &t->wish.known.rates);
     t->gpu = t->mode == PLACE_CPU ? GPU_NONE : GPU_WAITS;
 }
 
@@ -408,11 +409,11 @@ void engine_thread_set_calibration(struct engine_thread *t, const struct calibra
                                    void *userdata)
 {
     pthread_mutex_lock(&t->mutex);
-    t->calibration.state = known ? CALIBRATION_DONE : CALIBRATION_WANTED;
+    t->wish = (struct calibration_wish){.state = known ? CALIBRATION_DONE : CALIBRATION_WANTED,
+                                        .done = done,
+                                        .userdata = userdata};
     if (known)
-        t->calibration.result = *known;
-    t->calibration.done = done;
-    t->calibration.userdata = userdata;
+        t->wish.known = *known;
     t->mode_changed = true;
     wake(t);
     pthread_mutex_unlock(&t->mutex);

@@ -55,8 +55,8 @@ static void done(struct engine_thread *t)
     pass_describe(t);
     log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_GPU}, "measured: %s",
              t->placement_text);
-    if (t->calibration.done)
-        t->calibration.done(t->calibration.userdata, &result);
+    if (t->calibration.wish.done)
+        t->calibration.wish.done(t->calibration.wish.userdata, &result);
     pass_tell_loop(t);
 }
 
