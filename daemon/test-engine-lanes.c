@@ -216,7 +216,7 @@ static void wait_for_lanes(void)
 static const struct calibration_result usual = {
     .rates = {.lane = {{.prefill = 100, .decode = 20, .decode_many = 60},
                        {.prefill = 400, .decode = 10, .decode_many = 50}}},
-    .gpu_activations = ACTIVATIONS_INT8};
+    .gpu_activations = ACTIVATIONS_F32};
 
 static struct placement_info placement(void)
 {
@@ -261,7 +261,7 @@ static void test_measured(void)
 
     /* What is known is not. */
     start_auto(&usual, NULL);
-    assert(placement().is_measured && placement().activations == ACTIVATIONS_INT8);
+    assert(placement().is_measured && placement().activations == ACTIVATIONS_F32);
     alone(&r, text, 40);
     expect_same(&r.out, &long_alone.out);
     s = statistics();
