@@ -16,6 +16,9 @@
 /* Workgroups of whole rows from which on these will do. */
 #define ENOUGH 33
 
+/* Where no window says how many positions a row sees: so many, about. */
+#define POSITIONS 4096
+
 /* Up to so many values of a head the shader needs less shared memory and fewer registers. */
 #define SMALL_DIM 256
 
@@ -74,6 +77,7 @@ static void vulkan_attention(struct backend *b, const struct attention_args *a)
     };
     if (n_workgroups >= ENOUGH) {
         vulkan_dispatch(v, p->whole[a->shape.f16], &push, sizeof(push), n_workgroups, 1, 1);
+        vulkan_work(v, 2 * a->n * row_floats * (a->window ? a->window : POSITIONS));
         return;
     }
     push.parts = vulkan_scratch(v, (size_t)n_workgroups * ATTENTION_PARTS * sizeof(float) *

@@ -55,6 +55,7 @@
     X(CreateSemaphore)             \
     X(DestroySemaphore)            \
     X(WaitSemaphores)              \
+    X(GetSemaphoreCounterValue)    \
     X(CreateShaderModule)          \
     X(DestroyShaderModule)         \
     X(CreatePipelineLayout)        \

@@ -176,6 +176,8 @@ static void matmul(struct backend *b, const struct weight *w, const struct activ
         vulkan_dispatch(v, (enum vulkan_pipeline)(first + (rows == 32 ? 4 : 5)), &p, sizeof(p),
                         DIV_ROUND_UP(w->n_out, (uint32_t)MATMUL_TILE), DIV_ROUND_UP(x->n, rows), 1);
     }
+    /* reading the weights takes about as long as eight rows */
+    vulkan_work(v, (uint64_t)w->n_out * w->n_in * MAX(x->n, (uint32_t)MAX_MATVEC_ROWS));
 }
 
 static void get_rows(struct backend *b, const struct weight *w, const uint32_t *ids, uint32_t n,

@@ -19,6 +19,9 @@
 #define UP_SHARES_MIN 16
 #define UP_SHARES_MAX 128
 
+/* One in so many is left, about: of normally distributed gates with z = 1.64 that is one in 20. */
+#define NEURONS_LEFT 16
+
 static_assert(WEIGHT_F32 == SPARSE_F32 && WEIGHT_F16 == SPARSE_F16 && WEIGHT_BF16 == SPARSE_BF16 &&
                   WEIGHT_Q8 == SPARSE_Q8 && WEIGHT_Q4 == SPARSE_Q4,
               "as in shaders");
@@ -137,6 +140,7 @@ static void vulkan_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a
     vulkan_dispatch(v, up_pipeline(up->type, rounded), &push, sizeof(push), n,
                     MIN(n_shares, DIV_ROUND_UP(ffn, (uint32_t)SPARSE_UP_NEURONS)), 1);
     vulkan_dispatch(v, down_pipeline(down->type), &push, sizeof(push), n, n_panels, 1);
+    vulkan_work(v, (uint64_t)n * ffn / NEURONS_LEFT * (up->n_in + down->n_out));
 }
 
 void vulkan_use_sparse(struct backend_ops *ops)

@@ -653,6 +653,58 @@ static void test_hazards(void)
     backend_release(b, x, 16384);
 }
 
+/* ---- parts ---- */
+
+static uint32_t n_infos; /* of the last submission */
+
+static VkResult counting_QueueSubmit(VkQueue q, uint32_t n, const VkSubmitInfo *info, VkFence fence)
+{
+    n_infos = n;
+    return real.QueueSubmit(q, n, info, fence);
+}
+
+/* y := x, by dispatches that are said to have `work` to do each */
+static void copy_in_steps(struct backend *b, float *x, uint32_t steps, uint64_t work)
+{
+    for (uint32_t i = 0; i < steps; i++) {
+        copy_rows(b, x + 4 * i, NULL, 1, x + 4 * i + 4);
+        vulkan_work(vulkan_backend(b), work);
+    }
+}
+
+/* A pass of much work is submitted in parts, each of which sees what those before it wrote. */
+static void test_parts(void)
+{
+    CLEANUP(vulkan_device_freep) struct vulkan_device *d = counted_device();
+    CLEANUP(backend_freep) struct backend *b = new_backend(d);
+    float *x = backend_alloc(b, 65536);
+
+    d->vk.QueueSubmit = counting_QueueSubmit;
+    for (uint32_t round = 0; round < 3; round++) {
+        x[0] = (float)round + 1;
+        assert(backend_begin(b, 9) == (round == 0));
+        if (round == 0) {
+            copy_in_steps(b, x, 6, (uint64_t)1 << 40);
+            copy_in_steps(b, x + 24, 6, 1);
+            backend_end(b);
+        }
+        assert(backend_finish(b) == 0 && x[48] == x[0]);
+        assert(n_infos == 7); /* none is empty */
+        assert(backend_vulkan_gpu_usec(b) > 0);
+    }
+    assert(backend_begin(b, 10));
+    copy_in_steps(b, x, VULKAN_PARTS + 3, (uint64_t)1 << 40);
+    backend_end(b);
+    x[0] = 77;
+    assert(backend_finish(b) == 0 && n_infos == VULKAN_PARTS);
+    assert(x[4 * (VULKAN_PARTS + 3)] == 77);
+    copy_rows(b, x, NULL, 1, x + 4);
+    assert(backend_finish(b) == 0 && n_infos == 1);
+    backend_release(b, x, 65536);
+    b = backend_free(b);
+    assert(n_living == 0);
+}
+
 /* ---- what goes wrong ---- */
 
 /* Something of everything. True when all of it went well. */
@@ -779,6 +831,43 @@ static VkResult hung_WaitSemaphores(VkDevice d, const VkSemaphoreWaitInfo *info,
     return VK_TIMEOUT;
 }
 
+static uint64_t counter;
+static int n_moves; /* how often the counter moves on yet */
+
+static VkResult stuck_GetSemaphoreCounterValue(VkDevice d, VkSemaphore semaphore, uint64_t *ret)
+{
+    (void)d;
+    (void)semaphore;
+    if (n_moves > 0) {
+        n_moves--;
+        counter++;
+    }
+    *ret = counter;
+    return VK_SUCCESS;
+}
+
+/* Slow is not hung: as long as parts are done the device has its time. */
+static void test_slow(void)
+{
+    struct vulkan_device *d = counted_device();
+    struct backend *b = new_backend(d);
+    float *x = backend_alloc(b, 64);
+
+    d->vk.WaitSemaphores = hung_WaitSemaphores;
+    d->vk.GetSemaphoreCounterValue = stuck_GetSemaphoreCounterValue;
+    b->ops->softcap(b, x, 4, 30);
+    assert(backend_submit(b) == 0);
+    counter = 0;
+    n_moves = 1;
+    assert(backend_wait(b, 15000000) == -ETIMEDOUT && !backend_failure(b));
+    waited = 0;
+    n_moves = 3;
+    assert(backend_wait(b, UINT64_MAX) == -ENODEV && n_moves == 0);
+    assert(waited > 35000000000 && waited <= 40000000000); /* 4 times what is left of 10 s */
+    backend_free(b);
+    vulkan_device_free(d);
+}
+
 static void test_hung(void)
 {
     struct vulkan_device *d = counted_device();
@@ -789,8 +878,11 @@ static void test_hung(void)
     b->ops->softcap(b, x, 4, 30);
     assert(backend_finish(b) == 0);
     d->vk.WaitSemaphores = hung_WaitSemaphores;
+    d->vk.GetSemaphoreCounterValue = stuck_GetSemaphoreCounterValue;
     b->ops->softcap(b, x, 4, 30);
     assert(backend_submit(b) == 0);
+    counter = vulkan_backend(b)->n_done;
+    waited = 0;
     assert(backend_wait(b, 0) == -ETIMEDOUT && backend_wait(b, 1000) == -ETIMEDOUT);
     assert(waited == 1000000 && !backend_failure(b));
     assert(backend_wait(b, UINT64_MAX) == -ENODEV);
@@ -823,9 +915,11 @@ int main(void)
     test_hung_by_import();
     test_replay();
     test_hazards();
+    test_parts();
     test_out_of_memory();
     test_lost(false);
     test_lost(true);
+    test_slow();
     test_hung();
     return 0;
 }

@@ -31,6 +31,9 @@ struct vulkan_accesses {
     bool is_unknown; /* there are others besides */
 };
 
+/* In how many a pass is cut at most. */
+#define VULKAN_PARTS 512
+
 /* How many passes are kept. */
 #define VULKAN_PASSES 32
 
@@ -57,13 +60,17 @@ struct vulkan_backend {
 
     /* pass.c */
     VkCommandPool pool;
-    VkQueryPool queries; /* NULL: no timestamps */
-    VkSemaphore done;    /* timeline: n_submitted when all is done */
-    uint64_t n_submitted, submitted_usec, gpu_usec;
+    VkQueryPool queries;          /* NULL: no timestamps */
+    VkSemaphore done;             /* timeline: counts parts, n_submitted when all is done */
+    uint64_t n_submitted, n_done; /* n_done: when it was looked at last */
+    uint64_t alive_usec;          /* when all was submitted, or a part seen to be done */
+    uint64_t gpu_usec;
     enum vulkan_stage stage;
     struct vulkan_pass *current;
-    bool in_pass; /* between begin() and end() */
+    bool in_pass;             /* between begin() and end() */
+    VkCommandBuffer commands; /* the part of it that is recorded */
     enum vulkan_pipeline bound;
+    uint64_t work;                             /* of that part */
     struct vulkan_accesses since, next;        /* since the last barrier; of the next dispatch */
     struct vulkan_pass *passes[VULKAN_PASSES]; /* kept; NULL: free */
     struct vulkan_pass *loose;                 /* of operations outside of passes */
@@ -120,6 +127,10 @@ void vulkan_dispatch(struct vulkan_backend *v, enum vulkan_pipeline p, const voi
  */
 void vulkan_reads(struct vulkan_backend *v, const void *p, size_t bytes);
 void vulkan_writes(struct vulkan_backend *v, const void *p, size_t bytes);
+
+/* How much the dispatches just made have to do, about: a pass is cut where it has become much. What
+ * has little to do says nothing. */
+void vulkan_work(struct vulkan_backend *v, uint64_t multiplications);
 
 /* Each sets the operations of its file. */
 void vulkan_use_matmul(struct backend_ops *ops);
@@ -181,9 +192,17 @@ void vulkan_kv_refresh(struct vulkan_backend *v, struct vulkan_kv_tables *t);
 void vulkan_kv_clear(struct vulkan_backend *v, struct vulkan_kv_tables *t); /* for another use */
 void vulkan_kv_free(struct vulkan_backend *v, struct vulkan_kv_tables *t);
 
+struct vulkan_part {
+    VkCommandBuffer commands;
+    VkTimelineSemaphoreSubmitInfo timeline;
+    uint64_t value; /* that `done` has afterwards */
+};
+
 struct vulkan_pass {
     uint64_t key, last_used;
-    VkCommandBuffer commands;
+    struct vulkan_part *parts; /* [n_parts], one after the other; max_parts have a buffer */
+    VkSubmitInfo *submits;     /* likewise */
+    uint32_t n_parts, max_parts;
     bool is_complete; /* can be replayed */
     struct vulkan_kv_tables kv;
 };

@@ -29,7 +29,7 @@ struct vulkan_options {
                            integrated before discrete. Software devices are used by name only */
     const void *cache;  /* what vulkan_device_cache() gave an earlier process, or NULL; */
     size_t cache_bytes; /* copied. Another device's or driver's is ignored */
-    uint64_t hang_usec; /* after so long without an answer a device is taken for lost; 0: 10 s, or
+    uint64_t hang_usec; /* after so long without getting on a device is taken for lost; 0: 10 s, or
                            10 minutes for a software device */
     bool copy_weights;  /* for tests: as if the driver could not import memory for weights */
 };
