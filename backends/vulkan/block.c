@@ -13,6 +13,11 @@
     (VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | VK_BUFFER_USAGE_TRANSFER_SRC_BIT | \
      VK_BUFFER_USAGE_TRANSFER_DST_BIT | VK_BUFFER_USAGE_SHADER_DEVICE_ADDRESS_BIT)
 
+/* What is known here; others need features that are not enabled, or are slow on purpose. */
+#define KNOWN_FLAGS                                                              \
+    (VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT | VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT | \
+     VK_MEMORY_PROPERTY_HOST_COHERENT_BIT | VK_MEMORY_PROPERTY_HOST_CACHED_BIT)
+
 #define HOST_FLAGS (VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT | VK_MEMORY_PROPERTY_HOST_COHERENT_BIT)
 
 /* 0: of no use for this; else higher is better. */
@@ -21,7 +26,7 @@ static int fitness(VkMemoryPropertyFlags flags, enum vulkan_place place)
     bool cached = flags & VK_MEMORY_PROPERTY_HOST_CACHED_BIT;
     bool local = flags & VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT;
 
-    if (flags & (VK_MEMORY_PROPERTY_LAZILY_ALLOCATED_BIT | VK_MEMORY_PROPERTY_PROTECTED_BIT))
+    if (flags & ~(VkMemoryPropertyFlags)KNOWN_FLAGS)
         return 0;
     if (place == VULKAN_DEVICE)
         return local ? 2 : 1;
@@ -57,8 +62,11 @@ static int allocate(struct vulkan_device *d, struct vulkan_block *b, VkDeviceSiz
                 continue;
             info.memoryTypeIndex = i;
             r = vulkan_errno(d->vk.AllocateMemory(d->device, &info, NULL, &b->memory));
-            if (r == 0)
+            if (r == 0) {
+                b->is_cached =
+                    d->memory.memoryTypes[i].propertyFlags & VK_MEMORY_PROPERTY_HOST_CACHED_BIT;
                 return 0;
+            }
             b->memory = VK_NULL_HANDLE;
             if (r != -ENOMEM)
                 return r;

@@ -131,7 +131,7 @@ struct features {
     VkPhysicalDeviceSubgroupSizeControlFeatures sizes;
 };
 
-#define MAX_EXTENSIONS 4
+#define MAX_EXTENSIONS 8
 
 /* What find_out() learns of one device; the one that is chosen leaves it in struct vulkan_device.
  */
@@ -144,6 +144,7 @@ struct candidate {
     uint32_t queue_family, timestamp_bits;
     uint64_t max_piece;
     size_t import_align;
+    const char *priority;
     const char *lacks; /* NULL: can be used */
 };
 
@@ -295,6 +296,11 @@ static int find_out(struct vulkan_device *d, struct candidate *c)
     c->max_piece = piece.maxMemoryAllocationSize;
     if (buffer.maxBufferSize)
         c->max_piece = MIN(c->max_piece, buffer.maxBufferSize);
+    c->priority = is_extension(e, n, VK_KHR_GLOBAL_PRIORITY_EXTENSION_NAME)
+                      ? VK_KHR_GLOBAL_PRIORITY_EXTENSION_NAME
+                  : is_extension(e, n, VK_EXT_GLOBAL_PRIORITY_EXTENSION_NAME)
+                      ? VK_EXT_GLOBAL_PRIORITY_EXTENSION_NAME
+                      : NULL;
     c->import_align = (size_t)import.minImportedHostPointerAlignment;
     c->has = (struct vulkan_capabilities){
         .subgroup_size = subgroup.subgroupSize,
@@ -362,6 +368,7 @@ static void take(struct vulkan_device *d, const struct candidate *c)
     d->timestamp_nsec = (double)c->properties.limits.timestampPeriod;
     d->max_piece = c->max_piece;
     d->import_align = c->import_align;
+    d->priority = c->priority;
     d->vk.GetPhysicalDeviceMemoryProperties(d->physical, &d->memory);
     hex(d->identity, c->id.deviceUUID, VK_UUID_SIZE);
     hex(d->identity + 2 * VK_UUID_SIZE, c->id.driverUUID, VK_UUID_SIZE);
@@ -467,11 +474,16 @@ static int create_device(struct vulkan_device *d)
 {
     const char *extensions[MAX_EXTENSIONS];
     float priority = 0;
+    VkDeviceQueueGlobalPriorityCreateInfoKHR low = {
+        .sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_GLOBAL_PRIORITY_CREATE_INFO_KHR,
+        .globalPriority = VK_QUEUE_GLOBAL_PRIORITY_LOW_KHR, /* the display comes first */
+    };
     VkDeviceQueueCreateInfo queue = {
         .sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO,
+        .pNext = d->priority ? &low : NULL,
         .queueFamilyIndex = d->queue_family,
         .queueCount = 1,
-        .pQueuePriorities = &priority, /* the display comes first */
+        .pQueuePriorities = &priority,
     };
     VkDeviceCreateInfo info = {
         .sType = VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO,
@@ -482,6 +494,7 @@ static int create_device(struct vulkan_device *d)
     bool is_1_3 = d->api_version >= VK_API_VERSION_1_3;
     bool sizes = d->has.subgroup_max != 0;
     struct features f;
+    int r;
 
     chain_features(&f, d->has.dot_8, sizes);
     f.v11.storageBuffer16BitAccess = d->has.storage_16;
@@ -502,7 +515,16 @@ static int create_device(struct vulkan_device *d)
         extensions[info.enabledExtensionCount++] = VK_KHR_SHADER_INTEGER_DOT_PRODUCT_EXTENSION_NAME;
     if (sizes && !is_1_3)
         extensions[info.enabledExtensionCount++] = VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME;
-    return vulkan_errno(d->vk.CreateDevice(d->physical, &info, NULL, &d->device));
+    if (d->priority)
+        extensions[info.enabledExtensionCount++] = d->priority;
+    r = vulkan_errno(d->vk.CreateDevice(d->physical, &info, NULL, &d->device));
+    if (r < 0 && r != -ENOMEM && d->priority) { /* drivers may not permit it */
+        d->priority = NULL;
+        queue.pNext = NULL;
+        info.enabledExtensionCount--;
+        r = vulkan_errno(d->vk.CreateDevice(d->physical, &info, NULL, &d->device));
+    }
+    return r;
 }
 
 /*

@@ -36,6 +36,7 @@ struct vulkan_block {
     VkDeviceAddress address;
     void *host; /* NULL: the host cannot see it */
     size_t bytes;
+    bool is_cached; /* by the host; else reading it is slow */
 };
 
 struct vulkan_device {
@@ -52,6 +53,7 @@ struct vulkan_device {
     unsigned node_major, node_minor;
     uint32_t api_version;
     uint32_t queue_family;
+    const char *priority; /* extension by which a queue has one beside other processes', or NULL */
     uint32_t timestamp_bits; /* 0: the queue has no timestamps */
     double timestamp_nsec;   /* between two ticks */
     uint64_t max_piece;      /* bytes of one allocation and one buffer */

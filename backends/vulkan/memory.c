@@ -104,19 +104,11 @@ struct address vulkan_address(struct vulkan_backend *v, const void *p, size_t by
  * memory of which little is used costs little; where the host has no cache for it, reading is what
  * would be slow.
  */
-static void clear(struct vulkan_backend *v, const struct vulkan_block *b)
+static void clear(const struct vulkan_block *b)
 {
     static const char zero[PAGE];
-    bool cached = true;
 
-    for (uint32_t i = 0; i < v->device->memory.memoryTypeCount; i++) {
-        VkMemoryPropertyFlags flags = v->device->memory.memoryTypes[i].propertyFlags;
-
-        if ((flags & VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT) &&
-            !(flags & VK_MEMORY_PROPERTY_HOST_CACHED_BIT))
-            cached = false;
-    }
-    if (!cached) {
+    if (!b->is_cached) {
         memset(b->host, 0, b->bytes);
         return;
     }
@@ -138,7 +130,7 @@ void *vulkan_alloc(struct backend *backend, size_t bytes)
     if (v->failure[0] || ckd_add(&all, region.bytes, PAGE) || reserve(v) < 0 ||
         vulkan_block_new(v->device, all, VULKAN_HOST, &region.block) < 0)
         return NULL;
-    clear(v, &region.block);
+    clear(&region.block);
     region.start = ALIGN_UP((uintptr_t)region.block.host, (uintptr_t)PAGE);
     region.address = region.block.address + (region.start - (uintptr_t)region.block.host);
     insert(v, &region);
@@ -186,7 +178,7 @@ static int import(struct vulkan_backend *v, struct vulkan_region *region)
 
 /* Through a small buffer, piece by piece: what comes from a file is never there twice as a whole.
  */
-static int upload(struct vulkan_backend *v, struct vulkan_region *region)
+static int upload(struct vulkan_backend *v, struct vulkan_region *region, size_t lead)
 {
     struct vulkan_block staging;
     int r = vulkan_block_new(v->device, MIN(STAGING, region->bytes), VULKAN_HOST, &staging);
@@ -197,7 +189,7 @@ static int upload(struct vulkan_backend *v, struct vulkan_region *region)
         size_t n = MIN(STAGING, region->bytes - i);
 
         memcpy(staging.host, (const char *)region->start + i, n);
-        r = vulkan_copy(v, &staging, &region->block, i, n);
+        r = vulkan_copy(v, &staging, &region->block, lead + i, n);
     }
     if (v->device->state != VULKAN_HUNG) /* else left to it, on purpose */
         vulkan_block_free(v->device, &staging);
@@ -207,25 +199,27 @@ static int upload(struct vulkan_backend *v, struct vulkan_region *region)
 static int copy(struct vulkan_backend *v, struct vulkan_region *region)
 {
     bool shared = vulkan_device_is_integrated(v->device);
-    size_t bytes = ALIGN_UP(region->bytes, (size_t)4);
+    /* Shaders read 16 bytes at once where the host's address is aligned to that. */
+    size_t lead = region->start % WEIGHT_ALIGN;
+    size_t bytes = ALIGN_UP(lead + region->bytes, (size_t)4);
     int r = -EOPNOTSUPP;
 
     if (shared)
         r = vulkan_block_new(v->device, bytes, VULKAN_UPLOAD, &region->block);
     if (r == 0) {
-        memcpy(region->block.host, (const void *)region->start, region->bytes);
+        memcpy((char *)region->block.host + lead, (const void *)region->start, region->bytes);
     } else {
         r = vulkan_block_new(v->device, bytes, VULKAN_DEVICE, &region->block);
         if (r < 0)
             return r;
-        r = upload(v, region);
+        r = upload(v, region, lead);
         if (r < 0) {
             if (v->device->state != VULKAN_HUNG)
                 vulkan_block_free(v->device, &region->block);
             return r;
         }
     }
-    region->address = region->block.address;
+    region->address = region->block.address + lead;
     return 0;
 }
 
@@ -260,7 +254,8 @@ struct address vulkan_scratch(struct vulkan_backend *v, size_t bytes)
     size_t have = v->n_scratch ? v->scratch[v->n_scratch - 1].bytes : 0;
     int r = 0;
 
-    if (bytes > have && !v->failure[0]) {
+    /* Before anything fails: what is under way has to be waited for first. */
+    if (vulkan_is_recording(v) && bytes > have) {
         /* Passes that are kept go on using what they were recorded with. */
         more = reallocarray(v->scratch, v->n_scratch + 1, sizeof(*more));
         if (more)

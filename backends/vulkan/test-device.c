@@ -326,7 +326,10 @@ static void test_weights(bool copied, bool upload)
     assert(backend_map(b, first, 399998 * 4, BACKEND_WEIGHTS) == 0);
     assert(backend_map(b, second, (FILE_FLOATS - 400001) * 4L, BACKEND_WEIGHTS) == 0);
     assert((vulkan_address(vulkan_backend(b), first, 4).low == (uint32_t)(uintptr_t)first) !=
-           (copied || upload)); /* lavapipe's addresses are the host's */
+           (copied || upload));    /* lavapipe's addresses are the host's */
+    for (size_t i = 0; i < 2; i++) /* shaders rely on the host's alignment */
+        assert(vulkan_address(vulkan_backend(b), i ? second : first, 4).low % WEIGHT_ALIGN ==
+               (uintptr_t)(i ? second : first) % WEIGHT_ALIGN);
     ids[0] = 96608;
     ids[1] = 0;
     ids[2] = 5000;
@@ -422,6 +425,52 @@ static void test_hung_by_import(void)
     assert(!vulkan_device_shares(d) && !d->imports_weights);
     assert(backend_vulkan_new(&b, d, &limits, &err) == -ENODEV && !b);
     vulkan_device_free(d);
+}
+
+/* Memory that takes a feature to be used (AMD's uncached, say) is left alone. */
+static void test_memory_types(void)
+{
+    CLEANUP(vulkan_device_freep)
+    struct vulkan_device *d = find_device(&(struct vulkan_options){});
+    struct vulkan_block block;
+    struct error err = {};
+
+    assert(vulkan_device_open(d, &err) == 0);
+    for (uint32_t i = 0; i < d->memory.memoryTypeCount; i++)
+        d->memory.memoryTypes[i].propertyFlags |= VK_MEMORY_PROPERTY_DEVICE_UNCACHED_BIT_AMD;
+    for (int place = VULKAN_HOST; place <= VULKAN_UPLOAD; place++)
+        assert(vulkan_block_new(d, 4096, (enum vulkan_place)place, &block) == -EOPNOTSUPP);
+}
+
+static PFN_vkCreateDevice real_create_device;
+static int n_asked; /* for a low priority */
+
+/* Of a driver that does not permit it, as far as this one is concerned. */
+static VkResult priority_CreateDevice(VkPhysicalDevice p, const VkDeviceCreateInfo *info,
+                                      const VkAllocationCallbacks *a, VkDevice *ret)
+{
+    const VkDeviceQueueGlobalPriorityCreateInfoKHR *low = info->pQueueCreateInfos[0].pNext;
+
+    if (!low)
+        return real_create_device(p, info, a, ret);
+    assert(low->sType == VK_STRUCTURE_TYPE_DEVICE_QUEUE_GLOBAL_PRIORITY_CREATE_INFO_KHR);
+    assert(low->globalPriority == VK_QUEUE_GLOBAL_PRIORITY_LOW_KHR);
+    assert(strcmp(info->ppEnabledExtensionNames[info->enabledExtensionCount - 1],
+                  VK_KHR_GLOBAL_PRIORITY_EXTENSION_NAME) == 0);
+    n_asked++;
+    return VK_ERROR_NOT_PERMITTED_KHR;
+}
+
+static void test_priority(void)
+{
+    CLEANUP(vulkan_device_freep)
+    struct vulkan_device *d = find_device(&(struct vulkan_options){});
+    struct error err = {};
+
+    real_create_device = d->vk.CreateDevice;
+    d->vk.CreateDevice = priority_CreateDevice;
+    d->priority = VK_KHR_GLOBAL_PRIORITY_EXTENSION_NAME;
+    assert(vulkan_device_open(d, &err) == 0 && n_asked == 1 && !d->priority);
 }
 
 /* Both sides see what the other writes. */
@@ -907,6 +956,8 @@ int main(void)
     test_weights(false, false);
     test_weights(true, false);
     test_weights(false, true);
+    test_memory_types();
+    test_priority();
     test_shared();
     test_lost_by_import(0, true, true, 2);
     test_lost_by_import(1, false, true, 2);
