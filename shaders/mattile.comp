@@ -24,7 +24,7 @@ shared vec4 xs[16 * N_ROWS][9]; // [8], and 1 that spreads the rows over the ban
 void main()
 {
     uint t = gl_LocalInvocationIndex, tx = t % 16, ty = t / 16;
-    uint o = gl_WorkGroupID.x * MATMUL_TILE, first = gl_WorkGroupID.y * 16 * N_ROWS;
+    uint o = work_group() * MATMUL_TILE, first = gl_WorkGroupID.y * 16 * N_ROWS;
     uint n_blocks = (push.w.n_in + 31) / 32;
     bool decodes = t < 128;
     // which weights of a block: neighbours read what lies side by side

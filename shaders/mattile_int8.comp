@@ -26,7 +26,7 @@ shared uvec4 xs[2][TILE_ROWS][3]; // 8 words of integers, scale, their sum, 2 th
 void main()
 {
     uint t = gl_LocalInvocationIndex, tx = t % 16, ty = t / 16;
-    uint o = gl_WorkGroupID.x * MATMUL_TILE, first = gl_WorkGroupID.y * TILE_ROWS;
+    uint o = work_group() * MATMUL_TILE, first = gl_WorkGroupID.y * TILE_ROWS;
     uint n_blocks = push.w.n_in / 32;
     // which integers of two blocks
     bool by_line = LAYOUT != ROWS;

@@ -29,7 +29,7 @@ void main()
     bool by_line = LAYOUT != ROWS;
     uint lane = by_line ? t % 4 : t / MATMUL_SEGMENTS;
     uint segment = by_line ? t / 4 : t % MATMUL_SEGMENTS;
-    uint o = gl_WorkGroupID.x * 16, first = gl_WorkGroupID.y * N_ROWS;
+    uint o = work_group() * 16, first = gl_WorkGroupID.y * N_ROWS;
     uint n_blocks = push.w.n_in / 32;
     quad q = quad_at(push.w, o + lane * 4);
     precise vec4 sum[N_ROWS];

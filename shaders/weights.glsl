@@ -69,6 +69,12 @@ float element_float(uint h) // of 16 bits
     return TYPE == F16 ? half_float(h) : uintBitsToFloat(h << 16);
 }
 
+// Of a product, which outputs: more of them than one dimension may have go on in another.
+uint work_group()
+{
+    return gl_WorkGroupID.z * gl_NumWorkGroups.x + gl_WorkGroupID.x;
+}
+
 struct quad {
     uvec2 data, scales; // of the first output
     uint rows;          // that follow it within the matrix, at most 3; LAYOUT_ROWS and PLAIN

@@ -123,6 +123,16 @@ static void quantize(struct backend *b, const struct activations *x)
                     u32(DIV_ROUND_UP(x->ld_q, (size_t)4 * VULKAN_QUANTIZE_THREADS)), x->n, 1);
 }
 
+/* A work group has `outputs` of `rows`. A vocabulary may need more than one dimension can have. */
+static void dispatch_product(struct vulkan_backend *v, uint32_t pipeline,
+                             const struct matmul_push *p, uint32_t outputs, uint32_t rows)
+{
+    uint32_t groups = DIV_ROUND_UP(p->w.n_out, outputs), z = DIV_ROUND_UP(groups, 65535u);
+
+    vulkan_dispatch(v, (enum vulkan_pipeline)pipeline, p, sizeof(*p), DIV_ROUND_UP(groups, z),
+                    DIV_ROUND_UP(p->n, rows), z);
+}
+
 static void matmul(struct backend *b, const struct weight *w, const struct activations *x, float *y,
                    size_t ld_y)
 {
@@ -167,14 +177,11 @@ static void matmul(struct backend *b, const struct weight *w, const struct activ
 
         for (; rows < x->n && rows < max_rows; rows *= 2)
             pipeline++;
-        vulkan_dispatch(v, (enum vulkan_pipeline)pipeline, &p, sizeof(p),
-                        DIV_ROUND_UP(w->n_out, (uint32_t)WEIGHT_STRIPE), DIV_ROUND_UP(x->n, rows),
-                        1);
+        dispatch_product(v, pipeline, &p, WEIGHT_STRIPE, rows);
     } else {
         uint32_t rows = x->n <= 32 ? 32 : 64;
 
-        vulkan_dispatch(v, (enum vulkan_pipeline)(first + (rows == 32 ? 4 : 5)), &p, sizeof(p),
-                        DIV_ROUND_UP(w->n_out, (uint32_t)MATMUL_TILE), DIV_ROUND_UP(x->n, rows), 1);
+        dispatch_product(v, first + (rows == 32 ? 4 : 5), &p, MATMUL_TILE, rows);
     }
     /* reading the weights takes about as long as eight rows */
     vulkan_work(v, (uint64_t)w->n_out * w->n_in * MAX(x->n, (uint32_t)MAX_MATVEC_ROWS));

@@ -105,6 +105,33 @@ static void check_kind(struct backend *b, struct vulkan_device *d, enum weight_t
     backend_release(b, data, bytes);
 }
 
+/* More outputs than one dimension can have work groups for. */
+static void check_many(struct backend *b)
+{
+    const uint32_t n_out = 65535 * WEIGHT_STRIPE + 1, n_in = 2;
+    struct weight w = {WEIGHT_BF16, LAYOUT_TILE16, n_out, n_in, NULL};
+    float *x = backend_alloc(b, 2 * sizeof(*x)), *y = backend_alloc(b, n_out * sizeof(*y));
+    struct activations a = {.n = 1, .k = n_in, .f32 = x, .ld = n_in};
+    uint8_t *data;
+    size_t bytes;
+
+    assert(weight_size(w.type, w.layout, n_out, n_in, &bytes) == 0);
+    data = backend_alloc(b, bytes);
+    assert(x && y && data);
+    for (uint32_t r = 0; r < n_out; r++)
+        weight_put_row(&w, data, r, (float[]){(float)(r % 256), (float)(r >> 8 & 0xff)});
+    w.data = data;
+    x[0] = 1;
+    x[1] = 1024;
+    b->ops->matmul(b, &w, &a, y, n_out);
+    assert(backend_finish(b) == 0);
+    for (uint32_t r = 0; r < n_out; r++)
+        assert(y[r] == (float)(r % 256 + 1024 * (r >> 8 & 0xff)));
+    backend_release(b, x, 2 * sizeof(*x));
+    backend_release(b, y, n_out * sizeof(*y));
+    backend_release(b, data, bytes);
+}
+
 int main(void)
 {
     const struct backend_limits limits = {N, N_IN, 1};
@@ -130,6 +157,7 @@ int main(void)
     b->ops->quantize(b, &x);
     for (size_t i = 0; i < ARRAY_SIZE(kinds); i++)
         check_kind(b, d, kinds[i].type, kinds[i].layout, &x);
+    check_many(b);
     assert(backend_finish(b) == 0);
     return 0;
 }
