@@ -96,6 +96,7 @@ struct calibration_wish {
     struct calibration_result known; /* DONE */
     void (*done)(void *userdata, const struct calibration_result *c);
     void *userdata;
+    uint64_t quiet_usec, pause_usec;
 };
 
 #define DESCRIPTIONS 4 /* at the start, with a GPU, when that is measured, without it again */

@@ -39,6 +39,8 @@
 #include "engine/tokenizer.h"
 
 #define RECORD_INTERVAL_USEC 250000u
+#define CALIBRATION_QUIET_USEC 30000000u
+#define CALIBRATION_PAUSE_USEC 2000000u
 
 /* With the mutex held. */
 static void wake(struct engine_thread *t)
@@ -346,6 +348,8 @@ int engine_thread_new(struct engine_thread **ret, const struct model *m,
     t->news_end = &t->news;
     t->weights_end = &t->weights;
     t->record_interval_usec = RECORD_INTERVAL_USEC;
+    t->wish.quiet_usec = CALIBRATION_QUIET_USEC;
+    t->wish.pause_usec = CALIBRATION_PAUSE_USEC;
     t->mode_changed = true;
     pthread_mutex_init(&t->mutex, NULL);
     pthread_condattr_init(&attributes);
@@ -409,11 +413,22 @@ void engine_thread_set_calibration(struct engine_thread *t, const struct calibra
                                    void *userdata)
 {
     pthread_mutex_lock(&t->mutex);
-    t->wish = (struct calibration_wish){.state = known ? CALIBRATION_DONE : CALIBRATION_WANTED,
-                                        .done = done,
-                                        .userdata = userdata};
+    t->wish.state = known ? CALIBRATION_DONE : CALIBRATION_WANTED;
+    t->wish.done = done;
+    t->wish.userdata = userdata;
     if (known)
         t->wish.known = *known;
+    t->mode_changed = true;
+    wake(t);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+void engine_thread_set_calibration_patience(struct engine_thread *t, uint64_t quiet_usec,
+                                            uint64_t pause_usec)
+{
+    pthread_mutex_lock(&t->mutex);
+    t->wish.quiet_usec = quiet_usec;
+    t->wish.pause_usec = pause_usec;
     t->mode_changed = true;
     wake(t);
     pthread_mutex_unlock(&t->mutex);

@@ -78,6 +78,14 @@ void engine_thread_set_calibration(struct engine_thread *t, const struct calibra
                                    void (*done)(void *userdata, const struct calibration_result *c),
                                    void *userdata);
 
+/*
+ * For so long a quiet moment is waited for, and where somebody always waits for something so much
+ * time passes between two turns of the measurement. Half a minute and 2 s unless told otherwise;
+ * for tests. Before the GPU joins.
+ */
+void engine_thread_set_calibration_patience(struct engine_thread *t, uint64_t quiet_usec,
+                                            uint64_t pause_usec);
+
 /* The machine is on battery, and the GPU is not to be used there (engine/placement.h). */
 void engine_thread_set_on_battery(struct engine_thread *t, bool on_battery);
 

@@ -3,7 +3,7 @@
 
 /*
  * The lanes are measured when nobody waits for anything. Where somebody always does, a turn of it
- * (engine/calibration.h) is done every two seconds, from half a minute on after the GPU joined.
+ * (engine/calibration.h) is done every two seconds, from half a minute after the GPU joined on.
  */
 
 #include <errno.h>
@@ -13,14 +13,12 @@
 #include "daemon/engine-thread-internal.h"
 #include "daemon/log.h"
 
-#define PATIENCE_USEC 30000000u        /* to wait for a quiet moment */
-#define PAUSE_USEC 2000000u            /* between two turns, where there is none */
 #define TURN_USEC (300u * 1000 * 1000) /* of a driver that compiles, at the worst */
 
 void calibrate_begin(struct engine_thread *t)
 {
     if (t->calibration.state == CALIBRATION_WANTED)
-        t->calibration.due_usec = now_usec() + PATIENCE_USEC;
+        t->calibration.due_usec = now_usec() + t->calibration.wish.quiet_usec;
 }
 
 void calibrate_end(struct engine_thread *t)
@@ -99,7 +97,7 @@ bool calibrate_turn(struct engine_thread *t, bool idle)
     set_busy(t, 0);
     t->gpu_has_worked = true;
     if (!idle)
-        t->calibration.due_usec = now_usec() + PAUSE_USEC;
+        t->calibration.due_usec = now_usec() + t->calibration.wish.pause_usec;
     if (r == 0)
         done(t);
     else if (r == -ENODEV || r == -ENOTRECOVERABLE)

@@ -294,6 +294,30 @@ static void test_measured(void)
     stop_engine();
 }
 
+/* Somebody always waits for a token: it is measured in between, and nobody's answer changes. */
+static void test_measured_beside(void)
+{
+    struct calibration_result x = {0};
+    struct run d = {0}, r = {0};
+    struct timeline *tl;
+
+    second = (struct second_lane){0};
+    start_engine(0);
+    engine_thread_set_placement(engine, PLACE_AUTO);
+    engine_thread_set_calibration(engine, NULL, note_measured, &x);
+    engine_thread_set_calibration_patience(engine, 0, 0);
+    tl = begin_decoding(&d);
+    engine_thread_set_loading(engine, false);
+    alone(&r, "Hello", 20);
+    expect_same(&r.out, &short_alone.out);
+    run_done(&r);
+    while (!placement().is_measured)
+        wait_for_more(&d);
+    assert(x.rates.both_decode > 0);
+    stop_decoding(tl, &d);
+    stop_engine();
+}
+
 /* It goes while it is measured: that is what is told, and the processor goes on. */
 static void test_lost_in_measuring(void)
 {
@@ -872,6 +896,7 @@ int main(int argc, char **argv)
     test_joins();
     test_all_on_gpu();
     test_measured();
+    test_measured_beside();
     test_lost_in_measuring();
     test_hybrid();
     test_stop();
