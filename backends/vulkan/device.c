@@ -133,6 +133,11 @@ struct features {
 
 #define MAX_EXTENSIONS 8
 
+/* What attention.comp and the sparse feed-forward take. Vulkan promises half as much, but only
+ * boards' GPUs have no more. */
+#define MIN_INVOCATIONS 256
+#define MIN_SHARED 32768
+
 /* What find_out() learns of one device; the one that is chosen leaves it in struct vulkan_device.
  */
 struct candidate {
@@ -271,6 +276,10 @@ static int find_out(struct vulkan_device *d, struct candidate *c)
         c->lacks = "timeline semaphores";
     else if (!find_queue(d, c))
         c->lacks = "a queue that computes";
+    else if (limits->maxComputeWorkGroupInvocations < MIN_INVOCATIONS ||
+             limits->maxComputeWorkGroupSize[0] < MIN_INVOCATIONS ||
+             limits->maxComputeSharedMemorySize < MIN_SHARED)
+        c->lacks = "work groups of 256 with 32 KiB of shared memory";
 
     c->id.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_ID_PROPERTIES;
     c->id.pNext = &subgroup;

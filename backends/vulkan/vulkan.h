@@ -11,8 +11,9 @@
  * backends may be made of one, one after another or side by side, all used by one thread. It must
  * outlive them.
  *
- * What is required: Vulkan 1.2 with buffer device addresses and a queue that computes. Everything
- * else is used where it is there (vulkan-backend.h, struct vulkan_capabilities).
+ * What is required: Vulkan 1.2 with buffer device addresses, a queue that computes, and work groups
+ * of 256 with 32 KiB of shared memory. Everything else is used where it is there (vulkan-backend.h,
+ * struct vulkan_capabilities).
  */
 
 #include <stdbool.h>
