@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <link.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -456,6 +457,8 @@ int vulkan_device_find(struct vulkan_device **ret, const struct vulkan_options *
     if (!d)
         return error_set(err, ENOMEM, "out of memory");
     d->copy_weights = o->copy_weights;
+    if (sched_getaffinity(0, sizeof(d->cpus), &d->cpus) == 0)
+        d->n_cpus = CPU_COUNT(&d->cpus);
     if (o->cache_bytes) {
         d->first_cache = malloc(o->cache_bytes);
         if (!d->first_cache)
@@ -652,7 +655,7 @@ static bool try_imports(struct vulkan_device *d)
     return d->state == VULKAN_WELL;
 }
 
-int vulkan_device_open(struct vulkan_device *d, struct error *err)
+static int open_with_threads(struct vulkan_device *d, struct error *err)
 {
     int r;
 
@@ -671,6 +674,23 @@ int vulkan_device_open(struct vulkan_device *d, struct error *err)
     if (d->state == VULKAN_HUNG)
         return error_set(err, ENODEV, "%s does not answer", d->name);
     return 0;
+}
+
+/*
+ * Threads that the driver starts inherit from the caller where they may run; and a thread that
+ * computes has been pinned to one core, by backend_cpu_pin(), where the two would be in each
+ * other's way. So the device is opened with the cores that there were before.
+ */
+int vulkan_device_open(struct vulkan_device *d, struct error *err)
+{
+    cpu_set_t pinned;
+    bool moves = d->n_cpus > 0 && sched_getaffinity(0, sizeof(pinned), &pinned) == 0 &&
+                 sched_setaffinity(0, sizeof(d->cpus), &d->cpus) == 0;
+    int r = open_with_threads(d, err);
+
+    if (moves)
+        (void)sched_setaffinity(0, sizeof(pinned), &pinned); /* else the scheduler chooses */
+    return r;
 }
 
 /* See backend.c */

@@ -7,6 +7,8 @@
  * their tests.
  */
 
+#include <sched.h>
+
 #include "backends/vulkan/functions.h"
 #include "backends/vulkan/pipelines.h"
 #include "backends/vulkan/vulkan.h"
@@ -49,6 +51,8 @@ struct vulkan_device {
     char name[VK_MAX_PHYSICAL_DEVICE_NAME_SIZE];
     char identity[2 * (2 * VK_UUID_SIZE + 4) + 1];
     struct vulkan_capabilities has;
+    cpu_set_t cpus; /* where the caller might run when the device was found; n_cpus 0: not known */
+    int n_cpus;
     bool has_node;
     unsigned node_major, node_minor;
     uint32_t api_version;

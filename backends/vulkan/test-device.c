@@ -12,6 +12,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <math.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -108,6 +109,40 @@ static void test_find(void)
     /* In any case */
     assert(vulkan_device_find(&none, &(struct vulkan_options){.name = "LLVMPipe"}, &err) == 0);
     vulkan_device_free(none);
+}
+
+/* A caller that keeps to one core has a driver whose threads do not. */
+static void test_threads_move(void)
+{
+    CLEANUP(vulkan_device_freep)
+    struct vulkan_device *d = find_device(&(struct vulkan_options){});
+    cpu_set_t all, one, now;
+    struct error err = {};
+    unsigned others = 0;
+    DIR *dir;
+
+    assert(sched_getaffinity(0, sizeof(all), &all) == 0);
+    CPU_ZERO(&one);
+    for (size_t i = 0; i < CPU_SETSIZE && CPU_COUNT(&one) == 0; i++)
+        if (CPU_ISSET(i, &all))
+            CPU_SET(i, &one);
+    assert(sched_setaffinity(0, sizeof(one), &one) == 0);
+    assert(vulkan_device_open(d, &err) == 0);
+    assert(sched_getaffinity(0, sizeof(now), &now) == 0 && CPU_EQUAL(&now, &one));
+    dir = opendir("/proc/self/task");
+    assert(dir);
+    for (struct dirent *e = readdir(dir); e; e = readdir(dir)) {
+        pid_t thread = (pid_t)atoi(e->d_name);
+
+        if (thread == 0 || thread == getpid())
+            continue;
+        assert(sched_getaffinity(thread, sizeof(now), &now) == 0);
+        assert(CPU_EQUAL(&now, &all));
+        others++;
+    }
+    closedir(dir);
+    assert(others > 0);
+    assert(sched_setaffinity(0, sizeof(all), &all) == 0);
 }
 
 static PFN_vkGetDeviceProcAddr real_get;
@@ -949,6 +984,7 @@ static void test_hung(void)
 
 int main(void)
 {
+    test_threads_move();
     test_find();
     test_dispatch();
     test_cache();
