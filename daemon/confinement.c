@@ -247,7 +247,8 @@ int confine_daemon(const struct service *s, const struct places *places, const s
     load_libraries(s);
     if ((r = sandbox_new(&b, mode)) < 0 || (r = sandbox_allow_calls(b, &seccomp_llmd)) < 0 ||
         (r = allow_system(b, s)) < 0 || (r = allow_configuration(b, s)) < 0 ||
-        (r = allow_models(b, s, places)) < 0 || (r = gpu_allow(gpu, b)) < 0 || (r = allow_sockets(b, s, places)) < 0 ||
+        (r = allow_models(b, s, places)) < 0 || (r = gpu_allow(gpu, b)) < 0 ||
+        (r = allow_sockets(b, s, places)) < 0 ||
         (places->state && (r = sandbox_allow_path(b, places->state, SANDBOX_WRITE, NULL)) < 0))
         return error_set(err, -r, "out of memory");
     if (log_goes_to_journal())
