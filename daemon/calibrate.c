@@ -78,9 +78,8 @@ static int open_model(struct work *w, struct error *err)
     return model_open(&w->model, m && m->state == MODEL_AVAILABLE ? m->path : name, err);
 }
 
-static int measure(struct work *w, struct calibration_result *ret, struct error *err)
+static int measure(struct work *w, bool choose, struct calibration_result *ret, struct error *err)
 {
-    bool choose = !w->service.arguments->has_activations;
     CLEANUP(calibration_freep) struct calibration *c = NULL;
     int r = calibration_new(&c, w->engine, choose);
 
@@ -168,7 +167,7 @@ static int run(struct work *w, struct error *err)
         log_notice("there is no GPU to measure%s%s", gpu_failure(w->gpu) ? ": " : "",
                    gpu_failure(w->gpu) ? gpu_failure(w->gpu) : "");
     }
-    r = measure(w, &result, err);
+    r = measure(w, calibration_may_choose(&options), &result, err);
     if (r < 0)
         return r;
     print(w, &result, has_gpu);

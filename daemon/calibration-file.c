@@ -122,7 +122,7 @@ static bool read_entry(json_object *v, struct calibration_result *ret)
     return read_lane(json_text_get(v, "cpu"), &r->lane[LANE_CPU]) &&
            read_lane(json_text_get(v, "gpu"), &r->lane[LANE_GPU]) &&
            read_rate(v, "both-prefill", &r->both_prefill) &&
-           read_rate(v, "both-decode", &r->both_decode);
+           read_rate(v, "both-decode", &r->both_decode) && placement_rates_suffice(r);
 }
 
 int calibration_read(const char *folder, const char *key, struct calibration_result *ret,

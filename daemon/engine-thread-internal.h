@@ -285,6 +285,9 @@ void pass_tell_loop(struct engine_thread *t);
 /* The GPU, or all, can compute no more: -ENODEV, -ENOTRECOVERABLE. why: NULL: the lane knows */
 void pass_failed(struct engine_thread *t, int r, const char *why);
 
+/* What a driver may take long for begins, and is over: the watchdog waits longer. */
+void pass_set_busy(struct engine_thread *t, bool is_busy);
+
 /* The GPU joins as soon as it may. */
 void pass_look_at_gpu(struct engine_thread *t);
 
@@ -294,6 +297,9 @@ struct job *job_of(struct scheduler_task *task);
 
 void calibrate_begin(struct engine_thread *t); /* the GPU has joined */
 void calibrate_end(struct engine_thread *t);   /* it goes, or the engine will */
+
+/* Memory is short: what it holds of the pool is free. False: it holds nothing. */
+bool calibrate_give_way(struct engine_thread *t);
 
 /* A piece of it, if it is due. True: there may be more. */
 bool calibrate_turn(struct engine_thread *t, bool idle);

@@ -13,8 +13,6 @@
 #include "daemon/engine-thread-internal.h"
 #include "daemon/log.h"
 
-#define TURN_USEC (300u * 1000 * 1000) /* of a driver that compiles, at the worst */
-
 void calibrate_begin(struct engine_thread *t)
 {
     if (t->calibration.state == CALIBRATION_WANTED)
@@ -26,13 +24,6 @@ void calibrate_end(struct engine_thread *t)
     t->calibration.work = calibration_free(t->calibration.work);
     if (t->calibration.state == CALIBRATION_WANTED)
         t->calibration.state = CALIBRATION_NONE;
-}
-
-static void set_busy(struct engine_thread *t, uint64_t usec)
-{
-    pthread_mutex_lock(&t->mutex);
-    t->busy_until_usec = usec > 0 ? now_usec() + usec : 0;
-    pthread_mutex_unlock(&t->mutex);
 }
 
 static void give_up(struct engine_thread *t, const char *why)
@@ -60,29 +51,32 @@ static void done(struct engine_thread *t)
 
 static int turn(struct engine_thread *t, struct error *err)
 {
-    bool choose =
-        t->options.activations != ACTIVATIONS_F32 && t->options.gpu_activations == ACTIVATIONS_AUTO;
     int r = 0;
 
     if (!t->calibration.work)
-        r = calibration_new(&t->calibration.work, t->engine, choose);
+        r = calibration_new(&t->calibration.work, t->engine, calibration_may_choose(&t->options));
     return r < 0 ? r : calibration_turn(t->calibration.work, err);
 }
 
-/* Not in the middle of a request's step, and not instead of it. */
+bool calibrate_give_way(struct engine_thread *t)
+{
+    return t->calibration.work && calibration_give_way(t->calibration.work);
+}
+
+/* Not in the middle of a request's step, and not instead of it; nor on battery, where the GPU is to
+ * be left alone and both are slower than they will be. */
 static bool is_due(struct engine_thread *t, bool idle)
 {
-    bool wakes;
+    bool wakes, on_battery;
 
     if (t->calibration.state != CALIBRATION_WANTED || t->gpu != GPU_WORKS || t->lost < 0 ||
         pass_is_under_way(t))
         return false;
-    if (!idle)
-        return now_usec() >= t->calibration.due_usec;
     pthread_mutex_lock(&t->mutex);
     wakes = t->wakes || t->quit;
+    on_battery = t->on_battery;
     pthread_mutex_unlock(&t->mutex);
-    return !wakes;
+    return !on_battery && (idle ? !wakes : now_usec() >= t->calibration.due_usec);
 }
 
 bool calibrate_turn(struct engine_thread *t, bool idle)
@@ -92,9 +86,9 @@ bool calibrate_turn(struct engine_thread *t, bool idle)
 
     if (!is_due(t, idle))
         return false;
-    set_busy(t, TURN_USEC);
+    pass_set_busy(t, true);
     r = turn(t, &err);
-    set_busy(t, 0);
+    pass_set_busy(t, false);
     t->gpu_has_worked = true;
     if (!idle)
         t->calibration.due_usec = now_usec() + t->calibration.wish.pause_usec;

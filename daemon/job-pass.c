@@ -24,7 +24,7 @@
 #include "daemon/request-record.h"
 
 #define LOOK_USEC 2000u                /* while nothing but a pass is under way */
-#define JOIN_USEC (300u * 1000 * 1000) /* to make copies of the weights, at the worst */
+#define BUSY_USEC (300u * 1000 * 1000) /* of a driver that compiles, or copies, at the worst */
 
 /* ---- what people are told ---- */
 
@@ -126,6 +126,13 @@ static void join_gpu(struct engine_thread *t)
     pass_tell_loop(t);
 }
 
+void pass_set_busy(struct engine_thread *t, bool is_busy)
+{
+    pthread_mutex_lock(&t->mutex);
+    t->busy_until_usec = is_busy ? now_usec() + BUSY_USEC : 0;
+    pthread_mutex_unlock(&t->mutex);
+}
+
 void pass_look_at_gpu(struct engine_thread *t)
 {
     bool now;
@@ -134,15 +141,12 @@ void pass_look_at_gpu(struct engine_thread *t)
         return;
     pthread_mutex_lock(&t->mutex);
     now = t->is_loaded && !t->quit;
-    if (now)
-        t->busy_until_usec = now_usec() + JOIN_USEC;
     pthread_mutex_unlock(&t->mutex);
     if (!now)
         return;
+    pass_set_busy(t, true);
     join_gpu(t);
-    pthread_mutex_lock(&t->mutex);
-    t->busy_until_usec = 0;
-    pthread_mutex_unlock(&t->mutex);
+    pass_set_busy(t, false);
 }
 
 /* ---- passes ---- */
@@ -248,7 +252,11 @@ static bool start_pass(struct engine_thread *t, enum engine_lane lane)
         work_make_item(&p->picks[i], &p->items[i]);
     mark(t, p, true);
     p->start_usec = p->seen_usec = now_usec();
+    if (lane == LANE_GPU) /* whose driver compiles what it meets for the first time */
+        pass_set_busy(t, true);
     r = engine_start(t->engine, lane, p->items, p->n);
+    if (lane == LANE_GPU)
+        pass_set_busy(t, false);
     if (r < 0) {
         unmark(t, p);
         failed(t, lane, r, NULL);

@@ -361,11 +361,14 @@ void work_drop_kv(struct engine_thread *t, struct timeline *tl)
     work_publish_timeline(t, tl);
 }
 
-/* The least recently used timeline without a request gives its KV back. False: there is none. */
+/* The least recently used timeline without a request gives its KV back, and before it what measures
+ * the lanes. False: there is none. */
 static bool give_back_idle(struct engine_thread *t)
 {
     struct timeline *oldest = NULL;
 
+    if (calibrate_give_way(t))
+        return true;
     pthread_mutex_lock(&t->mutex);
     for (struct timeline *tl = t->timelines; tl; tl = tl->next)
         if (!tl->is_used && tl->info.kv_bytes > 0 && (!oldest || tl->last_used < oldest->last_used))

@@ -75,6 +75,8 @@ static void test_damaged(void)
         int result;
     } cases[] = {
         {"152.5", "-1", -EBADMSG},
+        {"152.5", "0", -EBADMSG},
+        {"412", "0", -EBADMSG},
         {"152.5", "1e8", -EBADMSG},
         {"152.5", "\"much\"", -EBADMSG},
         {"152.5", "NaN", -EBADMSG},

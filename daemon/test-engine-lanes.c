@@ -259,6 +259,26 @@ static void test_measured(void)
     assert(s.kv_bytes_used == 0); /* what measured has gone */
     stop_engine();
 
+    /* Not on battery: when there is mains again. */
+    x = (struct calibration_result){0};
+    second = (struct second_lane){0};
+    start_engine(0);
+    engine_thread_set_placement(engine, PLACE_AUTO);
+    engine_thread_set_calibration(engine, NULL, note_measured, &x);
+    engine_thread_set_on_battery(engine, true);
+    engine_thread_set_loading(engine, false);
+    wait_for_lanes();
+    alone(&r, "Hello", 20);
+    expect_same(&r.out, &short_alone.out);
+    run_done(&r);
+    statistics(); /* after which the request's session is not counted any more */
+    s = statistics();
+    assert(!placement().is_measured && look().n_passes == 0 && s.kv_bytes_used == 0);
+    engine_thread_set_on_battery(engine, false);
+    wait_for_lanes();
+    assert(placement().is_measured && look().n_passes > 0);
+    stop_engine();
+
     /* What is known is not. */
     start_auto(&usual, NULL);
     assert(placement().is_measured && placement().activations == ACTIVATIONS_F32);
@@ -812,6 +832,15 @@ static void test_many(enum placement_mode mode, bool real, bool lost, uint64_t k
         }
         run_done(&x[i]);
         engine_thread_close(engine, tl[i]);
+    }
+    if (lost && look().n_removed == 0) { /* the processor was quick enough to leave it nothing */
+        struct run d = {0}, r = {0};
+        struct timeline *decoding = begin_decoding(&d);
+
+        alone(&r, text, 40);
+        expect_same(&r.out, &long_alone.out);
+        run_done(&r);
+        stop_decoding(decoding, &d);
     }
     assert(look().n_rows > 0 && look().n_removed == lost);
     printf("%u requests of %u came to their end\n", n_compared, n_asked);

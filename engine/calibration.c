@@ -97,6 +97,22 @@ void calibration_freep(struct calibration **c)
     *c = calibration_free(*c);
 }
 
+bool calibration_give_way(struct calibration *c)
+{
+    bool had = false;
+
+    for (size_t i = 0; i < MANY; i++) {
+        had = had || session_kv_bytes(c->sessions[i]) > 0;
+        session_rewind(c->sessions[i], 0);
+    }
+    return had;
+}
+
+bool calibration_may_choose(const struct engine_options *o)
+{
+    return o->activations != ACTIVATIONS_F32 && o->gpu_activations == ACTIVATIONS_AUTO;
+}
+
 const struct calibration_result *calibration_result(const struct calibration *c)
 {
     return &c->result;

@@ -10,7 +10,7 @@
  * a few rows takes longer, or where the GPU's driver compiles. All together it is some seconds.
  *
  * It has sessions of its own, whose tokens mean nothing, and takes pages of the pool for about 600
- * tokens. Engine thread.
+ * tokens, which whoever needs them can have back between two turns. Engine thread.
  */
 
 #include <stdbool.h>
@@ -27,8 +27,8 @@ struct calibration_result {
 struct calibration;
 
 /*
- * Without a GPU's lane the processor's is measured. choose_activations: the lane may be taken away and added again, with
- * others; else they stay. 0, -ENOMEM
+ * Without a GPU's lane the processor's is measured. choose_activations: the lane may be taken away
+ * and added again, with others; else they stay. 0, -ENOMEM
  */
 int calibration_new(struct calibration **ret, struct engine *e, bool choose_activations);
 struct calibration *calibration_free(struct calibration *c); /* before engine_free() */
@@ -40,6 +40,12 @@ void calibration_freep(struct calibration **c);
  * as engine_step(); -ENOBUFS, -ENOMEM: there is no memory for it
  */
 int calibration_turn(struct calibration *c, struct error *err);
+
+/* Between two turns: the pages that it has are free, and it goes on without. False: it had none. */
+bool calibration_give_way(struct calibration *c);
+
+/* Whether the GPU's activations are not given by the options, and so may be chosen. */
+bool calibration_may_choose(const struct engine_options *o);
 
 /* What is known so far. */
 const struct calibration_result *calibration_result(const struct calibration *c);

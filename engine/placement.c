@@ -68,12 +68,17 @@ void placement_set_gpu(struct placement *p, bool has_gpu)
     p->n_bad = p->n_good = 0;
 }
 
-bool placement_is_measured(const struct placement *p)
+bool placement_rates_suffice(const struct placement_rates *r)
 {
     for (int l = 0; l < ENGINE_LANES; l++)
-        if (!(p->rates.lane[l].prefill > 0) || !(p->rates.lane[l].decode > 0))
+        if (!(r->lane[l].prefill > 0) || !(r->lane[l].decode > 0))
             return false;
     return true;
+}
+
+bool placement_is_measured(const struct placement *p)
+{
+    return placement_rates_suffice(&p->rates);
 }
 
 /* ---- choosing by rates ---- */

@@ -91,7 +91,8 @@ void placement_set_rates(struct placement *p, const struct placement_rates *rate
 void placement_set_gpu(struct placement *p, bool has_gpu);
 
 /* Whether `auto` can go by the rates: of prompts and of decoding, of both lanes. */
-bool placement_is_measured(const struct placement *p);
+bool placement_rates_suffice(const struct placement_rates *r);
+bool placement_is_measured(const struct placement *p); /* by those it has */
 
 struct placement_load {
     uint32_t n_decoding, n_prompts; /* requests that could go on */
