@@ -33,6 +33,7 @@ except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
     sys.exit(77)
 
+BACKEND = os.environ.get("LLMD_TEST_BACKEND")
 LLMD, LLMCTL, MAKE_CHAT_MODEL, JUMPING_CLOCK = (os.path.abspath(p) for p in sys.argv[1:5])
 LONG = {"ignore-end": True, "seed": dbus.UInt64(1), "temperature": 1.0}
 SEEDED = dict(LONG, **{"max-tokens": dbus.UInt32(24)})
@@ -129,18 +130,19 @@ def model_truncated_before_first_use():
 
 @test
 def no_thread_blocks_what_its_own_faults_raise():
-    """A fault whose signal is blocked ends the process, and which thread has the first one is chance."""
+    """A fault whose signal is blocked ends the process, and which thread has the first one is chance. A GPU's driver has threads, too,
+    that took over the name of the one that started them."""
     with Private(chat, "--threads", "2") as d, d.connect() as c:
         c.create().run(SEEDED, prompt="Hello")
-        blocked = {}
+        blocked = []
         for tid in os.listdir(f"/proc/{d.process.pid}/task"):
             with open(f"/proc/{d.process.pid}/task/{tid}/status") as f:
                 lines = dict(line.split(":", 1) for line in f)
             name = lines["Name"].strip()
             if name != "llmd" or int(tid) == d.process.pid:  # else a sanitizer's own
-                blocked[name] = int(lines["SigBlk"], 16)
-        assert {"llmd-engine", "llmd-compute"} <= set(blocked), blocked
-        for name, mask in blocked.items():
+                blocked.append((name, int(lines["SigBlk"], 16)))
+        assert {"llmd-engine", "llmd-compute"} <= {name for name, _ in blocked}, blocked
+        for name, mask in blocked:
             assert not mask & 1 << signal.SIGBUS - 1, (name, hex(mask))
 
 
@@ -290,7 +292,8 @@ def memory_gets_short_and_is_not_any_more():
         until(lambda: figure(c, "kv-bytes-used") == 0)
         assert figure(c, "kv-spilled") == 3 and figure(c, "kv-bytes-spilled") == used, statistics(c)
         assert figure(c, "kv-given-back") == 0
-        assert os.listdir(d.state) == [] or "models" in os.listdir(d.state)  # the files have no names
+        # The files have no names; two that have are a GPU's.
+        assert set(os.listdir(d.state)) <= {"models"} | ({"vulkan-cache", "vulkan-crashes"} if BACKEND else set()), os.listdir(d.state)
         # It comes back for who needs it.
         assert talk(sessions[1], 11, "And then?") == right[1][1]
         assert figure(c, "kv-restored") == 1 and 0 < figure(c, "kv-bytes-spilled") < used, statistics(c)
