@@ -432,6 +432,11 @@ uint32_t session_set_n_sessions(const struct session_set *set)
     return set->n_sessions;
 }
 
+bool session_set_has_jobs(const struct session_set *set)
+{
+    return set->n_jobs > 0;
+}
+
 bool session_set_is_quiet(const struct session_set *set)
 {
     return set->n_jobs == 0 && set->n_streams == 0;

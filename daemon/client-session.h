@@ -64,6 +64,7 @@ void session_set_keep(struct session_set *set, struct fd_store *store);
 void session_set_linger_usec(struct session_set *set, uint64_t usec);
 
 uint32_t session_set_n_sessions(const struct session_set *set);
+bool session_set_has_jobs(const struct session_set *set); /* the engine has something of theirs */
 bool session_set_is_quiet(const struct session_set *set); /* neither jobs nor streams */
 struct engine_thread *session_set_engine(const struct session_set *set); /* NULL: none */
 const char *session_set_model_name(const struct session_set *set);       /* "" without */

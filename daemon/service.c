@@ -872,8 +872,14 @@ static int on_grace_over(sd_event_source *source, uint64_t usec, void *userdata)
 {
     struct service *s = userdata;
 
-    (void)source;
     (void)usec;
+    /* A pass of a GPU can be long, or never end; nobody has been told anything until it is over,
+     * and without that there is no end either way. The grace is for those who do not read. */
+    if (session_set_has_jobs(s->sessions)) {
+        sd_event_source_set_time_relative(source, GRACE_USEC);
+        sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
+        return 0;
+    }
     session_set_cut_streams(s->sessions); /* its changes lead to service_something_went() */
     return 0;
 }
