@@ -630,7 +630,7 @@ def notifies_and_keeps_secrets():
                 assert re.search(r"^Max core file size +0 +0 ", f.read(), re.M)
             d.stop()
             wait_for(b"STOPPING=1")
-            assert canary not in d.log() and re.match(r"<6>serving ", d.log())
+            assert canary not in d.log() and re.match(r"<6>serving ", d.said()), d.log()
     os.unlink(path)
 
 
@@ -647,11 +647,11 @@ def bad_models():
                 f.write(data)
         d = daemon(model=path)
         assert not d.ready and d.stop() == 1
-        assert len(d.log().splitlines()) == 1 and path in d.log(), d.log()
+        assert len(d.said().splitlines()) == 1 and path in d.said(), d.log()
         assert not os.path.exists(d.socket)
     for option in (["--context", "9999999"], ["--cpu-level", "quantum"]):
         d = daemon(*option)
-        assert not d.ready and d.stop() == 1 and len(d.log().splitlines()) == 1, d.log()
+        assert not d.ready and d.stop() == 1 and len(d.said().splitlines()) == 1, d.log()
 
 
 @test

@@ -334,8 +334,10 @@ def a_bus_that_comes_back(folder, model):
             with Shell("system", env) as c:
                 c.new()
                 assert c.do("say", 0, 20, "one") == wanted[0]
-                m.restart()
-                wait_named(broker, m)
+                with RawBus(broker.path, broker=True, destination=BUS_NAME) as ear:
+                    ear.match("type='signal',interface='org.llmd.Llm1.Manager',member='Restarted'")
+                    m.restart()
+                    ear.wait_for(lambda message: message.member == "Restarted")
                 m.process.send_signal(signal.SIGSTOP)
                 broker.stop()
                 broker = Broker(folder)

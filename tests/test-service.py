@@ -371,7 +371,7 @@ def without_a_model(folder, model):
         assert any(h.startswith("STATUS=No model: there is no model 'absent'") for h in heard), heard
         assert c.manager("State") == "degraded" and c.manager("Model") == ""
         assert error_of(c.create)[0] == "ModelNotReady"
-        assert d.log().startswith("<3>there is no model 'absent'; see llmctl model list")
+        assert d.said().startswith("<3>there is no model 'absent'; see llmctl model list")
 
 
 @test
