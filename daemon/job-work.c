@@ -122,7 +122,8 @@ static void update_task(struct engine_thread *t, struct job *j)
 }
 
 /*
- * A deterministic request keeps to one lane, and so must have done what its session has of others.
+ * A deterministic request keeps to one lane, and so must have done what its session has of others,
+ * and of that lane when it computed with something else.
  * In the GPU's mode it waits for the GPU to join.
  */
 void work_choose_lane(struct engine_thread *t, struct job *j)

@@ -18,6 +18,7 @@ struct engine {
     enum engine_lane home;
     struct vulkan_device *gpu; /* borrowed, or NULL */
     enum activation_type gpu_activations;
+    enum activation_type first_gpu_activations; /* the options', which the pool is told of */
     struct backend *pool_backend; /* whose memory the pool's pages lie in, or NULL; the engine's */
     struct kv_pool *pool;
     struct backend_limits limits;

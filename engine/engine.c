@@ -163,6 +163,7 @@ int engine_new(struct engine **ret, const struct model *m, const struct engine_o
     e->home = options->home;
     e->gpu = options->gpu;
     e->gpu_activations = or_default(options->gpu_activations, ACTIVATIONS_F32);
+    e->first_gpu_activations = e->gpu_activations;
     e->max_rows = options->max_rows ? options->max_rows : DEFAULT_MAX_ROWS;
     e->max_logits = options->max_logits ? options->max_logits : DEFAULT_MAX_LOGITS;
     e->max_logits = MIN(e->max_logits, e->max_rows);

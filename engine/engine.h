@@ -226,8 +226,11 @@ bool session_is_busy(const struct session *s);
 
 /*
  * By whom its K and V were computed, bits 1 << lane: of all since they were last dropped, some of
- * which a session_rewind() may have taken back. Kept across forks, files and processes.
+ * which a session_rewind() may have taken back. LANES_CHANGED: by a GPU with other activations than
+ * the engine's options had, see engine_set_gpu_activations(); the next engine's K and V need not be
+ * like them, though device and options are the same. Kept across forks, files and processes.
  */
+#define LANES_CHANGED (1u << ENGINE_LANES)
 unsigned session_lanes(const struct session *s);
 
 uint32_t session_n_tokens(const struct session *s);

@@ -35,7 +35,7 @@ int gpu_identify(const struct engine *e, uint8_t ret[KV_IDENTITY])
 {
     char text[512];
     int n = snprintf(text, sizeof(text), "%s %s", vulkan_device_identity(e->gpu),
-                     activations_name(e->gpu_activations));
+                     activations_name(e->first_gpu_activations));
 
     _Static_assert(KV_IDENTITY == 32, "SHA-256");
     return EVP_Digest(text, MIN((size_t)n, sizeof(text) - 1), ret, NULL, EVP_sha256(), NULL) == 1

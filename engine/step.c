@@ -53,9 +53,11 @@ static void give_up_pages(struct session *s, uint32_t from, uint32_t to)
 }
 
 /* Tokens [n_cached, to) have been computed. */
-static void count_cached(struct session *s, enum engine_lane lane, uint32_t to)
+static void count_cached(struct session *s, const struct lane *l, uint32_t to)
 {
-    session_add_lanes(s, 1u << lane);
+    bool changed = l->id == LANE_GPU && l->activations != l->engine->first_gpu_activations;
+
+    session_add_lanes(s, 1u << l->id | (changed ? LANES_CHANGED : 0));
     session_set_cached(s, to);
     kv_cache_trim(&s->kv, to, s->mark);
 }
@@ -75,7 +77,7 @@ static int catch_up(struct lane *l, struct session *s)
             give_up_pages(s, s->n_cached, s->n_cached + n);
         if (r < 0)
             return r;
-        count_cached(s, l->id, s->n_cached + n);
+        count_cached(s, l, s->n_cached + n);
     }
     return 0;
 }
@@ -167,7 +169,7 @@ static void settle(struct lane *l)
             continue;
         if (item->tokens)
             session_add_tokens(s, item->n_tokens);
-        count_cached(s, l->id, end);
+        count_cached(s, l, end);
         if (n_wanted(item) > 0) {
             item->ret_logits = logits;
             logits += (size_t)n_wanted(item) * l->engine->config->vocab_size;

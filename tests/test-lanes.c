@@ -579,6 +579,37 @@ static void check_pool_of_device(const struct model *m, struct engine *reference
         session_free(s[i]);
 }
 
+/* A GPU that computes with something else than the options said leaves a mark. */
+static void check_changed(const struct model *m)
+{
+    CLEANUP(engine_freep) struct engine *e = engine_on(m, PLENTY);
+    unsigned gpu = 1u << LANE_GPU;
+    struct step_item item;
+    struct session *s, *f;
+
+    add_device(e, (struct queued_options){0});
+    assert(session_new(&s, e, 0, NULL) == 0);
+    step_on(s, LANE_GPU, 20, LOGITS_NONE, &item);
+    assert(session_lanes(s) == gpu);
+    engine_remove_gpu(e);
+    engine_set_gpu_activations(e, ACTIVATIONS_F32);
+    add_device(e, (struct queued_options){0});
+    assert(session_lanes(s) == gpu);
+    step_on(s, LANE_GPU, 20, LOGITS_NONE, &item);
+    assert(session_lanes(s) == (gpu | LANES_CHANGED));
+    assert(session_fork(&f, s, NULL) == 0 && session_lanes(f) == (gpu | LANES_CHANGED));
+    session_drop_kv(s);
+    step_on(s, LANE_CPU, 1, LOGITS_NONE, &item);
+    session_free(f);
+    engine_remove_gpu(e);
+    engine_set_gpu_activations(e, ACTIVATIONS_INT8);
+    add_device(e, (struct queued_options){0});
+    session_drop_kv(s);
+    step_on(s, LANE_GPU, 1, LOGITS_NONE, &item);
+    assert(session_lanes(s) == gpu);
+    session_free(s);
+}
+
 /* ---- processes after this one ---- */
 
 #define GPU_OF(n) ((const uint8_t[KV_IDENTITY]){n})
@@ -688,6 +719,7 @@ int main(int argc, char **argv)
         check_refusals(m);
         check_mapping(m);
         check_pool_of_device(m, reference);
+        check_changed(m);
         check_adoption(m);
         engine_free(reference);
     }
