@@ -197,12 +197,24 @@ static _Noreturn void try_it(const struct vulkan_options *o, int fd)
     _exit(EXIT_SUCCESS);
 }
 
+/* True: something came, or the other end is closed (POLLHUP). */
+static bool comes(int fd, short events, unsigned patience_msec)
+{
+    struct pollfd p = {.fd = fd, .events = events};
+    int n;
+
+    do
+        n = poll(&p, 1, (int)patience_msec);
+    while (n < 0 && errno == EINTR);
+    return n > 0;
+}
+
 /* 0: it can be had; -errno */
 static int try_in_child(const struct vulkan_options *o, unsigned patience_msec, struct error *err)
 {
     struct trial t = {.result = 0};
-    struct pollfd p;
-    int ends[2], status = 0, answers;
+    int ends[2], status = 0;
+    bool answers, ends_well;
     ssize_t n = 0;
     pid_t pid;
 
@@ -216,18 +228,19 @@ static int try_in_child(const struct vulkan_options *o, unsigned patience_msec, 
         close(ends[0]);
         return error_set(err, errno, "%s", strerror(errno));
     }
-    p = (struct pollfd){.fd = ends[0], .events = POLLIN};
-    do
-        answers = poll(&p, 1, (int)patience_msec);
-    while (answers < 0 && errno == EINTR);
-    if (answers > 0)
+    answers = comes(ends[0], POLLIN, patience_msec);
+    if (answers)
         n = read(ends[0], &t, sizeof(t));
-    close(ends[0]);
     if (n != sizeof(t))
         kill(pid, SIGKILL);
-    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+    ends_well = comes(ends[0], 0, patience_msec);
+    close(ends[0]);
+    /* One that the kernel's part of a driver holds back does not die, and is not waited for. */
+    while (ends_well && waitpid(pid, &status, 0) < 0 && errno == EINTR)
         ;
-    if (answers == 0)
+    if (answers && !ends_well)
+        return error_set(err, ETIMEDOUT, "its driver keeps the process that loads it from ending");
+    if (!answers)
         return error_set(err, ETIMEDOUT, "its driver does not answer for %g seconds",
                          patience_msec / 1000.0);
     if (n != sizeof(t))

@@ -190,6 +190,7 @@ static void test_finding(void)
     } bad[] = {{"crashes", "ends the process that loads it"},
                {"hangs", "does not answer for 2 seconds"},
                {"starts a thread", "starts threads"},
+               {"stays", "keeps the process that loads it from ending"},
                {"opens a card", "keeps a card of /dev/dri open"}};
     CLEANUP(fclosep) FILE *f = fopen(in_folder("bad.json"), "we");
     int status;

@@ -37,6 +37,10 @@ int vk_icdNegotiateLoaderICDInterfaceVersion(uint32_t *version)
         wait_for_ever(NULL);
     if (how && strcmp(how, "starts a thread") == 0)
         pthread_create(&thread, NULL, wait_for_ever, NULL);
+    if (how && strcmp(how, "stays") == 0 && fork() == 0) {
+        alarm(20);
+        wait_for_ever(NULL);
+    }
     if (how && strcmp(how, "opens a card") == 0 && open(getenv("BAD_DRIVER_CARD"), O_PATH) < 0)
         abort();
     return -9; /* VK_ERROR_INCOMPATIBLE_DRIVER */
