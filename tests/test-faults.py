@@ -322,6 +322,8 @@ def shared_memory(d):
 @test
 def memory_goes_back_to_the_system():
     """By the first event what is free, by the second what idle sessions hold."""
+    if BACKEND:
+        return "skipped: memory that a GPU was told of stays while it has it"
     short = Short()
     with Kept(short=short) as d, d.connect() as c:
         keeps, goes = c.create(), c.create()
