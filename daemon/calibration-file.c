@@ -49,11 +49,11 @@ int calibration_key(char ret[CALIBRATION_KEY], const struct model *m, const stru
     return 0;
 }
 
-static char *path_of(const char *folder, const char *suffix)
+static char *path_of(const char *folder)
 {
     char *path;
 
-    return asprintf(&path, "%s/" FILE_NAME "%s", folder, suffix) < 0 ? NULL : path;
+    return asprintf(&path, "%s/" FILE_NAME, folder) < 0 ? NULL : path;
 }
 
 /* ---- reading ---- */
@@ -63,7 +63,7 @@ static int read_file(const char *folder, json_object **ret, struct error *err)
 {
     static const struct json_limits limits = {.depth = 6, .max_values = 1000};
     CLEANUP(json_object_putp) json_object *v = NULL;
-    CLEANUP(freep) char *path = path_of(folder, ""), *text = NULL;
+    CLEANUP(freep) char *path = path_of(folder), *text = NULL;
     CLEANUP(closep) int fd = -EBADF;
     struct error why = {0};
     uint64_t version;
@@ -182,24 +182,11 @@ static bool add_entry(json_object *to, const char *key, const char *device,
            add_rate(v, "both-decode", c->rates.both_decode);
 }
 
-/* By another name first: whoever reads finds all of it, or that of before. */
 static int write_file(const char *folder, const char *text)
 {
-    CLEANUP(freep) char *path = path_of(folder, ""), *new = path_of(folder, ".new");
-    CLEANUP(closep) int fd = -EBADF;
-    int r;
+    CLEANUP(freep) char *path = path_of(folder);
 
-    if (!path || !new)
-        return -ENOMEM;
-    fd = open(new, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
-    if (fd < 0)
-        return -errno;
-    r = write_whole(fd, text, strlen(text), 0);
-    if (r >= 0 && rename(new, path) < 0)
-        r = -errno;
-    if (r < 0)
-        unlink(new);
-    return r;
+    return path ? replace_file(path, NULL, 0, text, strlen(text)) : -ENOMEM;
 }
 
 /* What there is, or an empty one. */

@@ -293,28 +293,13 @@ static void *read_cache(struct gpu *g, size_t *ret_bytes)
     return TAKE_PTR(data);
 }
 
-/* By another name first: whoever reads finds all of it, or that of before. 0, -errno */
+/* 0, -errno */
 static int write_cache(const struct gpu *g, const struct cache_head *head, const void *data,
                        size_t n)
 {
     CLEANUP(freep) char *path = file_in_cache(&g->options, CACHE_NAME);
-    CLEANUP(freep) char *new = file_in_cache(&g->options, CACHE_NAME ".new");
-    CLEANUP(closep) int fd = -EBADF;
-    int r;
 
-    if (!path || !new)
-        return -ENOMEM;
-    fd = open(new, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
-    if (fd < 0)
-        return -errno;
-    r = write_whole(fd, head, sizeof(*head), 0);
-    if (r >= 0)
-        r = write_whole(fd, data, n, sizeof(*head));
-    if (r >= 0 && rename(new, path) < 0)
-        r = -errno;
-    if (r < 0)
-        unlink(new);
-    return r;
+    return path ? replace_file(path, head, sizeof(*head), data, n) : -ENOMEM;
 }
 
 void gpu_save_cache(struct gpu *g)
