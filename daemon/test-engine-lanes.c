@@ -511,23 +511,15 @@ static void test_others_meanwhile(void)
     stop_engine();
 }
 
-/* Who runs out of memory, while the only one that could give way is in a pass, waits for that. */
-static void test_memory(void)
+/* False: the first one was done before the other had taken any memory from it. */
+static bool runs_out_of_memory(const struct run *grown, uint64_t kv_bytes)
 {
     struct timeline *a, *b;
-    struct run x = {0}, y = {0}, grown = {0};
-    uint64_t most;
+    struct run x = {0}, y = {0};
+    bool runs_out;
     unsigned rows;
 
-    start_engine(0);
-    a = timeline_for(1);
-    ask(&grown, a, "Hello", 1200);
-    wait_for(&grown);
-    most = info_of(a).kv_bytes;
-    engine_thread_close(engine, a);
-    stop_engine();
-
-    start_lanes(PLACE_HYBRID, most * 11 / 10);
+    start_lanes(PLACE_HYBRID, kv_bytes);
     a = timeline_for(1);
     b = timeline_for(2);
     ask(&x, a, "Hello", 1200);
@@ -542,21 +534,41 @@ static void test_memory(void)
     }
     wait_for_idle_pass();
     take(&x);
-    assert(x.job && y.job && look().n_dropped == 0 && x.out.n < grown.out.n);
+    runs_out = x.job && x.out.n < grown->out.n;
+    assert(y.job && look().n_dropped == 0);
     let_pass_end();
     hold_passes(false);
     wait_for(&x);
-    assert(look().n_dropped > 0);
-    expect_same(&x.out, &grown.out);
+    expect_same(&x.out, &grown->out);
     wait_for(&y);
     expect_same(&y.out, &long_alone.out);
-    assert(statistics().preemptions > 0);
+    assert(!runs_out || (look().n_dropped > 0 && statistics().preemptions > 0));
     run_done(&x);
     run_done(&y);
-    run_done(&grown);
     engine_thread_close(engine, a);
     engine_thread_close(engine, b);
     stop_engine();
+    return runs_out;
+}
+
+/* Who runs out of memory, while the only one that could give way is in a pass, waits for that. */
+static void test_memory(void)
+{
+    struct run grown = {0};
+    struct timeline *a;
+    unsigned n_tries = 0;
+    uint64_t most;
+
+    start_engine(0);
+    a = timeline_for(1);
+    ask(&grown, a, "Hello", 1200);
+    wait_for(&grown);
+    most = info_of(a).kv_bytes;
+    engine_thread_close(engine, a);
+    stop_engine();
+    while (!runs_out_of_memory(&grown, most * 11 / 10))
+        assert(++n_tries < 100);
+    run_done(&grown);
 }
 
 /* Nor is it robbed for one of a better class, before it is over. */
