@@ -9,6 +9,7 @@
 // of all columns stays in a cache.
 
 #extension GL_GOOGLE_include_directive : require
+#include "shaders/half.glsl"
 #include "shaders/push-sparse.h"
 
 layout(local_size_x = SPARSE_DOWN_WORDS * SPARSE_DOWN_PARTS) in;
@@ -67,7 +68,7 @@ void add(inout vec4 a, inout vec4 b, column c)
         x.x = uintBitsToFloat(c.word);
         break;
     case SPARSE_F16:
-        x.xy = unpackHalf2x16(c.word);
+        x.xy = half_pair(c.word);
         break;
     case SPARSE_BF16:
         x.xy = uintBitsToFloat(uvec2(c.word << 16, c.word & 0xffff0000u));
@@ -81,8 +82,8 @@ void add(inout vec4 a, inout vec4 b, column c)
         break;
     }
     if (TYPE >= SPARSE_Q8) {
-        x *= vec4(unpackHalf2x16(c.scales.x), unpackHalf2x16(c.scales.y));
-        y *= vec4(unpackHalf2x16(c.scales.z), unpackHalf2x16(c.scales.w));
+        x *= vec4(half_pair(c.scales.x), half_pair(c.scales.y));
+        y *= vec4(half_pair(c.scales.z), half_pair(c.scales.w));
     }
     v = fma(x, vec4(c.h), v);
     a = v;

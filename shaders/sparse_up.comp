@@ -10,6 +10,7 @@
 // lists, so that they find in a cache what one of them has read.
 
 #extension GL_GOOGLE_include_directive : require
+#include "shaders/half.glsl"
 #include "shaders/math.glsl"
 #include "shaders/push-sparse.h"
 
@@ -49,8 +50,8 @@ void weights(uint at, uint unit, out vec4 a, out vec4 b)
         w = uvec4(Words(push.up).v[at], Words(push.up).v[at + 1], Words(push.up).v[at + 2],
                   Words(push.up).v[at + 3]);
         if (TYPE == SPARSE_F16) {
-            a = vec4(unpackHalf2x16(w.x), unpackHalf2x16(w.y));
-            b = vec4(unpackHalf2x16(w.z), unpackHalf2x16(w.w));
+            a = vec4(half_pair(w.x), half_pair(w.y));
+            b = vec4(half_pair(w.z), half_pair(w.w));
         } else {
             uvec4 high = w & 0xffff0000u, low = w << 16;
 
@@ -76,7 +77,7 @@ void weights(uint at, uint unit, out vec4 a, out vec4 b)
 float block_scale(uint at, uint block)
 {
     uint quants = TYPE == SPARSE_Q4 ? push.n_in / 8 : push.n_in / 4;
-    vec2 pair = unpackHalf2x16(Words(push.up).v[at + quants + block / 2]);
+    vec2 pair = half_pair(Words(push.up).v[at + quants + block / 2]);
 
     return block % 2 == 0 ? pair.x : pair.y;
 }

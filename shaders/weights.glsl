@@ -4,10 +4,10 @@
 // weights: reads weights of all types and layouts (backends/weight.h). A pipeline is for one of
 // each: both are specialisation constants, so that of all this one path is left. A thread reads
 // four outputs at a time, a quad, of which each line of a stripe holds four: 16 bytes.
-//
-// Scales are decoded by integers: a half that is denormal counts, and unpackHalf2x16() may lose it.
 
 #extension GL_EXT_control_flow_attributes : require
+#extension GL_GOOGLE_include_directive : require
+#include "shaders/half.glsl"
 
 layout(constant_id = 0) const uint TYPE = 0;
 layout(constant_id = 1) const uint LAYOUT = 0;
@@ -52,16 +52,6 @@ uvec2 element(uvec2 address, uint n, uint stride)
     address = offset(address, low);
     address.y += high;
     return address;
-}
-
-// The lower 16 bits. Infinities become large numbers: they come from hostile files only.
-float half_float(uint h)
-{
-    uint m = h & 0x7fff;
-    precise float denormal = float(m) * (1.0 / 16777216);
-    uint f = m < 0x400 ? floatBitsToUint(denormal) : (m << 13) + (112u << 23);
-
-    return uintBitsToFloat(f | (h & 0x8000) << 16);
 }
 
 float element_float(uint h) // of 16 bits
