@@ -234,6 +234,8 @@ static void start_auto(const struct calibration_result *known, struct calibratio
     engine_thread_set_calibration(engine, known, note_measured, ret);
     engine_thread_set_loading(engine, false);
     wait_for_lanes();
+    while (known && !placement().is_measured) /* it may have been told of the mode only */
+        wait_for_lanes();
 }
 
 static void test_measured(void)
@@ -854,7 +856,8 @@ static void test_many(enum placement_mode mode, bool real, bool lost, uint64_t k
         run_done(&r);
         stop_decoding(decoding, &d);
     }
-    assert(look().n_rows > 0 && look().n_removed == lost);
+    assert(lost || look().n_rows > 0); /* it may be lost in its first pass */
+    assert(look().n_removed == lost);
     printf("%u requests of %u came to their end\n", n_compared, n_asked);
     stop_engine();
 }
