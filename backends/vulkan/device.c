@@ -126,10 +126,8 @@ static int load(struct vulkan_device *d, struct error *err)
 /* All that is asked about features, chained for a question or an order. */
 struct features {
     VkPhysicalDeviceFeatures2 base;
-    VkPhysicalDeviceVulkan11Features v11;
     VkPhysicalDeviceVulkan12Features v12;
     VkPhysicalDeviceShaderIntegerDotProductFeatures dot;
-    VkPhysicalDeviceSubgroupSizeControlFeatures sizes;
 };
 
 #define MAX_EXTENSIONS 8
@@ -154,25 +152,16 @@ struct candidate {
     const char *lacks; /* NULL: can be used */
 };
 
-static void chain_features(struct features *f, bool dot, bool sizes)
+static void chain_features(struct features *f, bool dot)
 {
-    void **end = &f->v12.pNext;
-
     *f = (struct features){
         .base.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2,
-        .v11.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_1_FEATURES,
         .v12.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES,
         .dot.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SHADER_INTEGER_DOT_PRODUCT_FEATURES,
-        .sizes.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES,
     };
-    f->base.pNext = &f->v11;
-    f->v11.pNext = &f->v12;
-    if (dot) {
-        *end = &f->dot;
-        end = &f->dot.pNext;
-    }
-    if (sizes)
-        *end = &f->sizes;
+    f->base.pNext = &f->v12;
+    if (dot)
+        f->v12.pNext = &f->dot;
 }
 
 static bool is_extension(const VkExtensionProperties *e, uint32_t n, const char *name)
@@ -243,10 +232,6 @@ static int find_out(struct vulkan_device *d, struct candidate *c)
         .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MAINTENANCE_3_PROPERTIES};
     VkPhysicalDeviceMaintenance4Properties buffer = {
         .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MAINTENANCE_4_PROPERTIES};
-    VkPhysicalDeviceSubgroupProperties subgroup = {
-        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_PROPERTIES, .pNext = &piece};
-    VkPhysicalDeviceSubgroupSizeControlProperties sizes = {
-        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES};
     VkPhysicalDeviceProperties2 properties = {
         .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2, .pNext = &c->id};
     const VkPhysicalDeviceLimits *limits = &properties.properties.limits;
@@ -266,10 +251,9 @@ static int find_out(struct vulkan_device *d, struct candidate *c)
         return r;
 
     bool dot = knows(d, &c->properties, e, n, VK_KHR_SHADER_INTEGER_DOT_PRODUCT_EXTENSION_NAME);
-    bool size_control = knows(d, &c->properties, e, n, VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME);
     bool imports = is_extension(e, n, VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME);
 
-    chain_features(&f, dot, size_control);
+    chain_features(&f, dot);
     d->vk.GetPhysicalDeviceFeatures2(c->physical, &f.base);
     if (!f.v12.bufferDeviceAddress)
         c->lacks = "buffer device addresses";
@@ -283,14 +267,10 @@ static int find_out(struct vulkan_device *d, struct candidate *c)
         c->lacks = "work groups of 256 with 32 KiB of shared memory";
 
     c->id.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_ID_PROPERTIES;
-    c->id.pNext = &subgroup;
+    c->id.pNext = &piece;
     if (MIN(c->properties.apiVersion, d->api_version) >= VK_API_VERSION_1_3) {
         *end = &buffer;
         end = &buffer.pNext;
-    }
-    if (size_control) {
-        *end = &sizes;
-        end = &sizes.pNext;
     }
     if (imports) {
         *end = &import;
@@ -313,27 +293,11 @@ static int find_out(struct vulkan_device *d, struct candidate *c)
                       : NULL;
     c->import_align = (size_t)import.minImportedHostPointerAlignment;
     c->has = (struct vulkan_capabilities){
-        .subgroup_size = subgroup.subgroupSize,
-        .subgroup_arithmetic = (subgroup.supportedStages & VK_SHADER_STAGE_COMPUTE_BIT) &&
-                               (subgroup.supportedOperations & VK_SUBGROUP_FEATURE_ARITHMETIC_BIT),
-        .subgroup_shuffle = (subgroup.supportedStages & VK_SHADER_STAGE_COMPUTE_BIT) &&
-                            (subgroup.supportedOperations & VK_SUBGROUP_FEATURE_SHUFFLE_BIT),
         .shared_bytes = limits->maxComputeSharedMemorySize,
         .max_invocations =
             MIN(limits->maxComputeWorkGroupInvocations, limits->maxComputeWorkGroupSize[0]),
-        .storage_16 = f.v11.storageBuffer16BitAccess,
-        .storage_8 = f.v12.storageBuffer8BitAccess,
-        .float_16 = f.v12.shaderFloat16,
-        .int_16 = f.base.features.shaderInt16,
-        .int_8 = f.v12.shaderInt8,
-        .int_64 = f.base.features.shaderInt64,
         .dot_8 = dot && f.dot.shaderIntegerDotProduct,
     };
-    if (size_control && f.sizes.subgroupSizeControl && f.sizes.computeFullSubgroups &&
-        (sizes.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT)) {
-        c->has.subgroup_min = sizes.minSubgroupSize;
-        c->has.subgroup_max = sizes.maxSubgroupSize;
-    }
     return 0;
 }
 
@@ -504,29 +468,18 @@ static int create_device(struct vulkan_device *d)
         .ppEnabledExtensionNames = extensions,
     };
     bool is_1_3 = d->api_version >= VK_API_VERSION_1_3;
-    bool sizes = d->has.subgroup_max != 0;
     struct features f;
     int r;
 
-    chain_features(&f, d->has.dot_8, sizes);
-    f.v11.storageBuffer16BitAccess = d->has.storage_16;
-    f.v12.storageBuffer8BitAccess = d->has.storage_8;
-    f.v12.shaderFloat16 = d->has.float_16;
-    f.v12.shaderInt8 = d->has.int_8;
+    chain_features(&f, d->has.dot_8);
     f.v12.bufferDeviceAddress = VK_TRUE;
     f.v12.timelineSemaphore = VK_TRUE;
-    f.base.features.shaderInt16 = d->has.int_16;
-    f.base.features.shaderInt64 = d->has.int_64;
     f.dot.shaderIntegerDotProduct = d->has.dot_8;
-    f.sizes.subgroupSizeControl = sizes;
-    f.sizes.computeFullSubgroups = sizes;
     info.pNext = &f.base;
     if (d->import_align)
         extensions[info.enabledExtensionCount++] = VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME;
     if (d->has.dot_8 && !is_1_3)
         extensions[info.enabledExtensionCount++] = VK_KHR_SHADER_INTEGER_DOT_PRODUCT_EXTENSION_NAME;
-    if (sizes && !is_1_3)
-        extensions[info.enabledExtensionCount++] = VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME;
     if (d->priority)
         extensions[info.enabledExtensionCount++] = d->priority;
     r = vulkan_errno(d->vk.CreateDevice(d->physical, &info, NULL, &d->device));

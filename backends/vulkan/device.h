@@ -15,14 +15,9 @@
 
 /* What the device can do beyond what is required. Features named here are enabled. */
 struct vulkan_capabilities {
-    uint32_t subgroup_size;                     /* as drivers choose it where none is asked for */
-    uint32_t subgroup_min, subgroup_max;        /* what can be required; 0: nothing can */
-    bool subgroup_arithmetic, subgroup_shuffle; /* in compute shaders */
-    uint32_t shared_bytes;                      /* of a work group: at least 32768 */
-    uint32_t max_invocations;                   /* in a work group: at least 256 */
-    bool storage_16, storage_8;                 /* buffers of 16- and 8-bit numbers */
-    bool float_16, int_16, int_8, int_64;       /* arithmetic with such */
-    bool dot_8;                                 /* integer dot products (OpSDot and so on) */
+    uint32_t shared_bytes;    /* of a work group: at least 32768 */
+    uint32_t max_invocations; /* in a work group: at least 256 */
+    bool dot_8;               /* integer dot products (OpSDot and so on) */
 };
 
 enum vulkan_state {
