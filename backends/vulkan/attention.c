@@ -54,7 +54,7 @@ static void vulkan_attention(struct backend *b, const struct attention_args *a)
     bool is_small = a->shape.head_dim <= SMALL_DIM;
     const struct attention_pipelines *p = is_small ? &small : &large;
     uint32_t n_kv = a->shape.n_heads_kv, n_groups, n_workgroups;
-    size_t row_floats = (size_t)a->n_heads * a->shape.head_dim, bytes;
+    size_t row_floats = (size_t)a->n_heads * a->shape.head_dim;
     struct attention_push push;
 
     assert(a->shape.head_dim <= BACKEND_MAX_HEAD_DIM && a->shape.head_dim % 2 == 0);
@@ -63,11 +63,10 @@ static void vulkan_attention(struct backend *b, const struct attention_args *a)
         return;
     n_groups = DIV_ROUND_UP(DIV_ROUND_UP(a->n_heads, n_kv), (uint32_t)ATTENTION_HEADS);
     n_workgroups = a->n * n_kv * n_groups;
-    bytes = ((a->n - 1) * a->ld + row_floats) * sizeof(float);
     push = (struct attention_push){
         .rows = vulkan_kv_rows(v, a->rows, a->n, a->window),
-        .q = vulkan_address(v, a->q, bytes),
-        .y = vulkan_address(v, a->out, bytes),
+        .q = vulkan_rows_address(v, a->q, a->n, row_floats, a->ld),
+        .y = vulkan_rows_address(v, a->out, a->n, row_floats, a->ld),
         .ld = (uint32_t)a->ld,
         .n_heads = a->n_heads,
         .n_heads_kv = n_kv,

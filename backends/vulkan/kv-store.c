@@ -22,8 +22,8 @@ void vulkan_kv_store(struct backend *b, const struct kv_store_args *a)
     if (!a->n)
         return;
     push = (struct kv_store_push){
-        .k = vulkan_address(v, a->k, ((a->n - 1) * a->ld + width) * sizeof(*a->k)),
-        .v = vulkan_address(v, a->v, ((a->n - 1) * a->ld + width) * sizeof(*a->v)),
+        .k = vulkan_rows_address(v, a->k, a->n, width, a->ld),
+        .v = vulkan_rows_address(v, a->v, a->n, width, a->ld),
         .rows = vulkan_kv_rows(v, a->rows, a->n, 1),
         .ld = (uint)a->ld,
         .n_heads_kv = s->n_heads_kv,

@@ -17,16 +17,9 @@
 /* Invocations of a work group where each has a value of its own (pipelines.h) */
 #define GROUP 64
 
-/* n rows of k floats, ld apart */
-static struct address rows_address(struct vulkan_backend *v, const float *p, uint32_t n, size_t k,
-                                   size_t ld)
-{
-    return vulkan_address(v, p, p ? ((n - 1) * ld + k) * sizeof(*p) : 0);
-}
-
 static struct address row_address(struct vulkan_backend *v, const float *p, size_t k)
 {
-    return rows_address(v, p, 1, k, k);
+    return vulkan_rows_address(v, p, 1, k, k);
 }
 
 #define DISPATCH(v, pipeline, push, x, y) \
@@ -40,11 +33,11 @@ static void norm(struct backend *b, const struct norm_args *a)
     if (!a->n)
         return;
     push = (struct norm_push){
-        .x = rows_address(v, a->x, a->n, a->k, a->ld_x),
+        .x = vulkan_rows_address(v, a->x, a->n, a->k, a->ld_x),
         .w = row_address(v, a->w, a->k),
-        .add = rows_address(v, a->add, a->n, a->k, a->ld_add),
-        .add2 = rows_address(v, a->add2, a->n, a->k, a->ld_add2),
-        .y = rows_address(v, a->y, a->n, a->k, a->ld_y),
+        .add = vulkan_rows_address(v, a->add, a->n, a->k, a->ld_add),
+        .add2 = vulkan_rows_address(v, a->add2, a->n, a->k, a->ld_add2),
+        .y = vulkan_rows_address(v, a->y, a->n, a->k, a->ld_y),
         .k = a->k,
         .ld_x = (uint)a->ld_x,
         .ld_add = (uint)a->ld_add,
@@ -68,9 +61,9 @@ static void head_norm(struct backend *b, const struct head_norm_args *a)
     if (!a->n)
         return;
     push = (struct head_norm_push){
-        .x = rows_address(v, a->x, a->n, (size_t)a->n_heads * a->head_dim, a->ld),
+        .x = vulkan_rows_address(v, a->x, a->n, (size_t)a->n_heads * a->head_dim, a->ld),
         .w = row_address(v, a->w, a->head_dim),
-        .rope = rows_address(v, a->rope, a->n, a->head_dim, a->head_dim),
+        .rope = vulkan_rows_address(v, a->rope, a->n, a->head_dim, a->head_dim),
         .head_dim = a->head_dim,
         .ld = (uint)a->ld,
         .has_w = a->w != NULL,
@@ -91,9 +84,9 @@ static void gate(struct backend *b, const struct gate_args *a)
     if (!a->n)
         return;
     push = (struct gate_push){
-        .gate = rows_address(v, a->gate, a->n, a->k, a->ld_gate),
-        .up = rows_address(v, a->up, a->n, a->k, a->ld_up),
-        .y = rows_address(v, a->y, a->n, a->k, a->ld_y),
+        .gate = vulkan_rows_address(v, a->gate, a->n, a->k, a->ld_gate),
+        .up = vulkan_rows_address(v, a->up, a->n, a->k, a->ld_up),
+        .y = vulkan_rows_address(v, a->y, a->n, a->k, a->ld_y),
         .k = a->k,
         .ld_gate = (uint)a->ld_gate,
         .ld_up = (uint)a->ld_up,
@@ -120,8 +113,8 @@ static void altup_predict(struct backend *b, const struct altup_predict_args *a)
         .norm = row_address(v, a->router.norm, a->hidden),
         .router = row_address(v, a->router.router, row),
         .coefs = row_address(v, a->coefs, (size_t)s * s * s),
-        .h = rows_address(v, a->h, a->n, row, row),
-        .pred = rows_address(v, a->pred, a->n, row, row),
+        .h = vulkan_rows_address(v, a->h, a->n, row, row),
+        .pred = vulkan_rows_address(v, a->pred, a->n, row, row),
         .hidden = a->hidden,
         .n_streams = s,
         .eps = a->router.eps,
@@ -143,11 +136,11 @@ static void altup_correct(struct backend *b, const struct altup_correct_args *a)
         .norm = row_address(v, a->router.norm, a->hidden),
         .router = row_address(v, a->router.router, row),
         .coefs = row_address(v, a->coefs, (size_t)s * s),
-        .pred = rows_address(v, a->pred, a->n, row, row),
-        .b = rows_address(v, a->b, a->n, a->hidden, a->hidden),
+        .pred = vulkan_rows_address(v, a->pred, a->n, row, row),
+        .b = vulkan_rows_address(v, a->b, a->n, a->hidden, a->hidden),
         .scale = row_address(v, a->scale, a->hidden),
-        .h = rows_address(v, a->h, a->n, row, row),
-        .scaled = rows_address(v, a->scaled, a->n, a->hidden, a->hidden),
+        .h = vulkan_rows_address(v, a->h, a->n, row, row),
+        .scaled = vulkan_rows_address(v, a->scaled, a->n, a->hidden, a->hidden),
         .hidden = a->hidden,
         .n_streams = s,
         .eps = a->router.eps,
@@ -164,9 +157,9 @@ static void stream_norm(struct backend *b, const struct stream_norm_args *a)
     if (!a->n || a->n_streams < 2)
         return;
     push = (struct stream_norm_push){
-        .x = rows_address(v, a->x, a->n, a->hidden, a->hidden),
+        .x = vulkan_rows_address(v, a->x, a->n, a->hidden, a->hidden),
         .w = row_address(v, a->w, a->hidden),
-        .h = rows_address(v, a->h, a->n, row, row),
+        .h = vulkan_rows_address(v, a->h, a->n, row, row),
         .hidden = a->hidden,
         .n_streams = a->n_streams,
         .eps = a->eps,
@@ -184,9 +177,9 @@ static void rescale(struct backend *b, const struct rescale_args *a)
     if (!a->n)
         return;
     push = (struct rescale_push){
-        .y = rows_address(v, a->y, a->n, a->hidden, a->hidden),
-        .ref = rows_address(v, a->ref, a->n, a->hidden, a->ld_ref),
-        .h = rows_address(v, a->h + (size_t)a->stream * a->hidden, a->n, a->hidden, row),
+        .y = vulkan_rows_address(v, a->y, a->n, a->hidden, a->hidden),
+        .ref = vulkan_rows_address(v, a->ref, a->n, a->hidden, a->ld_ref),
+        .h = vulkan_rows_address(v, a->h + (size_t)a->stream * a->hidden, a->n, a->hidden, row),
         .hidden = a->hidden,
         .ld_ref = (uint)a->ld_ref,
         .ld_h = (uint)row,
@@ -203,9 +196,9 @@ static void copy_rows(struct backend *b, const struct copy_rows_args *a)
         return;
     push = (struct copy_rows_push){
         /* which rows ids name is known to the device alone: it is one piece of memory anyway */
-        .x = rows_address(v, a->x, a->ids ? 1 : a->n, a->k, a->ld_x),
+        .x = vulkan_rows_address(v, a->x, a->ids ? 1 : a->n, a->k, a->ld_x),
         .ids = vulkan_address(v, a->ids, a->ids ? a->n * sizeof(*a->ids) : 0),
-        .y = rows_address(v, a->y, a->n, a->k, a->ld_y),
+        .y = vulkan_rows_address(v, a->y, a->n, a->k, a->ld_y),
         .k = a->k,
         .ld_x = (uint)a->ld_x,
         .ld_y = (uint)a->ld_y,
@@ -223,9 +216,9 @@ static void merge(struct backend *b, const struct merge_args *a)
     if (!a->n)
         return;
     push = (struct merge_push){
-        .h = rows_address(v, a->h, a->n, row, row),
+        .h = vulkan_rows_address(v, a->h, a->n, row, row),
         .w = row_address(v, a->w, a->hidden),
-        .x = rows_address(v, a->x, a->n, a->hidden, a->hidden),
+        .x = vulkan_rows_address(v, a->x, a->n, a->hidden, a->hidden),
         .hidden = a->hidden,
         .n_streams = a->n_streams,
         .eps = a->eps * (float)a->n_streams * (float)a->n_streams,
@@ -243,10 +236,10 @@ static void ple(struct backend *b, const struct ple_args *a)
     if (!a->n)
         return;
     push = (struct ple_push){
-        .g = rows_address(v, a->g, a->n, row, row),
-        .e = rows_address(v, a->e, a->n, row, row),
+        .g = vulkan_rows_address(v, a->g, a->n, row, row),
+        .e = vulkan_rows_address(v, a->e, a->n, row, row),
         .w = row_address(v, a->w, a->width),
-        .ple = rows_address(v, a->ple, a->n, row, row),
+        .ple = vulkan_rows_address(v, a->ple, a->n, row, row),
         .width = a->width,
         .eps = (float)fmin((double)a->eps / (scale * scale), (double)FLT_MAX),
     };

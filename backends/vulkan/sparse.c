@@ -86,13 +86,6 @@ static struct address weight_address(struct vulkan_backend *v, const struct weig
     return vulkan_address(v, w->data, bytes);
 }
 
-/* Of n rows of `width` elements. */
-static struct address rows_address(struct vulkan_backend *v, const void *p, uint32_t n, size_t ld,
-                                   size_t width, size_t size)
-{
-    return vulkan_address(v, p, ((n - 1) * ld + width) * size);
-}
-
 static void vulkan_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a)
 {
     struct vulkan_backend *v = vulkan_backend(b);
@@ -109,8 +102,8 @@ static void vulkan_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a
     if (n == 0)
         return;
     push = (struct sparse_push){
-        .gate = rows_address(v, a->gate, n, a->ld_gate, ffn, sizeof(float)),
-        .y = rows_address(v, a->y, n, a->ld_y, down->n_out, sizeof(float)),
+        .gate = vulkan_rows_address(v, a->gate, n, ffn, a->ld_gate),
+        .y = vulkan_rows_address(v, a->y, n, down->n_out, a->ld_y),
         .work = vulkan_address(v, a->work, sparse_ffn_work_bytes(n, ffn)),
         .up = weight_address(v, up),
         .down = weight_address(v, down),
@@ -132,7 +125,7 @@ static void vulkan_sparse_ffn(struct backend *b, const struct sparse_ffn_args *a
         push.q = vulkan_address(v, x->q, n * x->ld_q);
         push.d = vulkan_address(v, x->d, n * (x->ld_q / WEIGHT_BLOCK) * sizeof(*x->d));
     } else {
-        push.x = rows_address(v, x->f32, n, x->ld, x->k, sizeof(float));
+        push.x = vulkan_rows_address(v, x->f32, n, x->k, x->ld);
     }
     n_shares = MIN(MAX(UP_WORKGROUPS / n, UP_SHARES_MIN), UP_SHARES_MAX);
     n_panels = DIV_ROUND_UP(down->n_out, SPARSE_DOWN_WORDS * outputs_of_word(down->type));

@@ -107,6 +107,13 @@ struct address vulkan_kv_rows(struct vulkan_backend *v, const struct kv_row *row
  * needs several parts asks once. Aligned to 256. */
 struct address vulkan_scratch(struct vulkan_backend *v, size_t bytes);
 
+/* n rows of k floats, ld apart; NULL gives 0 */
+static inline struct address vulkan_rows_address(struct vulkan_backend *v, const float *p,
+                                                 uint32_t n, size_t k, size_t ld)
+{
+    return vulkan_address(v, p, p ? ((n - 1) * ld + k) * sizeof(*p) : 0);
+}
+
 /* address + bytes */
 static inline struct address vulkan_offset(struct address a, uint64_t bytes)
 {
