@@ -42,6 +42,13 @@ def backend_options(options=()):
     return [f"--backend={backend}", "--device=" + os.environ.get("LLMD_TEST_DEVICE", "llvmpipe")]
 
 
+def write_starter(path, llmd, first=""):
+    """For $LLMD_BINARY: a script that becomes llmd with those options, after the shell command `first`."""
+    with open(path, "w") as f:
+        f.write(f'#!/bin/sh\n{first}\nexec {llmd} {" ".join(backend_options())} "$@"\n')
+    os.chmod(path, 0o755)
+
+
 class Daemon:
     """llmd itself, started directly. Its log is a file. model: None lets it look for one itself."""
 

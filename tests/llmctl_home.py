@@ -14,7 +14,7 @@ import tempfile
 
 import dbus
 
-from daemon_client import Client, backend_options, make_endless_model
+from daemon_client import Client, make_endless_model, write_starter
 
 LLMCTL, LLMD, MAKE_MODEL = map(os.path.abspath, sys.argv[1:4])
 PATIENCE = 120
@@ -42,9 +42,7 @@ class Home:
         self.socket = os.path.join(self.runtime, "llmd", "private.sock")
         self.starts_path = os.path.join(self.path, "starts")
         wrapper = os.path.join(self.path, "llmd")
-        with open(wrapper, "w") as f:
-            f.write(f'#!/bin/sh\necho $$ >> {self.starts_path}\nexec {LLMD} {" ".join(backend_options())} "$@"\n')
-        os.chmod(wrapper, 0o755)
+        write_starter(wrapper, LLMD, f"echo $$ >> {self.starts_path}")
         self.env = dict(os.environ, XDG_RUNTIME_DIR=self.runtime, XDG_DATA_HOME=self.data, LLMD_BINARY=wrapper,
                         LLMD_MODEL=model)
 

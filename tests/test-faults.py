@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import dbus
     from daemon_client import (PATIENCE, Child, Client, Daemon, Session, SystemDaemon, error_of, make_endless_model, options_of,
-                               read_all, until)
+                               read_all, until, write_starter)
     from kept_daemon import Manager
 except ImportError as e:
     print(f"skipped: {e} (python3-dbus)")
@@ -208,7 +208,9 @@ def llmctl_says_what_happened_to_the_model():
     where = tempfile.mkdtemp(dir=folder)
     model = os.path.join(where, "model.llmd")
     shutil.copyfile(endless, model)
-    env = dict(os.environ, XDG_RUNTIME_DIR=where, HOME=where, LLMD=LLMD)
+    starter = os.path.join(where, "starter")
+    write_starter(starter, LLMD)
+    env = dict(os.environ, XDG_RUNTIME_DIR=where, HOME=where, LLMD_BINARY=starter)
     env.pop("NOTIFY_SOCKET", None)
     with subprocess.Popen([LLMCTL, "--private", "run", "--model", model, "--ignore-end", "Hello"], env=env,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:

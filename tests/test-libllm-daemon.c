@@ -29,10 +29,13 @@ static char socket_path[128];
 
 static pid_t start(const char *llmd, const char *model)
 {
-    char number[16], answer[16] = "";
+    const char *backend = getenv("LLMD_TEST_BACKEND"), *device = getenv("LLMD_TEST_DEVICE");
+    char number[16], answer[16] = "", backend_option[64], device_option[256];
     int ready[2];
     pid_t pid;
 
+    snprintf(backend_option, sizeof(backend_option), "--backend=%s", backend ? backend : "");
+    snprintf(device_option, sizeof(device_option), "--device=%s", device ? device : "llvmpipe");
     assert(pipe(ready) == 0);
     pid = fork();
     assert(pid >= 0);
@@ -41,7 +44,8 @@ static pid_t start(const char *llmd, const char *model)
         prctl(PR_SET_PDEATHSIG, SIGKILL); /* else it would outlive a failure */
         snprintf(number, sizeof(number), "%d", ready[1]);
         execl(llmd, llmd, "--private", "--model", model, "--socket", socket_path, "--ready-fd",
-              number, "--idle-timeout", "0", (char *)NULL);
+              number, "--idle-timeout", "0", backend ? backend_option : NULL, device_option,
+              (char *)NULL);
         _exit(127);
     }
     close(ready[1]);

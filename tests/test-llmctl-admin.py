@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import dbus
     import llmctl_home
-    from daemon_client import BUS_NAME, Broker
+    from daemon_client import BUS_NAME, Broker, backend_options
     from llmctl_home import ENDLESS, LLMCTL, LLMD, PATIENCE, Home, complaint, test
     from raw_bus import CALL, DESTINATION, MEMBER, PATH, INTERFACE, REPLY_SERIAL, RETURN, SIGNAL, RawBus, encode
 except ImportError as e:
@@ -49,7 +49,7 @@ def user_daemon(h, *options, **env):
     """llmd --user with a state directory."""
     env = dict(h.env, **env, XDG_STATE_HOME=os.path.join(h.path, "state"), XDG_CONFIG_HOME=os.path.join(h.path, "config"))
     read, write = os.pipe()
-    p = subprocess.Popen([LLMD, "--user", "--ready-fd", str(write), *options], env=env, pass_fds=[write],
+    p = subprocess.Popen([LLMD, "--user", "--ready-fd", str(write), *backend_options(options), *options], env=env, pass_fds=[write],
                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     os.close(write)
     with os.fdopen(read, "rb") as f:
