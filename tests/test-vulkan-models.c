@@ -27,7 +27,7 @@
 #include "tests/odd-config.h"
 #include "tools/common/distribution.h"
 
-#define N_MODELS 10 /* two of each type of weight */
+#define N_MODELS 10 /* two of each type of weight; instrumented builds have one */
 #define MOST_KLD 1e-5
 
 /* Of logits; that of the processor's levels among each other, see test-any-config.c. Small models
