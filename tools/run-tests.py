@@ -95,7 +95,8 @@ class Stage:
         log = os.path.join(self.build, "meson-logs", "testlog.json")
         if os.path.exists(log):
             os.unlink(log)
-        status = self.call("meson", "test", "-C", self.build, "--no-rebuild", "--num-processes", str(self.jobs),
+        # One more than the cores: many tests wait for most of their time.
+        status = self.call("meson", "test", "-C", self.build, "--no-rebuild", "--num-processes", str(self.jobs + 1),
                            "--timeout-multiplier", "4", "--print-errorlogs", *names)
         self.read(log)
         if status != 0 and not self.failed:
