@@ -326,6 +326,7 @@ struct backend_vtable {
     void (*release)(struct backend *b, void *p, size_t bytes);
     size_t (*map_limit)(const struct backend *b);
     int (*map)(struct backend *b, const void *p, size_t bytes, enum backend_memory kind);
+    void (*unmap)(struct backend *b, const void *p);
     bool (*begin)(struct backend *b, uint64_t key);
     void (*end)(struct backend *b);
     int (*submit)(struct backend *b);
@@ -349,8 +350,8 @@ static inline void backend_release(struct backend *b, void *p, size_t bytes)
 }
 
 /*
- * Memory of the caller's that operations will be given addresses of, until the backend is freed: p
- * need not be aligned, but the pages around are seen as well. Nothing that an operation reads may
+ * Memory of the caller's that operations will be given addresses of, until backend_unmap() or until
+ * the backend is freed: p need not be aligned, but the pages around are seen as well. Nothing that an operation reads may
  * cross from one such piece to another. 0; -E2BIG: more than backend_map_limit() at once;
  * -EOPNOTSUPP: BACKEND_SHARED, and the device cannot see it; -ENOMEM, -ENODEV
  */
@@ -358,6 +359,13 @@ static inline int backend_map(struct backend *b, const void *p, size_t bytes,
                               enum backend_memory kind)
 {
     return b->vtable->map(b, p, bytes, kind);
+}
+
+/* Takes back backend_map(b, p, ..., BACKEND_SHARED), before p is another's memory. No operation that
+ * was issued and not waited for may use it. */
+static inline void backend_unmap(struct backend *b, const void *p)
+{
+    b->vtable->unmap(b, p);
 }
 
 static inline size_t backend_map_limit(const struct backend *b)

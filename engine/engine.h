@@ -125,7 +125,10 @@ bool engine_kv_adopted(const struct engine *e);
  */
 void engine_adopted(struct engine *e);
 
-/* The memory of free pages goes back to the system, but for what a GPU sees. Returns bytes. */
+/*
+ * The memory of free pages goes back to the system; where a GPU sees them, that of stretches of some
+ * MiB of which no page is in use. May wait for the GPU's step. Returns bytes.
+ */
 uint64_t engine_give_back(struct engine *e);
 
 /*

@@ -64,9 +64,14 @@ struct kv_pool {
     uint8_t gpu[KV_IDENTITY]; /* this process's; zeros: none */
 
     struct backend *memory; /* gives the chunks; NULL: one chunk, in the mapping */
-    char **chunks;          /* [n_chunks]; NULL: not wanted yet */
+    char **chunks;          /* [n_chunks]; NULL: not wanted yet, or not any more */
+    bool *is_ours;          /* [n_chunks] the chunk is the process's: `memory` has failed */
     uint32_t n_chunks, chunk_pages;
-    uint32_t n_mapped; /* pages that a device was told of */
+
+    struct backend *device; /* is told of the pages, in pieces; NULL: there is none */
+    bool *told;             /* [pieces], with it */
+    uint32_t piece_pages;
+    bool must_tell; /* a page was taken that it does not see */
 };
 
 /* True: fd is a pool of just this header, but for its id and the GPU. */
@@ -131,7 +136,8 @@ static int new_chunks(struct kv_pool *p)
     }
     p->n_chunks = DIV_ROUND_UP(p->n_max, p->chunk_pages);
     p->chunks = calloc(p->n_chunks, sizeof(*p->chunks));
-    return p->chunks ? 0 : -ENOMEM;
+    p->is_ours = calloc(p->n_chunks, sizeof(*p->is_ours));
+    return p->chunks && p->is_ours ? 0 : -ENOMEM;
 }
 
 static int new_id(uint64_t *ret)
@@ -209,19 +215,33 @@ int kv_pool_new(struct kv_pool **ret, const struct kv_shape *shape, const struct
     return 0;
 }
 
+static void release_chunk(struct kv_pool *p, uint32_t chunk)
+{
+    size_t bytes = p->chunk_pages * p->page_bytes;
+
+    if (p->is_ours[chunk])
+        (void)munmap(p->chunks[chunk], bytes);
+    else
+        backend_release(p->memory, p->chunks[chunk], bytes);
+    p->chunks[chunk] = NULL;
+    p->is_ours[chunk] = false;
+}
+
 struct kv_pool *kv_pool_free(struct kv_pool *p)
 {
     if (!p)
         return NULL;
     assert(p->n_used == p->n_retired || p->left);
-    for (uint32_t i = 0; p->memory && p->chunks && i < p->n_chunks; i++)
-        backend_release(p->memory, p->chunks[i], p->chunk_pages * p->page_bytes);
+    for (uint32_t i = 0; p->memory && p->is_ours && i < p->n_chunks; i++)
+        release_chunk(p, i);
     if (p->memory)
         free(p->header);
     else if (p->header)
         (void)munmap(p->header, p->map_bytes);
     if (p->fd >= 0)
         close(p->fd);
+    free(p->told);
+    free(p->is_ours);
     free(p->chunks);
     free(p->claims);
     free(p->pages);
@@ -293,14 +313,34 @@ size_t kv_pool_page_bytes(const struct kv_pool *p)
     return p->page_bytes;
 }
 
-/* The chunk of a page that was never taken. */
+/* Of a device that has failed nothing more can be had, and it need not see what the processor
+ * computes then. */
+static char *new_own_chunk(size_t bytes)
+{
+    char *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (at == MAP_FAILED)
+        return NULL;
+    (void)madvise(at, bytes, MADV_DONTDUMP); /* conversations */
+    return at;
+}
+
+/* Whether the page has memory, which is had if need be. */
 static bool have_chunk(struct kv_pool *p, uint32_t page)
 {
-    char **chunk = &p->chunks[page / p->chunk_pages];
+    uint32_t i = page / p->chunk_pages;
+    size_t bytes = p->chunk_pages * p->page_bytes;
 
-    if (!*chunk)
-        *chunk = backend_alloc(p->memory, p->chunk_pages * p->page_bytes);
-    return *chunk != NULL;
+    if (p->chunks[i])
+        return true;
+    if (!backend_failure(p->memory)) {
+        p->chunks[i] = backend_alloc(p->memory, bytes);
+    } else {
+        p->chunks[i] = new_own_chunk(bytes);
+        p->is_ours[i] = p->chunks[i];
+    }
+    return p->chunks[i];
 }
 
 int kv_pool_get(struct kv_pool *p, bool zero, uint32_t *ret)
@@ -308,12 +348,14 @@ int kv_pool_get(struct kv_pool *p, bool zero, uint32_t *ret)
     uint32_t n = p->free;
 
     assert(!p->claims);
-    if (n != KV_NO_PAGE)
+    if (n != KV_NO_PAGE && have_chunk(p, n))
         p->free = p->pages[n].next_free;
     else if (p->n_begun < p->n_max && have_chunk(p, p->n_begun))
         n = p->n_begun++;
     else
         return -ENOBUFS;
+    if (p->device && !p->told[n / p->piece_pages])
+        p->must_tell = true;
     if (zero && p->pages[n].dirty)
         memset(kv_pool_data(p, n), 0, p->page_bytes);
     p->pages[n].refs = 1;
@@ -356,30 +398,68 @@ void kv_pool_retire(struct kv_pool *p, uint32_t page)
     p->n_retired++;
 }
 
+/* Whether somebody has a page of [from, to), or may still write to it. */
+static bool has_taken(const struct kv_pool *p, uint32_t from, uint32_t to)
+{
+    for (uint32_t i = from; i < MIN(to, p->n_begun); i++)
+        if (p->pages[i].refs > 0 || p->pages[i].retired)
+            return true;
+    return false;
+}
+
+/* The page behind the last one of the piece. */
+static uint32_t piece_end(const struct kv_pool *p, uint32_t piece)
+{
+    return piece * p->piece_pages + MIN(p->piece_pages, p->n_max - piece * p->piece_pages);
+}
+
+static int tell(struct kv_pool *p, uint32_t piece)
+{
+    uint32_t from = piece * p->piece_pages;
+    int r = backend_map(p->device, kv_pool_data(p, from),
+                        (piece_end(p, piece) - from) * p->page_bytes, BACKEND_SHARED);
+
+    if (r == 0)
+        p->told[piece] = true;
+    return r;
+}
+
 int kv_pool_map(struct kv_pool *p, struct backend *b)
 {
-    size_t limit = MIN(CHUNK, backend_map_limit(b));
-    uint32_t piece, want = MAX(p->n_begun, 1u);
-
     if (p->claims || p->memory == b)
         return 0;
-    /* whose own pages of memory may not be whole ones */
-    limit = limit > 2 * MEMORY_PAGE ? limit - 2 * MEMORY_PAGE : 0;
-    piece = (uint32_t)MIN(MAX(limit / p->page_bytes, (size_t)1), (size_t)p->n_max);
-    while (p->n_mapped < want) {
-        uint32_t n = MIN(piece, p->n_max - p->n_mapped);
-        int r = backend_map(b, kv_pool_data(p, p->n_mapped), n * p->page_bytes, BACKEND_SHARED);
+    if (!p->device) {
+        size_t limit = MIN(CHUNK, backend_map_limit(b));
+        int r;
 
+        /* whose own pages of memory may not be whole ones */
+        limit = limit > 2 * MEMORY_PAGE ? limit - 2 * MEMORY_PAGE : 0;
+        p->piece_pages = (uint32_t)MIN(MAX(limit / p->page_bytes, (size_t)1), (size_t)p->n_max);
+        p->told = calloc(DIV_ROUND_UP(p->n_max, p->piece_pages), sizeof(*p->told));
+        if (!p->told)
+            return -ENOMEM;
+        p->device = b;
+        p->must_tell = true;
+        r = tell(p, 0); /* is it possible at all? */
         if (r < 0)
             return r;
-        p->n_mapped += n;
     }
+    for (uint32_t i = 0; p->must_tell && i < DIV_ROUND_UP(p->n_begun, p->piece_pages); i++) {
+        int r = 0;
+
+        if (!p->told[i] && has_taken(p, i * p->piece_pages, piece_end(p, i)))
+            r = tell(p, i);
+        if (r < 0)
+            return r;
+    }
+    p->must_tell = false;
     return 0;
 }
 
 void kv_pool_unmap(struct kv_pool *p)
 {
-    p->n_mapped = 0;
+    free(TAKE_PTR(p->told));
+    p->device = NULL;
 }
 
 bool kv_pool_takes_gpu(struct kv_pool *p, const uint8_t gpu[KV_IDENTITY])
@@ -442,15 +522,65 @@ static uint64_t bytes_held(const struct kv_pool *p)
     return fstat(p->fd, &st) < 0 ? 0 : (uint64_t)st.st_blocks * 512;
 }
 
+/* What it was told of, and has no page that is taken, is the device's no more. */
+static void untell(struct kv_pool *p)
+{
+    for (uint32_t i = 0; i < DIV_ROUND_UP(p->n_max, p->piece_pages); i++) {
+        uint32_t from = i * p->piece_pages;
+
+        if (!p->told[i] || has_taken(p, from, piece_end(p, i)))
+            continue;
+        backend_unmap(p->device, kv_pool_data(p, from));
+        p->told[i] = false;
+    }
+}
+
+/* Free pages that have memory come first. */
+static void sort_free(struct kv_pool *p)
+{
+    p->free = KV_NO_PAGE;
+    for (int has_memory = 0; has_memory < 2; has_memory++)
+        for (uint32_t i = p->n_begun; i-- > 0;)
+            if (p->pages[i].refs == 0 && !p->pages[i].retired &&
+                (p->chunks[i / p->chunk_pages] != NULL) == has_memory)
+                put_free(p, i);
+}
+
+/* Those of which no page is taken. A device that has failed would give none in their place. */
+static uint64_t release_chunks(struct kv_pool *p)
+{
+    uint64_t bytes = 0;
+
+    for (uint32_t c = 0; c < p->n_chunks && !backend_failure(p->memory); c++) {
+        uint32_t from = c * p->chunk_pages, to = from + MIN(p->chunk_pages, p->n_max - from);
+
+        if (!p->chunks[c] || has_taken(p, from, to))
+            continue;
+        release_chunk(p, c);
+        bytes += p->chunk_pages * p->page_bytes;
+        for (uint32_t i = from; i < MIN(to, p->n_begun); i++)
+            p->pages[i].dirty = false;
+    }
+    if (bytes > 0)
+        sort_free(p);
+    return bytes;
+}
+
 uint64_t kv_pool_give_back(struct kv_pool *p)
 {
-    uint64_t before = bytes_held(p), after;
+    uint64_t before, after;
     uint32_t from = 0;
 
-    if (p->claims || p->memory || p->n_mapped > 0) /* a device holds what it was told of */
+    if (p->claims)
         return 0;
+    if (p->memory)
+        return release_chunks(p);
+    if (p->device)
+        untell(p);
+    before = bytes_held(p);
     for (uint32_t i = 0; i <= p->n_begun; i++) {
-        if (i < p->n_begun && p->pages[i].refs == 0 && p->pages[i].dirty && !p->pages[i].retired)
+        if (i < p->n_begun && p->pages[i].refs == 0 && p->pages[i].dirty && !p->pages[i].retired &&
+            !(p->device && p->told[i / p->piece_pages]))
             continue;
         if (i > from)
             punch(p, from, i);

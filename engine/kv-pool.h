@@ -72,9 +72,9 @@ bool kv_pool_is_shared(const struct kv_pool *p, uint32_t page);
 void kv_pool_retire(struct kv_pool *p, uint32_t page);
 
 /*
- * All pages taken so far, and some more, are told to b by backend_map(), a few MiB at a time: what
+ * All pages that are taken, and some more, are told to b by backend_map(), a few MiB at a time: what
  * a device sees may be kept in memory, used or not. Nothing while adopting. One device at a time;
- * kv_pool_unmap() when it is gone. 0, or what backend_map() says
+ * kv_pool_unmap() before it is gone. 0, or what backend_map() says
  */
 int kv_pool_map(struct kv_pool *p, struct backend *b);
 void kv_pool_unmap(struct kv_pool *p);

@@ -197,6 +197,18 @@ static int map(struct backend *b, const void *p, size_t bytes, enum backend_memo
     return 0;
 }
 
+static void unmap(struct backend *b, const void *p)
+{
+    struct queued_backend *q = queued(b);
+    size_t i = 0;
+
+    while (i < q->n_regions && (q->regions[i].p != p || q->regions[i].is_own))
+        i++;
+    assert(i < q->n_regions);
+    q->counts.bytes_shared -= q->regions[i].bytes;
+    q->regions[i] = q->regions[--q->n_regions];
+}
+
 /* ---- lists ---- */
 
 static struct list *new_list(uint64_t key)
@@ -659,6 +671,7 @@ static const struct backend_vtable vtable = {
     .release = release,
     .map_limit = map_limit,
     .map = map,
+    .unmap = unmap,
     .begin = begin,
     .end = end,
     .submit = submit,

@@ -260,10 +260,38 @@ static void disturb(struct engine *e, struct session *sessions[N_SESSIONS])
     assert(!session_is_busy(sessions[i]));
 }
 
-static void check_at_random(const struct model *m, struct engine *reference)
+/* Puts a pool as asked for in the place of the engine's. */
+static void change_pool(struct engine *e, struct kv_pool_options o)
+{
+    struct kv_shape shape = *kv_pool_shape(e->pool);
+    struct kv_kind kind = *kv_pool_kind(e->pool);
+
+    o.bytes_max = PLENTY;
+    kv_pool_free(e->pool);
+    assert(kv_pool_new(&e->pool, &shape, &kind, &o) == 0);
+}
+
+/* K and V lie in memory of the device's. */
+static struct queued_backend *add_device_with_pool(struct engine *e, uint32_t map_limit)
+{
+    struct queued_options o = {.map_limit = map_limit, .refuses_shared = true};
+    struct queued_backend *q = queued_backend_new(&e->limits, &o);
+    struct error err;
+
+    change_pool(e, (struct kv_pool_options){.fd = -1, .memory = queued_backend_base(q)});
+    e->pool_backend = queued_backend_base(q);
+    assert(engine_kv_fd(e) < 0 && !engine_kv_adopted(e) && engine_give_back(e) == 0);
+    assert(engine_add_lane(e, queued_backend_base(q), &err) == 0);
+    return q;
+}
+
+static void check_at_random(const struct model *m, struct engine *reference, bool has_pool)
 {
     CLEANUP(engine_freep) struct engine *e = engine_on(m, PLENTY);
-    struct queued_backend *q = add_device(e, (struct queued_options){.map_limit = 65536});
+    struct queued_backend *q = has_pool
+                                   ? add_device_with_pool(e, 65536)
+                                   : add_device(e, (struct queued_options){.map_limit = 65536});
+    uint64_t given_back = 0;
     struct session *sessions[N_SESSIONS];
     struct round cpu = {0}, gpu = {0};
     struct queued_counts c;
@@ -278,6 +306,8 @@ static void check_at_random(const struct model *m, struct engine *reference)
         start(e, LANE_CPU, &cpu, sessions, ~mine);
         if (below(3) == 0)
             disturb(e, sessions);
+        if (below(4) == 0)
+            given_back += engine_give_back(e);
         if (below(2)) {
             end(e, LANE_CPU, &cpu);
             end(e, LANE_GPU, &gpu);
@@ -293,7 +323,9 @@ static void check_at_random(const struct model *m, struct engine *reference)
         session_free(sessions[i]);
     }
     c = queued_backend_counts(q);
-    assert(c.n_replayed > 0 && c.n_recorded > 0 && c.n_maps > 3);
+    assert(c.n_replayed > 0 && c.n_recorded > 0 && c.n_maps > 3 && given_back > 0);
+    given_back = engine_give_back(e);
+    assert(given_back > 0 && queued_backend_counts(q).bytes_shared == 0);
 }
 
 /* ---- keys ---- */
@@ -497,8 +529,8 @@ static void check_refusals(const struct model *m)
     session_free(s);
 }
 
-/* Pages are told to the device as they are taken, and stay where it sees them. */
-static void check_mapping(const struct model *m)
+/* Pages are told to the device as they are taken, and are its own until they are given back. */
+static void check_mapping(const struct model *m, struct engine *reference)
 {
     CLEANUP(engine_freep) struct engine *e = engine_on(m, (uint64_t)1 << 30);
     struct queued_backend *q = add_device(e, (struct queued_options){.map_limit = 1 << 18});
@@ -521,40 +553,61 @@ static void check_mapping(const struct model *m)
     assert(then.bytes_shared >= kv_pool_bytes_used(e->pool) && then.bytes_shared < 1 << 28);
     assert(then.bytes_weights == first.bytes_weights);
     for (int i = 0; i < 40; i++)
-        session_free(s[i]);
-    assert(engine_give_back(e) == 0);
-    assert(fstat(engine_kv_fd(e), &st) == 0 && st.st_blocks * 512 > 1 << 18);
-    engine_remove_gpu(e);
+        if (i != 20)
+            session_free(s[i]);
     assert(engine_give_back(e) > 0);
+    then = queued_backend_counts(q);
+    assert(then.bytes_shared >= kv_pool_bytes_used(e->pool) && then.bytes_shared <= 2 << 18);
+    assert(fstat(engine_kv_fd(e), &st) == 0);
+    assert((uint64_t)st.st_blocks * 512 >=
+           then.bytes_shared); /* free pages that it sees included */
+    assert((uint64_t)st.st_blocks * 512 <= then.bytes_shared + 8192);
+    assert(session_new(&s[0], e, 0, NULL) == 0);
+    for (int i = 0; i <= 20; i += 20) {
+        step_on(s[i], LANE_GPU, 70, LOGITS_NONE, &item);
+        check_session(reference, s[i], LANE_GPU);
+        session_free(s[i]);
+    }
+    assert(engine_give_back(e) > 0 && queued_backend_counts(q).bytes_shared == 0);
     assert(fstat(engine_kv_fd(e), &st) == 0 && st.st_blocks * 512 <= 4096 + 8192);
+    assert(engine_give_back(e) == 0);
 }
 
-/* Puts a pool as asked for in the place of the engine's. */
-static void change_pool(struct engine *e, struct kv_pool_options o)
+/* A device's memory goes back when nothing in it is taken, and what is left of it comes first. */
+static void check_chunks(struct kv_pool *p, size_t chunk)
 {
-    struct kv_shape shape = *kv_pool_shape(e->pool);
-    struct kv_kind kind = *kv_pool_kind(e->pool);
+    uint32_t n = (uint32_t)(chunk / kv_pool_page_bytes(p)), first, page;
 
-    o.bytes_max = PLENTY;
-    kv_pool_free(e->pool);
-    assert(kv_pool_new(&e->pool, &shape, &kind, &o) == 0);
+    assert(n > 1 && kv_pool_get(p, true, &first) == 0 && first == 0);
+    for (uint32_t i = 1; i < 2 * n; i++) {
+        assert(kv_pool_get(p, true, &page) == 0 && page == i);
+        memset(kv_pool_data(p, i), 0xff, kv_pool_page_bytes(p));
+    }
+    for (uint32_t i = 1; i < 2 * n; i++)
+        kv_pool_unref(p, i);
+    assert(kv_pool_give_back(p) == n * kv_pool_page_bytes(p));
+    for (uint32_t i = 1; i < n; i++)
+        assert(kv_pool_get(p, false, &page) == 0 && page < n);
+    assert(kv_pool_give_back(p) == 0);
+    assert(kv_pool_get(p, true, &page) == 0 && page >= n);
+    for (size_t i = 0; i < kv_pool_page_bytes(p); i++)
+        assert(((const char *)kv_pool_data(p, page))[i] == 0);
+    kv_pool_unref(p, page);
+    for (uint32_t i = 0; i < n; i++)
+        kv_pool_unref(p, i);
+    assert(kv_pool_give_back(p) == 2 * n * kv_pool_page_bytes(p));
 }
 
 /* Where a device sees no memory of others', K and V lie in its own; which outlives the lane. */
 static void check_pool_of_device(const struct model *m, struct engine *reference)
 {
     CLEANUP(engine_freep) struct engine *e = engine_on(m, PLENTY);
-    struct queued_options o = {.map_limit = 1 << 16, .refuses_shared = true};
-    struct queued_backend *q = queued_backend_new(&e->limits, &o);
-    struct session *s[4];
+    struct queued_backend *q = add_device_with_pool(e, 1 << 16);
+    struct session *s[8];
     struct step_item item;
-    struct error err;
 
-    change_pool(e, (struct kv_pool_options){.fd = -1, .memory = queued_backend_base(q)});
-    e->pool_backend = queued_backend_base(q);
-    assert(engine_kv_fd(e) < 0 && !engine_kv_adopted(e) && engine_give_back(e) == 0);
-    assert(engine_add_lane(e, queued_backend_base(q), &err) == 0);
     assert(queued_backend_counts(q).bytes_shared == 0);
+    check_chunks(e->pool, 1 << 16);
     for (uint32_t i = 0; i < 4; i++) {
         assert(session_new(&s[i], e, 0, NULL) == 0);
         step_on(s[i], LANE_GPU, 80, LOGITS_NONE, &item);
@@ -575,7 +628,13 @@ static void check_pool_of_device(const struct model *m, struct engine *reference
         session_drop_kv(s[i]);
         check_session(reference, s[i], LANE_CPU);
     }
-    for (uint32_t i = 0; i < 4; i++)
+    for (uint32_t i = 4; i < 8; i++) { /* more than the device ever gave */
+        assert(session_new(&s[i], e, 0, NULL) == 0);
+        step_on(s[i], LANE_CPU, 80, LOGITS_NONE, &item);
+        step_on(s[i], LANE_CPU, 80, LOGITS_NONE, &item);
+        check_session(reference, s[i], LANE_CPU);
+    }
+    for (uint32_t i = 0; i < 8; i++)
         session_free(s[i]);
 }
 
@@ -711,13 +770,14 @@ int main(int argc, char **argv)
         struct engine *reference = engine_on(m, PLENTY);
 
         state = argc > 2 ? (uint32_t)strtoul(argv[2], NULL, 10) : 1;
-        check_at_random(m, reference);
+        for (int has_pool = 0; has_pool < 2; has_pool++)
+            check_at_random(m, reference, has_pool);
         check_keys(m, reference);
         for (int k = 0; k < 4; k++)
             check_loss(m, reference, k & 1, k & 2);
         check_loss_at_start(m, reference);
         check_refusals(m);
-        check_mapping(m);
+        check_mapping(m, reference);
         check_pool_of_device(m, reference);
         check_changed(m);
         check_adoption(m);

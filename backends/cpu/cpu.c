@@ -242,6 +242,11 @@ static int cpu_map(struct backend *b, const void *p, size_t bytes, enum backend_
     return 0;
 }
 
+static void cpu_unmap(struct backend *b, const void *p)
+{
+    (void)b, (void)p;
+}
+
 static bool cpu_begin(struct backend *b, uint64_t key)
 {
     (void)b, (void)key;
@@ -297,6 +302,7 @@ static const struct backend_vtable vtable = {
     .release = cpu_release,
     .map_limit = cpu_map_limit,
     .map = cpu_map,
+    .unmap = cpu_unmap,
     .begin = cpu_begin,
     .end = cpu_end,
     .submit = cpu_submit,

@@ -85,6 +85,7 @@ static const struct backend_vtable vtable = {
     .release = vulkan_release,
     .map_limit = vulkan_map_limit,
     .map = vulkan_map,
+    .unmap = vulkan_unmap,
     .begin = vulkan_begin,
     .end = vulkan_end,
     .submit = vulkan_submit,

@@ -137,21 +137,26 @@ void *vulkan_alloc(struct backend *backend, size_t bytes)
     return (void *)region.start;
 }
 
-void vulkan_release(struct backend *backend, void *p, size_t bytes)
+void vulkan_unmap(struct backend *backend, const void *p)
 {
     struct vulkan_backend *v = vulkan_backend(backend);
     size_t i = upper(v, (uintptr_t)p);
 
-    (void)bytes;
     assert(i > 0 && v->regions[i - 1].start == (uintptr_t)p);
     i--;
-    vulkan_settle(v); /* a failure is told by whoever asks for results */
     if (v->device->state == VULKAN_HUNG)
         return; /* it may still be written to */
     vulkan_block_free(v->device, &v->regions[i].block);
     v->n_regions--;
     memmove(&v->regions[i], &v->regions[i + 1], (v->n_regions - i) * sizeof(*v->regions));
     v->last_region = 0;
+}
+
+void vulkan_release(struct backend *backend, void *p, size_t bytes)
+{
+    (void)bytes;
+    vulkan_settle(vulkan_backend(backend)); /* a failure is told by whoever asks for results */
+    vulkan_unmap(backend, p);
 }
 
 size_t vulkan_map_limit(const struct backend *backend)

@@ -525,6 +525,9 @@ static void test_shared(void)
         p[1000] = (float)i;
         copy_rows(b, p + 1000, NULL, 1, p + 2000);
         assert(backend_finish(b) == 0 && p[2000] == (float)i);
+        backend_unmap(b, p);
+        assert(vulkan_backend(b)->n_regions == 0);
+        assert(backend_map(b, p, 1 << 20, BACKEND_SHARED) == 0);
     }
     assert(backend_map(b, p, backend_map_limit(b) + 1, BACKEND_SHARED) == -E2BIG);
     assert(backend_map_limit(b) >= (size_t)1 << 29);

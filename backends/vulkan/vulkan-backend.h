@@ -158,6 +158,7 @@ void *vulkan_alloc(struct backend *b, size_t bytes);
 void vulkan_release(struct backend *b, void *p, size_t bytes);
 size_t vulkan_map_limit(const struct backend *b);
 int vulkan_map(struct backend *b, const void *p, size_t bytes, enum backend_memory kind);
+void vulkan_unmap(struct backend *b, const void *p);
 void vulkan_memory_free(struct vulkan_backend *v);
 
 /* pass.c */

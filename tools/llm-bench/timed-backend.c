@@ -361,6 +361,11 @@ static int forward_map(struct backend *b, const void *p, size_t bytes, enum back
     return backend_map(timed(b)->inner, p, bytes, kind);
 }
 
+static void forward_unmap(struct backend *b, const void *p)
+{
+    backend_unmap(timed(b)->inner, p);
+}
+
 /* The inner one knows of no pass: of a pass that is issued again no operation would be seen. */
 static bool forward_begin(struct backend *b, uint64_t key)
 {
@@ -412,6 +417,7 @@ static const struct backend_vtable vtable = {
     .release = forward_release,
     .map_limit = forward_map_limit,
     .map = forward_map,
+    .unmap = forward_unmap,
     .begin = forward_begin,
     .end = forward_end,
     .submit = forward_submit,
@@ -421,7 +427,7 @@ static const struct backend_vtable vtable = {
     .scratch_bytes = forward_scratch_bytes,
     .n_threads = forward_n_threads,
 };
-_Static_assert(sizeof(struct backend_vtable) == 12 * sizeof(void *), "likewise");
+_Static_assert(sizeof(struct backend_vtable) == 13 * sizeof(void *), "likewise");
 
 /* ---- its life ---- */
 
