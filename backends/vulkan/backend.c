@@ -61,6 +61,7 @@ static void release_all(struct backend *b)
     vulkan_passes_free(v);
     vulkan_block_free(v->device, &v->kv_pages);
     vulkan_memory_free(v);
+    v->device->n_backends--;
     free(v);
 }
 
@@ -116,6 +117,7 @@ int backend_vulkan_new(struct backend **ret, struct vulkan_device *d,
     b->ops = &v->ops;
     b->vtable = &vtable;
     v->device = d;
+    d->n_backends++;
     v->ops.name = "vulkan";
     vulkan_use_matmul(&v->ops);
     vulkan_use_rows(&v->ops);

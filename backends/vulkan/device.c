@@ -521,6 +521,25 @@ static int create_cache(struct vulkan_device *d)
     return vulkan_errno(d->vk.CreatePipelineCache(d->device, &info, NULL, &d->cache));
 }
 
+static int get_cache(struct vulkan_device *d, void **ret, size_t *ret_bytes)
+{
+    CLEANUP(freep) void *data = NULL;
+    size_t bytes = 0;
+    int r = vulkan_errno(d->vk.GetPipelineCacheData(d->device, d->cache, &bytes, NULL));
+
+    if (r < 0)
+        return r;
+    data = malloc(bytes + 1);
+    if (!data)
+        return -ENOMEM;
+    r = vulkan_errno(d->vk.GetPipelineCacheData(d->device, d->cache, &bytes, data));
+    if (r < 0)
+        return r;
+    *ret = TAKE_PTR(data);
+    *ret_bytes = bytes;
+    return 0;
+}
+
 static int create_layout(struct vulkan_device *d)
 {
     VkPushConstantRange range = {VK_SHADER_STAGE_COMPUTE_BIT, 0, 128};
@@ -533,7 +552,7 @@ static int create_layout(struct vulkan_device *d)
     return vulkan_errno(d->vk.CreatePipelineLayout(d->device, &info, NULL, &d->layout));
 }
 
-/* Of a device half made. */
+/* Of a device half made, too. */
 static void close_device(struct vulkan_device *d)
 {
     for (int p = 0; p < VULKAN_N_PIPELINES; p++) {
@@ -612,6 +631,10 @@ static int open_with_threads(struct vulkan_device *d, struct error *err)
 {
     int r;
 
+    if (d->state == VULKAN_LOST && d->device && d->n_backends == 0) {
+        (void)get_cache(d, &d->first_cache, &d->first_cache_bytes); /* no work of the device's */
+        close_device(d);
+    }
     if (d->device)
         return d->state == VULKAN_HUNG ? error_set(err, ENODEV, "%s does not answer", d->name) : 0;
     do {
@@ -706,24 +729,7 @@ bool vulkan_device_shares(const struct vulkan_device *d)
 
 int vulkan_device_cache(struct vulkan_device *d, void **ret, size_t *ret_bytes)
 {
-    CLEANUP(freep) void *data = NULL;
-    size_t bytes = 0;
-    int r;
-
-    if (!d->device || d->state != VULKAN_WELL)
-        return -ENODEV;
-    r = vulkan_errno(d->vk.GetPipelineCacheData(d->device, d->cache, &bytes, NULL));
-    if (r < 0)
-        return r;
-    data = malloc(bytes + 1);
-    if (!data)
-        return -ENOMEM;
-    r = vulkan_errno(d->vk.GetPipelineCacheData(d->device, d->cache, &bytes, data));
-    if (r < 0)
-        return r;
-    *ret = TAKE_PTR(data);
-    *ret_bytes = bytes;
-    return 0;
+    return !d->device || d->state != VULKAN_WELL ? -ENODEV : get_cache(d, ret, ret_bytes);
 }
 
 /* ---- pipelines ---- */

@@ -69,6 +69,7 @@ struct vulkan_device {
     VkPipeline pipelines[VULKAN_N_PIPELINES];
     bool shares, has_tried[2]; /* by enum backend_memory: whether it can be imported */
     enum vulkan_state state;
+    unsigned n_backends; /* that are there, or were left to a device that hangs */
     struct vulkan_block tried[2]; /* of a trial after which the device did not answer */
     struct vulkan_device *next_abandoned;
 };

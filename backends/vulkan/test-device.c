@@ -907,6 +907,13 @@ static void test_lost(bool when_submitting)
     backend_release(b, x, 64);
     b = backend_free(b);
     assert(n_living == 0);
+
+    b = new_backend(d); /* a new device, with functions of its own */
+    x = backend_alloc(b, 64);
+    x[0] = 0.5f;
+    b->ops->softcap(b, x, 4, 30);
+    assert(backend_finish(b) == 0 && x[0] > 0.49f && x[0] < 0.5f);
+    backend_release(b, x, 64);
 }
 
 static uint64_t waited;

@@ -46,8 +46,8 @@ int vulkan_device_find(struct vulkan_device **ret, const struct vulkan_options *
 
 /*
  * Makes the logical device and its queue, and tries what memory it can share; may start threads of
- * the driver's. Nothing happens where it is open. Pipelines are made when they are first used. 0,
- * -ENODEV, -ENOMEM
+ * the driver's. Nothing happens where it is open, but for one that was lost and has no backends any
+ * more: that is made anew. Pipelines are made when they are first used. 0, -ENODEV, -ENOMEM
  */
 int vulkan_device_open(struct vulkan_device *d, struct error *err);
 
