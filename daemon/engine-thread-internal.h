@@ -81,7 +81,7 @@ enum gpu_state {
     GPU_NONE,  /* there is none, or it is not wanted */
     GPU_WAITS, /* for the model to be loaded */
     GPU_WORKS,
-    GPU_FAILED, /* could not be had, or was lost; for good */
+    GPU_FAILED, /* could not be had, or was lost */
 };
 
 enum calibration_state {
@@ -99,7 +99,7 @@ struct calibration_wish {
     uint64_t quiet_usec, pause_usec;
 };
 
-#define DESCRIPTIONS 4 /* at the start, with a GPU, when that is measured, without it again */
+#define DESCRIPTIONS 4 /* without a GPU, with one, and that in another mode */
 
 struct engine_thread {
     pthread_t thread;
@@ -129,8 +129,10 @@ struct engine_thread {
     bool mode_changed; /* mode is to be looked at */
     enum placement_mode mode;
     struct calibration_wish wish; /* likewise */
-    bool lanes_changed;       /* the loop does not know yet */
-    uint64_t busy_until_usec; /* for the watchdog: no turn is expected before */
+    bool lanes_changed;           /* the loop does not know yet */
+    uint64_t gpu_due_usec;        /* when a GPU that was lost may be tried again; 0: not at all */
+    bool tries_gpu;               /* it is to be tried now */
+    uint64_t busy_until_usec;     /* for the watchdog: no turn is expected before */
     struct lane_info lanes[ENGINE_LANES];
     void (*gpu_rests)(void *userdata);
     void *gpu_rests_userdata;
@@ -148,7 +150,8 @@ struct engine_thread {
     struct engine *engine;
     struct scheduler *scheduler;
     char descriptions[DESCRIPTIONS][256];
-    atomic_uint n_descriptions; /* the last one counts; none is written again */
+    unsigned n_descriptions; /* none is written again */
+    atomic_uint description; /* the one that holds */
     int lost; /* 0; -ENODEV: the device; -ENOTRECOVERABLE: the model's file has changed; for good */
     struct job *active; /* requests, by job_work::next */
     uint64_t n_uses;
@@ -166,7 +169,9 @@ struct engine_thread {
         struct calibration_wish wish;
     } calibration;
     enum gpu_state gpu;
-    bool gpu_has_worked; /* since gpu_rests() was last called */
+    bool gpu_has_worked;     /* since gpu_rests() was last called */
+    unsigned gpu_losses;     /* one soon after the other */
+    uint64_t gpu_since_usec; /* when it joined */
     uint64_t preemptions, kv_given_back;
     struct {
         int folder_fd; /* borrowed; -EBADF: there is none, -errno: why it cannot be had */
@@ -296,7 +301,8 @@ struct job *job_of(struct scheduler_task *task);
 /* ---- job-calibrate.c: engine thread ---- */
 
 void calibrate_begin(struct engine_thread *t); /* the GPU has joined */
-void calibrate_end(struct engine_thread *t);   /* it goes, or the engine will */
+void calibrate_pause(struct engine_thread *t); /* it goes, and may come back */
+void calibrate_end(struct engine_thread *t);   /* nothing is measured any more */
 
 /* Memory is short: what it holds of the pool is free. False: it holds nothing. */
 bool calibrate_give_way(struct engine_thread *t);

@@ -387,7 +387,7 @@ const struct model *engine_thread_model(const struct engine_thread *t)
 
 const char *engine_thread_description(const struct engine_thread *t)
 {
-    return t->descriptions[atomic_load(&t->n_descriptions) - 1];
+    return t->descriptions[atomic_load(&t->description)];
 }
 
 void engine_thread_set_placement(struct engine_thread *t, enum placement_mode mode)
@@ -396,6 +396,17 @@ void engine_thread_set_placement(struct engine_thread *t, enum placement_mode mo
     t->mode = mode;
     t->mode_changed = true;
     wake(t);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+void engine_thread_retry_gpu(struct engine_thread *t, bool now)
+{
+    pthread_mutex_lock(&t->mutex);
+    if (t->gpu_due_usec > 0 && (now || now_usec() >= t->gpu_due_usec)) {
+        t->gpu_due_usec = 0;
+        t->tries_gpu = true;
+        wake(t);
+    }
     pthread_mutex_unlock(&t->mutex);
 }
 

@@ -51,6 +51,11 @@ const char *engine_thread_description(const struct engine_thread *t);
  */
 void engine_thread_set_placement(struct engine_thread *t, enum placement_mode mode);
 
+/* A GPU that was lost after it had joined joins again, if it is time: a minute after the first loss,
+ * twice as long after each that comes soon after it, an hour at most. now: without waiting. To be
+ * called now and then. */
+void engine_thread_retry_gpu(struct engine_thread *t, bool now);
+
 /* By the engine thread, when it has nothing to do and the GPU has worked since the last time.
  * Before the first job; no step waits for it. */
 void engine_thread_set_gpu_rests(struct engine_thread *t, void (*rests)(void *userdata),

@@ -8,10 +8,12 @@
  * to stop for what is left of a pass.
  *
  * A GPU that fails gives its requests back: nothing of the pass is kept, and the CPU computes the
- * same rows. It does not come back.
+ * same rows. Whatever took it away (others' work that made the driver reset it, memory that was
+ * short) may be over a while later: then it joins again.
  */
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,6 +27,13 @@
 
 #define LOOK_USEC 2000u                /* while nothing but a pass is under way */
 #define BUSY_USEC (300u * 1000 * 1000) /* of a driver that compiles, or copies, at the worst */
+
+/* A GPU that was lost is tried again after so long; after each loss that follows soon, after twice
+ * as long, so often. */
+#define RETRY_USEC (60u * 1000 * 1000)
+#define RETRIES_LATER 6
+
+#define SOON_USEC (3600u * (uint64_t)1000000)
 
 /* ---- what people are told ---- */
 
@@ -50,12 +59,18 @@ void pass_describe_placement(struct engine_thread *t)
 
 void pass_describe(struct engine_thread *t)
 {
-    unsigned n = atomic_load(&t->n_descriptions);
+    const char *text = engine_description(t->engine);
+    unsigned i = 0;
 
-    if (n < DESCRIPTIONS) {
-        strncpy(t->descriptions[n], engine_description(t->engine), sizeof(t->descriptions[n]) - 1);
-        atomic_store(&t->n_descriptions, n + 1);
+    while (i < t->n_descriptions &&
+           strncmp(t->descriptions[i], text, sizeof(t->descriptions[i]) - 1) != 0)
+        i++;
+    if (i == t->n_descriptions && i < DESCRIPTIONS) {
+        strncpy(t->descriptions[i], text, sizeof(t->descriptions[i]) - 1);
+        t->n_descriptions++;
     }
+    if (i < DESCRIPTIONS)
+        atomic_store(&t->description, i);
     pass_describe_placement(t);
 }
 
@@ -69,13 +84,14 @@ void pass_tell_loop(struct engine_thread *t)
 
 /* ---- the GPU ---- */
 
-static void fail_gpu(struct engine_thread *t, const char *why)
+static void fail_gpu(struct engine_thread *t, const char *why, uint64_t due_usec)
 {
     t->gpu = GPU_FAILED;
-    calibrate_end(t);
+    calibrate_pause(t);
     placement_set_gpu(&t->placement, false);
     pthread_mutex_lock(&t->mutex);
-    strncpy(t->lanes[LANE_GPU].failure, why, sizeof(t->lanes[LANE_GPU].failure) - 1);
+    snprintf(t->lanes[LANE_GPU].failure, sizeof(t->lanes[LANE_GPU].failure), "%s", why);
+    t->gpu_due_usec = due_usec;
     pthread_mutex_unlock(&t->mutex);
     pass_describe(t);
     pass_tell_loop(t);
@@ -83,18 +99,31 @@ static void fail_gpu(struct engine_thread *t, const char *why)
         work_choose_lane(t, j);
 }
 
+/* Until it may be tried again. */
+static uint64_t retry_usec(struct engine_thread *t)
+{
+    t->gpu_losses++;
+    return (uint64_t)RETRY_USEC << MIN(t->gpu_losses - 1, RETRIES_LATER);
+}
+
 static void lose_gpu(struct engine_thread *t, const char *said)
 {
     const char *failure = said ? said : engine_lane_failure(t->engine, LANE_GPU);
     char why[sizeof(t->lanes[LANE_GPU].failure)] = "it gives no reason";
+    uint64_t now = now_usec(), later;
 
     if (failure)
         strncpy(why, failure, sizeof(why) - 1);
     engine_remove_gpu(t->engine);
-    log_with(LOG_WARNING, &(struct log_fields){.message_id = LOG_ID_GPU},
-             "the GPU has failed and is not used any more (%s); the CPU goes on with its requests",
-             why);
-    fail_gpu(t, why);
+    if (now - t->gpu_since_usec >= SOON_USEC)
+        t->gpu_losses = 0;
+    later = retry_usec(t);
+    log_with(
+        LOG_WARNING, &(struct log_fields){.message_id = LOG_ID_GPU},
+        "the GPU has failed (%s); the CPU goes on with its requests, and the GPU is tried again "
+        "in %u min, or on a reload",
+        why, (unsigned)(later / RETRY_USEC));
+    fail_gpu(t, why, now + later);
 }
 
 static void join_gpu(struct engine_thread *t)
@@ -114,10 +143,14 @@ static void join_gpu(struct engine_thread *t)
     if (r < 0) {
         log_with(LOG_WARNING, &(struct log_fields){.message_id = LOG_ID_GPU},
                  "the GPU is not used: %s; the CPU does all", err.text);
-        fail_gpu(t, err.text);
+        fail_gpu(t, err.text, t->gpu_losses > 0 ? now_usec() + retry_usec(t) : 0);
         return;
     }
     t->gpu = GPU_WORKS;
+    t->gpu_since_usec = now_usec();
+    pthread_mutex_lock(&t->mutex);
+    t->lanes[LANE_GPU].failure[0] = 0;
+    pthread_mutex_unlock(&t->mutex);
     placement_set_gpu(&t->placement, true);
     calibrate_begin(t);
     pass_describe(t);
@@ -137,10 +170,12 @@ void pass_look_at_gpu(struct engine_thread *t)
 {
     bool now;
 
-    if (t->gpu != GPU_WAITS)
+    if (t->gpu != GPU_WAITS && t->gpu != GPU_FAILED)
         return;
     pthread_mutex_lock(&t->mutex);
-    now = t->is_loaded && !t->quit;
+    now = t->is_loaded && !t->quit && (t->gpu == GPU_WAITS || t->tries_gpu);
+    if (now)
+        t->tries_gpu = false;
     pthread_mutex_unlock(&t->mutex);
     if (!now)
         return;

@@ -452,11 +452,12 @@ static void set_calibration(struct service *s)
     engine_thread_set_calibration(s->engine, r < 0 ? NULL : &known, on_calibrated, s);
 }
 
-/* Looked at while there is a GPU that it matters to. */
+/* Looked at while there is a GPU that it matters to; which may have been lost, and come back. */
 static void look_at_power(struct service *s)
 {
     if (!s->engine || !gpu_device(s->gpu))
         return;
+    engine_thread_retry_gpu(s->engine, false);
     engine_thread_set_on_battery(s->engine,
                                  !s->config->gpu_on_battery && power_on_battery(POWER_SUPPLIES));
     sd_event_source_set_time_relative(s->private->power_timer, POWER_USEC);
@@ -1088,6 +1089,8 @@ static void reload(struct service *s)
     p->config = TAKE_PTR(config);
     if (model_store_refresh(s->models) < 0)
         log_error("out of memory: the list of models may be old");
+    if (s->engine)
+        engine_thread_retry_gpu(s->engine, true);
     log_with(LOG_INFO, &(struct log_fields){.message_id = LOG_ID_CONFIG_RELOADED},
              "the configuration was read again");
 }

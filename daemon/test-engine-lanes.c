@@ -340,6 +340,29 @@ static void test_measured_beside(void)
     stop_engine();
 }
 
+/* Whatever took it away is over. */
+static void comes_back(void)
+{
+    unsigned n = look().n_joined;
+    struct lane_info lanes[ENGINE_LANES];
+
+    pthread_mutex_lock(&gate.mutex);
+    second.fails = false;
+    second.joins = 0;
+    pthread_mutex_unlock(&gate.mutex);
+    engine_thread_retry_gpu(engine, false); /* it is not time */
+    (void)statistics();
+    assert(look().n_joined == n);
+    engine_thread_retry_gpu(engine, true);
+    wait_for_lanes();
+    assert(look().n_joined == n + 1);
+    engine_thread_get_lanes(engine, lanes);
+    assert(lanes[LANE_CPU].works && lanes[LANE_GPU].works && lanes[LANE_GPU].failure[0] == 0);
+    engine_thread_retry_gpu(engine, true); /* it is there */
+    (void)statistics();
+    assert(look().n_joined == n + 1);
+}
+
 /* It goes while it is measured: that is what is told, and the processor goes on. */
 static void test_lost_in_measuring(void)
 {
@@ -361,7 +384,12 @@ static void test_lost_in_measuring(void)
     alone(&r, "Hello", 20);
     expect_same(&r.out, &short_alone.out);
     run_done(&r);
+
+    comes_back();
+    while (!placement().is_measured)
+        wait_for_lanes();
     stop_engine();
+    assert(x.rates.lane[LANE_GPU].prefill > 0);
 }
 
 static void test_hybrid(void)
@@ -659,6 +687,46 @@ static void test_lost(enum placement_mode mode)
     stop_engine();
 }
 
+/* It comes back, and goes again, any number of times; where it cannot come back, later. */
+static void test_comes_back(void)
+{
+    struct lane_info lanes[ENGINE_LANES];
+    char with[256], without[256] = "";
+    struct run x = {0};
+    unsigned rows;
+
+    start_lanes(PLACE_GPU, 0);
+    snprintf(with, sizeof(with), "%s", engine_thread_description(engine));
+    for (int i = 0; i < 6; i++) {
+        fail_passes();
+        alone(&x, text, 40);
+        expect_same(&x.out, &long_alone.out);
+        run_done(&x);
+        wait_for_lanes();
+        if (i == 0)
+            snprintf(without, sizeof(without), "%s", engine_thread_description(engine));
+        assert(strcmp(engine_thread_description(engine), without) == 0);
+        if (i == 3) {
+            pthread_mutex_lock(&gate.mutex);
+            second.joins = -EIO;
+            pthread_mutex_unlock(&gate.mutex);
+            engine_thread_retry_gpu(engine, true);
+            wait_for_lanes();
+            engine_thread_get_lanes(engine, lanes);
+            assert(!lanes[LANE_GPU].works);
+            assert(strcmp(lanes[LANE_GPU].failure, "no such device") == 0);
+        }
+        comes_back();
+        assert(strcmp(engine_thread_description(engine), with) == 0);
+        rows = look().n_rows;
+        alone(&x, text, 40);
+        expect_same(&x.out, &long_alone.out);
+        assert(look().n_rows > rows);
+        run_done(&x);
+    }
+    stop_engine();
+}
+
 /* The pass cannot even be begun. */
 static void test_lost_at_start(void)
 {
@@ -950,6 +1018,7 @@ int main(int argc, char **argv)
     test_lost(PLACE_HYBRID);
     test_lost(PLACE_GPU);
     test_lost_at_start();
+    test_comes_back();
     test_all_lost();
     test_deterministic();
     test_many(PLACE_HYBRID, false, false, 0);

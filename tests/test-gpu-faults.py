@@ -11,6 +11,7 @@ always in hybrid mode, where they are the CPU's alone, and after the failure of 
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -34,7 +35,7 @@ except models.Unavailable as e:
 LLMD, MAKE_CHAT_MODEL, LAYER = (os.path.abspath(p) for p in sys.argv[1:4])
 N = 40
 LONG_PROMPT = "Tell me all that you know of the sea. " * 10
-SAID = "the GPU has failed and is not used any more"
+SAID = "the GPU has failed ("
 
 folder = tempfile.mkdtemp(prefix="llmd-gpu-faults-")
 model = os.path.join(folder, "chat.llmd")
@@ -129,7 +130,34 @@ def at_work(backend, kind, after, *said, release=False):
             d.without(c)
         for s in others:  # sessions of which it had computed something
             check_whole(s.run(free(), prompt="And then?"))
+        if kind in ("lost-at-submit", "memory-at-submit"):
+            come_back(d, c, backend)
+        elif release:
+            stay_away(d)
     assert d.log().count(SAID) == 1, d.log()
+
+
+def come_back(d, c, backend):
+    """Whatever it was is over, and an administrator says so."""
+    d.faults.fault = 0
+    d.process.send_signal(signal.SIGHUP)
+    until(lambda: d.log().count("the GPU takes part") == 2, d.log)
+    until(lambda: not any("not used" in b for b in c.manager("Backends")), lambda: c.manager("Backends"))
+    before = d.faults.submits
+    for seed in right:
+        check_right(c.create().run(seeded(seed), prompt=f"Hello {seed}"), seed)
+    while backend == "hybrid" and d.faults.submits == before:
+        with c.create().generate(free(200), prompt="Hello") as decodes:
+            check_whole(c.create().run(free(), prompt=LONG_PROMPT))
+            check_whole(read_all(decodes))
+    assert d.faults.submits > before and d.log().count(SAID) == 1, d.log()
+
+
+def stay_away(d):
+    """Who hangs may still write to what it was given; and who was lost with the KV pool in its memory is held by that."""
+    d.process.send_signal(signal.SIGHUP)
+    until(lambda: "the GPU is not used: " in d.log(), d.log)
+    assert d.log().count("the GPU takes part") == 1, d.log()
 
 
 def at_the_start(backend, kind, *said):
@@ -161,6 +189,11 @@ def copies():
         for seed in right:
             check_right(c.create().run(seeded(seed), prompt=f"Hello {seed}"), seed)
         assert d.faults.submits > N
+        d.faults.arm("lost-at-submit")
+        check_right(c.create().run(seeded(0), prompt="Hello 0"), 0)
+        d.without(c, "lost")
+        stay_away(d)
+        d.without(c)
 
 
 test("a driver that cannot import memory", copies)
