@@ -332,6 +332,7 @@ struct backend_vtable {
     int (*submit)(struct backend *b);
     int (*wait)(struct backend *b, uint64_t timeout_usec);
     const char *(*failure)(const struct backend *b);
+    bool (*hangs)(const struct backend *b);
     void (*free)(struct backend *b);
     size_t (*scratch_bytes)(const struct backend *b);
     uint32_t (*n_threads)(const struct backend *b);
@@ -351,9 +352,10 @@ static inline void backend_release(struct backend *b, void *p, size_t bytes)
 
 /*
  * Memory of the caller's that operations will be given addresses of, until backend_unmap() or until
- * the backend is freed: p need not be aligned, but the pages around are seen as well. Nothing that an operation reads may
- * cross from one such piece to another. 0; -E2BIG: more than backend_map_limit() at once;
- * -EOPNOTSUPP: BACKEND_SHARED, and the device cannot see it; -ENOMEM, -ENODEV
+ * the backend is freed: p need not be aligned, but the pages around are seen as well. Nothing that
+ * an operation reads may cross from one such piece to another. 0; -E2BIG: more than
+ * backend_map_limit() at once; -EOPNOTSUPP: BACKEND_SHARED, and the device cannot see it; -ENOMEM,
+ * -ENODEV
  */
 static inline int backend_map(struct backend *b, const void *p, size_t bytes,
                               enum backend_memory kind)
@@ -361,8 +363,8 @@ static inline int backend_map(struct backend *b, const void *p, size_t bytes,
     return b->vtable->map(b, p, bytes, kind);
 }
 
-/* Takes back backend_map(b, p, ..., BACKEND_SHARED), before p is another's memory. No operation that
- * was issued and not waited for may use it. */
+/* Takes back backend_map(b, p, ..., BACKEND_SHARED), before p is another's memory. No operation
+ * that was issued and not waited for may use it. */
 static inline void backend_unmap(struct backend *b, const void *p)
 {
     b->vtable->unmap(b, p);
@@ -413,6 +415,13 @@ static inline int backend_finish(struct backend *b)
 static inline const char *backend_failure(const struct backend *b)
 {
     return b->vtable->failure(b);
+}
+
+/* After a failure: memory that it was given may still be written to, for good. Else freeing the
+ * backend puts an end to that. */
+static inline bool backend_hangs(const struct backend *b)
+{
+    return b->vtable->hangs(b);
 }
 
 static inline struct backend *backend_free(struct backend *b)

@@ -84,6 +84,12 @@ enum gpu_state {
     GPU_FAILED, /* could not be had, or was lost */
 };
 
+enum gpu_trial {
+    GPU_TRY_NOT,
+    GPU_TRY_IDLE, /* it is time, but nobody is to wait for it */
+    GPU_TRY_NOW,
+};
+
 enum calibration_state {
     CALIBRATION_NONE, /* not wanted, or given up */
     CALIBRATION_WANTED,
@@ -131,7 +137,7 @@ struct engine_thread {
     struct calibration_wish wish; /* likewise */
     bool lanes_changed;           /* the loop does not know yet */
     uint64_t gpu_due_usec;        /* when a GPU that was lost may be tried again; 0: not at all */
-    bool tries_gpu;               /* it is to be tried now */
+    enum gpu_trial gpu_trial;     /* asked for by the loop */
     uint64_t busy_until_usec;     /* for the watchdog: no turn is expected before */
     struct lane_info lanes[ENGINE_LANES];
     void (*gpu_rests)(void *userdata);
@@ -296,13 +302,15 @@ void pass_set_busy(struct engine_thread *t, bool is_busy);
 /* The GPU joins as soon as it may. */
 void pass_look_at_gpu(struct engine_thread *t);
 
+/* After the nth loss, each soon after the one before: until the GPU may be tried again. */
+uint64_t pass_retry_usec(unsigned n_losses);
+
 struct job *job_of(struct scheduler_task *task);
 
 /* ---- job-calibrate.c: engine thread ---- */
 
 void calibrate_begin(struct engine_thread *t); /* the GPU has joined */
-void calibrate_pause(struct engine_thread *t); /* it goes, and may come back */
-void calibrate_end(struct engine_thread *t);   /* nothing is measured any more */
+void calibrate_end(struct engine_thread *t);   /* it goes, or the engine will */
 
 /* Memory is short: what it holds of the pool is free. False: it holds nothing. */
 bool calibrate_give_way(struct engine_thread *t);

@@ -403,8 +403,7 @@ void engine_thread_retry_gpu(struct engine_thread *t, bool now)
 {
     pthread_mutex_lock(&t->mutex);
     if (t->gpu_due_usec > 0 && (now || now_usec() >= t->gpu_due_usec)) {
-        t->gpu_due_usec = 0;
-        t->tries_gpu = true;
+        t->gpu_trial = MAX(t->gpu_trial, now ? GPU_TRY_NOW : GPU_TRY_IDLE);
         wake(t);
     }
     pthread_mutex_unlock(&t->mutex);

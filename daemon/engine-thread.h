@@ -51,9 +51,13 @@ const char *engine_thread_description(const struct engine_thread *t);
  */
 void engine_thread_set_placement(struct engine_thread *t, enum placement_mode mode);
 
-/* A GPU that was lost after it had joined joins again, if it is time: a minute after the first loss,
- * twice as long after each that comes soon after it, an hour at most. now: without waiting. To be
- * called now and then. */
+/*
+ * A GPU that was lost, or could not join, joins again, if it is time: a minute after the first
+ * loss, twice as long after each that comes soon after it, an hour at most; and then when there are
+ * no requests and the machine is not on battery, or ten minutes later. now: without waiting for any
+ * of this. Not where it hangs, or was lost before it was measured for PLACE_AUTO. Called every now
+ * and then.
+ */
 void engine_thread_retry_gpu(struct engine_thread *t, bool now);
 
 /* By the engine thread, when it has nothing to do and the GPU has worked since the last time.

@@ -19,14 +19,9 @@ void calibrate_begin(struct engine_thread *t)
         t->calibration.due_usec = now_usec() + t->calibration.wish.quiet_usec;
 }
 
-void calibrate_pause(struct engine_thread *t)
-{
-    t->calibration.work = calibration_free(t->calibration.work);
-}
-
 void calibrate_end(struct engine_thread *t)
 {
-    calibrate_pause(t);
+    t->calibration.work = calibration_free(t->calibration.work);
     if (t->calibration.state == CALIBRATION_WANTED)
         t->calibration.state = CALIBRATION_NONE;
 }

@@ -29,11 +29,10 @@
 #define BUSY_USEC (300u * 1000 * 1000) /* of a driver that compiles, or copies, at the worst */
 
 /* A GPU that was lost is tried again after so long; after each loss that follows soon, after twice
- * as long, so often. */
-#define RETRY_USEC (60u * 1000 * 1000)
-#define RETRIES_LATER 6
-
-#define SOON_USEC (3600u * (uint64_t)1000000)
+ * as long, up to what is soon. Whoever has requests then is not disturbed, for a while. */
+#define RETRY_USEC (60u * (uint64_t)1000000)
+#define SOON_USEC (60u * RETRY_USEC)
+#define PATIENCE_USEC (10u * RETRY_USEC)
 
 /* ---- what people are told ---- */
 
@@ -87,7 +86,7 @@ void pass_tell_loop(struct engine_thread *t)
 static void fail_gpu(struct engine_thread *t, const char *why, uint64_t due_usec)
 {
     t->gpu = GPU_FAILED;
-    calibrate_pause(t);
+    calibrate_end(t);
     placement_set_gpu(&t->placement, false);
     pthread_mutex_lock(&t->mutex);
     snprintf(t->lanes[LANE_GPU].failure, sizeof(t->lanes[LANE_GPU].failure), "%s", why);
@@ -99,31 +98,43 @@ static void fail_gpu(struct engine_thread *t, const char *why, uint64_t due_usec
         work_choose_lane(t, j);
 }
 
-/* Until it may be tried again. */
-static uint64_t retry_usec(struct engine_thread *t)
+uint64_t pass_retry_usec(unsigned n_losses)
 {
-    t->gpu_losses++;
-    return (uint64_t)RETRY_USEC << MIN(t->gpu_losses - 1, RETRIES_LATER);
+    uint64_t usec = RETRY_USEC;
+
+    while (n_losses-- > 1 && usec < SOON_USEC)
+        usec *= 2;
+    return MIN(usec, SOON_USEC);
+}
+
+/* When the GPU, which has just failed, may be tried again; 0: not at all. What was not measured is
+ * not used, and not measured where that fails. */
+static uint64_t retry_time(struct engine_thread *t)
+{
+    if (!engine_may_add_gpu(t->engine) ||
+        (t->placement.mode == PLACE_AUTO && t->calibration.state != CALIBRATION_DONE))
+        return 0;
+    return now_usec() + pass_retry_usec(++t->gpu_losses);
 }
 
 static void lose_gpu(struct engine_thread *t, const char *said)
 {
     const char *failure = said ? said : engine_lane_failure(t->engine, LANE_GPU);
-    char why[sizeof(t->lanes[LANE_GPU].failure)] = "it gives no reason";
-    uint64_t now = now_usec(), later;
+    char why[sizeof(t->lanes[LANE_GPU].failure)] = "it gives no reason", later[64] = "";
+    uint64_t due;
 
     if (failure)
         strncpy(why, failure, sizeof(why) - 1);
     engine_remove_gpu(t->engine);
-    if (now - t->gpu_since_usec >= SOON_USEC)
+    if (now_usec() - t->gpu_since_usec >= SOON_USEC)
         t->gpu_losses = 0;
-    later = retry_usec(t);
-    log_with(
-        LOG_WARNING, &(struct log_fields){.message_id = LOG_ID_GPU},
-        "the GPU has failed (%s); the CPU goes on with its requests, and the GPU is tried again "
-        "in %u min, or on a reload",
-        why, (unsigned)(later / RETRY_USEC));
-    fail_gpu(t, why, now + later);
+    due = retry_time(t);
+    if (due > 0)
+        snprintf(later, sizeof(later), "; it is tried again in %u min, or on a reload",
+                 (unsigned)(pass_retry_usec(t->gpu_losses) / RETRY_USEC));
+    log_with(LOG_WARNING, &(struct log_fields){.message_id = LOG_ID_GPU},
+             "the GPU has failed (%s); the CPU goes on with its requests%s", why, later);
+    fail_gpu(t, why, due);
 }
 
 static void join_gpu(struct engine_thread *t)
@@ -141,15 +152,17 @@ static void join_gpu(struct engine_thread *t)
         return;
     }
     if (r < 0) {
-        log_with(LOG_WARNING, &(struct log_fields){.message_id = LOG_ID_GPU},
-                 "the GPU is not used: %s; the CPU does all", err.text);
-        fail_gpu(t, err.text, t->gpu_losses > 0 ? now_usec() + retry_usec(t) : 0);
+        if (strcmp(t->lanes[LANE_GPU].failure, err.text) != 0) /* it may be tried for days */
+            log_with(LOG_WARNING, &(struct log_fields){.message_id = LOG_ID_GPU},
+                     "the GPU is not used: %s; the CPU does all", err.text);
+        fail_gpu(t, err.text, retry_time(t));
         return;
     }
     t->gpu = GPU_WORKS;
     t->gpu_since_usec = now_usec();
     pthread_mutex_lock(&t->mutex);
     t->lanes[LANE_GPU].failure[0] = 0;
+    t->gpu_due_usec = 0;
     pthread_mutex_unlock(&t->mutex);
     placement_set_gpu(&t->placement, true);
     calibrate_begin(t);
@@ -166,6 +179,17 @@ void pass_set_busy(struct engine_thread *t, bool is_busy)
     pthread_mutex_unlock(&t->mutex);
 }
 
+/* With the mutex held: a GPU that has failed is tried again in this turn. */
+static bool is_to_retry(struct engine_thread *t)
+{
+    enum gpu_trial trial = t->gpu_trial;
+
+    t->gpu_trial = GPU_TRY_NOT;
+    if (trial != GPU_TRY_IDLE)
+        return trial == GPU_TRY_NOW;
+    return (!t->active && !t->on_battery) || now_usec() >= t->gpu_due_usec + PATIENCE_USEC;
+}
+
 void pass_look_at_gpu(struct engine_thread *t)
 {
     bool now;
@@ -173,9 +197,7 @@ void pass_look_at_gpu(struct engine_thread *t)
     if (t->gpu != GPU_WAITS && t->gpu != GPU_FAILED)
         return;
     pthread_mutex_lock(&t->mutex);
-    now = t->is_loaded && !t->quit && (t->gpu == GPU_WAITS || t->tries_gpu);
-    if (now)
-        t->tries_gpu = false;
+    now = t->is_loaded && !t->quit && (t->gpu == GPU_WAITS || is_to_retry(t));
     pthread_mutex_unlock(&t->mutex);
     if (!now)
         return;

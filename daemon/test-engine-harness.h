@@ -40,6 +40,7 @@ struct second_lane {
     bool hold;        /* passes go on until they are let go */
     unsigned allowed; /* while held */
     bool fails;       /* each pass begun or ended is -ENODEV */
+    bool hangs;       /* and so it stays */
     bool under_way;
     bool is_waited_for; /* the engine thread has nothing else to do */
     unsigned n_joined, n_removed;

@@ -26,7 +26,7 @@
 #define DEFAULT_MAX_ROWS 256
 #define DEFAULT_MAX_LOGITS 16
 #define MOST_ROWS 65536u
-#define GPU_MAX_ROWS 128u
+#define GPU_MAX_ROWS 64u
 
 /* A quarter of the machine's memory; at most one of what may be mapped, or be in a file. */
 static uint64_t default_kv_bytes(void)
@@ -287,6 +287,7 @@ bool engine_has_gpu(const struct engine *e)
 void engine_remove_gpu(struct engine *e)
 {
     struct lane *l = e->lanes[LANE_GPU];
+    bool lets_go;
 
     if (!l)
         return;
@@ -296,7 +297,10 @@ void engine_remove_gpu(struct engine *e)
     for (size_t i = 0; e->has_removed && i < l->n_items; i++)
         l->items[i].ret_logits = NULL;
     kv_pool_unmap(e->pool);
+    lets_go = l->own != e->pool_backend && !backend_hangs(l->own);
     e->lanes[LANE_GPU] = lane_free(l);
+    if (lets_go)
+        kv_pool_reclaim(e->pool);
     if (e->pool)
         describe(e);
 }

@@ -53,7 +53,7 @@ struct engine_options {
     const char *cpu_level;  /* cap: "reference", "avx2", "avx512", "amx"; NULL: the best there is */
     uint32_t n_threads;     /* 0: one for each core this process may use */
     bool no_pinning;        /* threads may move between cores; else see backend_cpu_pin() */
-    uint32_t max_rows;      /* tokens in one step; 0: 256; a GPU's steps have at most 128, since its
+    uint32_t max_rows;      /* tokens in one step; 0: 256; a GPU's steps have at most 64, since its
                                activations are memory of its own */
     uint32_t max_logits;    /* wanted rows in one step; 0: 16 */
     uint64_t kv_bytes;      /* budget of the page pool; 0: a quarter of physical memory, or of
@@ -85,6 +85,8 @@ uint32_t engine_max_logits(const struct engine *e);
  * without
  */
 int engine_add_gpu(struct engine *e, struct error *err);
+bool engine_may_add_gpu(const struct engine *e); /* again: it has not hung, nor does the pool lie in
+                                                    a lost one's memory. False: there is none */
 bool engine_has_gpu(const struct engine *e); /* also where it has failed, until it is removed */
 
 /* After -ENODEV, or when it is not wanted any more. Waits for a pass under way, whose results

@@ -75,3 +75,9 @@ int engine_add_gpu(struct engine *e, struct error *err)
     }
     return engine_add_lane(e, b, err);
 }
+
+bool engine_may_add_gpu(const struct engine *e)
+{
+    return e->gpu && !vulkan_device_hangs(e->gpu) &&
+           !(e->pool_backend && backend_failure(e->pool_backend));
+}

@@ -7,7 +7,7 @@
  * go first, the last one first.
  *
  * In a device's memory, which is there from when it is allocated, pages come in chunks as they are
- * wanted, and no chunk is given back.
+ * wanted. Once the device has failed, chunks are the process's own.
  */
 
 #include "engine/kv-pool.h"
@@ -424,6 +424,18 @@ static int tell(struct kv_pool *p, uint32_t piece)
     return r;
 }
 
+void kv_pool_reclaim(struct kv_pool *p)
+{
+    for (uint32_t i = 0; i < p->n_begun && p->n_retired > 0; i++) {
+        if (!p->pages[i].retired)
+            continue;
+        p->pages[i].retired = false;
+        p->n_retired--;
+        p->n_used--;
+        put_free(p, i);
+    }
+}
+
 int kv_pool_map(struct kv_pool *p, struct backend *b)
 {
     if (p->claims || p->memory == b)
@@ -522,6 +534,22 @@ static uint64_t bytes_held(const struct kv_pool *p)
     return fstat(p->fd, &st) < 0 ? 0 : (uint64_t)st.st_blocks * 512;
 }
 
+/* It has memory, which the device sees if there is one. */
+static bool is_ready(const struct kv_pool *p, uint32_t page)
+{
+    return p->device ? p->told[page / p->piece_pages] : p->chunks[page / p->chunk_pages] != NULL;
+}
+
+/* Free pages that are come first, so that few stretches of memory are used. */
+static void sort_free(struct kv_pool *p)
+{
+    p->free = KV_NO_PAGE;
+    for (int ready = 0; ready < 2; ready++)
+        for (uint32_t i = p->n_begun; i-- > 0;)
+            if (p->pages[i].refs == 0 && !p->pages[i].retired && is_ready(p, i) == ready)
+                put_free(p, i);
+}
+
 /* What it was told of, and has no page that is taken, is the device's no more. */
 static void untell(struct kv_pool *p)
 {
@@ -533,28 +561,20 @@ static void untell(struct kv_pool *p)
         backend_unmap(p->device, kv_pool_data(p, from));
         p->told[i] = false;
     }
+    sort_free(p);
 }
 
-/* Free pages that have memory come first. */
-static void sort_free(struct kv_pool *p)
-{
-    p->free = KV_NO_PAGE;
-    for (int has_memory = 0; has_memory < 2; has_memory++)
-        for (uint32_t i = p->n_begun; i-- > 0;)
-            if (p->pages[i].refs == 0 && !p->pages[i].retired &&
-                (p->chunks[i / p->chunk_pages] != NULL) == has_memory)
-                put_free(p, i);
-}
-
-/* Those of which no page is taken. A device that has failed would give none in their place. */
+/* Those of which no page is taken. What a device gave that has failed since it may still write to.
+ */
 static uint64_t release_chunks(struct kv_pool *p)
 {
     uint64_t bytes = 0;
 
-    for (uint32_t c = 0; c < p->n_chunks && !backend_failure(p->memory); c++) {
+    for (uint32_t c = 0; c < p->n_chunks; c++) {
         uint32_t from = c * p->chunk_pages, to = from + MIN(p->chunk_pages, p->n_max - from);
 
-        if (!p->chunks[c] || has_taken(p, from, to))
+        if (!p->chunks[c] || has_taken(p, from, to) ||
+            (backend_failure(p->memory) && !p->is_ours[c]))
             continue;
         release_chunk(p, c);
         bytes += p->chunk_pages * p->page_bytes;

@@ -68,13 +68,15 @@ void kv_pool_ref(struct kv_pool *p, uint32_t page);
 void kv_pool_unref(struct kv_pool *p, uint32_t page);
 bool kv_pool_is_shared(const struct kv_pool *p, uint32_t page);
 
-/* In the place of kv_pool_unref(): somebody may still write to the page, which is used no more. */
+/* In the place of kv_pool_unref(): a device may still write to the page, which is used no more until
+ * it is known that none does: kv_pool_reclaim(), for all there are. */
 void kv_pool_retire(struct kv_pool *p, uint32_t page);
+void kv_pool_reclaim(struct kv_pool *p);
 
 /*
- * All pages that are taken, and some more, are told to b by backend_map(), a few MiB at a time: what
- * a device sees may be kept in memory, used or not. Nothing while adopting. One device at a time;
- * kv_pool_unmap() before it is gone. 0, or what backend_map() says
+ * All pages that are taken, and some more, are told to b by backend_map(), a few MiB at a time:
+ * what a device sees may be kept in memory, used or not. Nothing while adopting. One device at a
+ * time; kv_pool_unmap() before it is gone. 0, or what backend_map() says
  */
 int kv_pool_map(struct kv_pool *p, struct backend *b);
 void kv_pool_unmap(struct kv_pool *p);

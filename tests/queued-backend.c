@@ -635,6 +635,13 @@ static const char *failure(const struct backend *b)
     return ((const struct queued_backend *)b)->is_lost ? "it was lost on purpose" : NULL;
 }
 
+static bool hangs(const struct backend *b)
+{
+    const struct queued_backend *q = (const struct queued_backend *)b;
+
+    return q->is_lost && !q->options.lets_go;
+}
+
 static void free_backend(struct backend *b)
 {
     struct queued_backend *q = queued(b);
@@ -677,6 +684,7 @@ static const struct backend_vtable vtable = {
     .submit = submit,
     .wait = wait,
     .failure = failure,
+    .hangs = hangs,
     .free = free_backend,
     .scratch_bytes = scratch_bytes,
     .n_threads = n_threads,

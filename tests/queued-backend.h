@@ -16,6 +16,7 @@ struct queued_backend;
 struct queued_options {
     size_t map_limit;    /* 0: none */
     bool refuses_shared; /* backend_map() of BACKEND_SHARED: -EOPNOTSUPP */
+    bool lets_go; /* once lost it writes nothing more: queued_backend_finish_late() is not used */
 };
 
 /* Exits with a message where there is no memory: tests only. */

@@ -276,6 +276,12 @@ static const char *cpu_failure(const struct backend *b)
     return NULL;
 }
 
+static bool cpu_hangs(const struct backend *b)
+{
+    (void)b;
+    return false;
+}
+
 static void cpu_free(struct backend *b)
 {
     struct cpu_backend *c = cpu_backend(b);
@@ -308,6 +314,7 @@ static const struct backend_vtable vtable = {
     .submit = cpu_submit,
     .wait = cpu_wait,
     .failure = cpu_failure,
+    .hangs = cpu_hangs,
     .free = cpu_free,
     .scratch_bytes = cpu_scratch_bytes,
     .n_threads = cpu_n_threads,

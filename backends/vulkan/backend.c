@@ -30,7 +30,8 @@ void vulkan_fail(struct vulkan_backend *v, int r, const char *where)
     case -ENOMEM:
         snprintf(v->failure, sizeof(v->failure), "%.80s is out of memory (%s)", d->name, where);
         break;
-    default:
+    default: /* whatever it means, it is an error that the device does not get over */
+        d->state = VULKAN_LOST;
         snprintf(v->failure, sizeof(v->failure), "%.80s refuses %s", d->name, where);
         break;
     }
@@ -41,6 +42,11 @@ static const char *failure(const struct backend *b)
     const struct vulkan_backend *v = (const struct vulkan_backend *)b;
 
     return v->failure[0] ? v->failure : NULL;
+}
+
+static bool hangs(const struct backend *b)
+{
+    return ((const struct vulkan_backend *)b)->device->state == VULKAN_HUNG;
 }
 
 /* What a hung device may still use, so that a search for leaks sees that it is kept on purpose. */
@@ -92,6 +98,7 @@ static const struct backend_vtable vtable = {
     .submit = vulkan_submit,
     .wait = vulkan_wait,
     .failure = failure,
+    .hangs = hangs,
     .free = release_all,
     .scratch_bytes = scratch_bytes,
     .n_threads = n_threads,

@@ -722,6 +722,11 @@ const char *vulkan_device_identity(const struct vulkan_device *d)
     return d->identity;
 }
 
+bool vulkan_device_hangs(const struct vulkan_device *d)
+{
+    return d->state == VULKAN_HUNG;
+}
+
 bool vulkan_device_shares(const struct vulkan_device *d)
 {
     return d->shares;

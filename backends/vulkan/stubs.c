@@ -62,6 +62,12 @@ const char *vulkan_device_identity(const struct vulkan_device *d)
     return "";
 }
 
+bool vulkan_device_hangs(const struct vulkan_device *d)
+{
+    (void)d;
+    return false;
+}
+
 bool vulkan_device_shares(const struct vulkan_device *d)
 {
     (void)d;

@@ -71,6 +71,9 @@ bool vulkan_device_render_node(const struct vulkan_device *d, unsigned *ret_majo
 /* Hex: device and driver UUID, driver version. Names caches of what was measured or compiled. */
 const char *vulkan_device_identity(const struct vulkan_device *d);
 
+/* After a failure: it has not answered, and is of no use for the life of the process. */
+bool vulkan_device_hangs(const struct vulkan_device *d);
+
 /* After open: whether a mapping of a memfd can be given to backend_map() as BACKEND_SHARED. */
 bool vulkan_device_shares(const struct vulkan_device *d);
 

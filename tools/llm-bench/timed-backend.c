@@ -393,6 +393,11 @@ static const char *forward_failure(const struct backend *b)
     return backend_failure(((const struct timed_backend *)b)->inner);
 }
 
+static bool forward_hangs(const struct backend *b)
+{
+    return backend_hangs(((const struct timed_backend *)b)->inner);
+}
+
 static void forward_free(struct backend *b)
 {
     timed_backend_free(timed(b));
@@ -423,11 +428,12 @@ static const struct backend_vtable vtable = {
     .submit = forward_submit,
     .wait = forward_wait,
     .failure = forward_failure,
+    .hangs = forward_hangs,
     .free = forward_free,
     .scratch_bytes = forward_scratch_bytes,
     .n_threads = forward_n_threads,
 };
-_Static_assert(sizeof(struct backend_vtable) == 13 * sizeof(void *), "likewise");
+_Static_assert(sizeof(struct backend_vtable) == 14 * sizeof(void *), "likewise");
 
 /* ---- its life ---- */
 
