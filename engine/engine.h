@@ -50,22 +50,22 @@ struct engine_options {
     enum activation_type activations; /* the processor's */
     enum activation_type gpu_activations;
     enum kv_type kv_type;
-    const char *cpu_level;  /* cap: "reference", "avx2", "avx512", "amx"; NULL: the best there is */
-    uint32_t n_threads;     /* 0: one for each core this process may use */
-    bool no_pinning;        /* threads may move between cores; else see backend_cpu_pin() */
-    uint32_t max_rows;      /* tokens in one step; 0: 256; a GPU's steps have at most 64, since its
-                               activations are memory of its own */
-    uint32_t max_logits;    /* wanted rows in one step; 0: 16 */
-    uint64_t kv_bytes;      /* budget of the page pool; 0: a quarter of physical memory, or of
-                               RLIMIT_AS or RLIMIT_FSIZE where that is less */
+    const char *cpu_level; /* cap: "reference", "avx2", "avx512", "amx"; NULL: the best there is */
+    uint32_t n_threads;    /* 0: one for each core this process may use */
+    bool no_pinning;       /* threads may move between cores; else see backend_cpu_pin() */
+    uint32_t max_rows;     /* tokens in one step; 0: 256; a GPU's steps have at most 64, since its
+                              activations are memory of its own */
+    uint32_t max_logits;   /* wanted rows in one step; 0: 16 */
+    uint64_t kv_bytes;     /* budget of the page pool; 0: a quarter of physical memory, or of
+                              RLIMIT_AS or RLIMIT_FSIZE where that is less */
     bool has_kv_fd;
     int kv_fd; /* the pool of a process before this one; taken back where it fits, else a new one is
                   made. Stays the caller's. */
     const uint8_t *kv_identity; /* [ENGINE_IDENTITY]: of the model, so that K and V never meet
                                    another's weights; NULL: zeros */
-    struct vulkan_device *gpu;  /* whose lane engine_add_gpu() adds; outlives the engine; NULL: none.
-                                   Opened by engine_new(): where that fails, the lane will */
-    enum engine_lane home;      /* what engine_step() and session_eval() use */
+    struct vulkan_device *gpu; /* whose lane engine_add_gpu() adds; outlives the engine; NULL: none.
+                                  Opened by engine_new(): where that fails, the lane will */
+    enum engine_lane home;     /* what engine_step() and session_eval() use */
 };
 
 /* m must outlive the engine. 0, -EINVAL (err names the option), -ENOMEM */
@@ -87,7 +87,7 @@ uint32_t engine_max_logits(const struct engine *e);
 int engine_add_gpu(struct engine *e, struct error *err);
 bool engine_may_add_gpu(const struct engine *e); /* again: it has not hung, nor does the pool lie in
                                                     a lost one's memory. False: there is none */
-bool engine_has_gpu(const struct engine *e); /* also where it has failed, until it is removed */
+bool engine_has_gpu(const struct engine *e);     /* also where it has failed, until it is removed */
 
 /* After -ENODEV, or when it is not wanted any more. Waits for a pass under way, whose results
  * count; engine_end() still reports them, but without logits. */
@@ -128,14 +128,15 @@ bool engine_kv_adopted(const struct engine *e);
 void engine_adopted(struct engine *e);
 
 /*
- * The memory of free pages goes back to the system; where a GPU sees them, that of stretches of some
- * MiB of which no page is in use. May wait for the GPU's step. Returns bytes.
+ * The memory of free pages goes back to the system; where a GPU sees them, that of stretches of
+ * some MiB of which no page is in use. May wait for the GPU's step. Returns bytes.
  */
 uint64_t engine_give_back(struct engine *e);
 
 /*
  * For whoever measures: what executes the home lane's operations, and another one that does from
- * now on, by giving each to the first. Memory stays the first one's, which must be back before engine_free().
+ * now on, by giving each to the first. Memory stays the first one's, which must be back before
+ * engine_free().
  */
 struct backend *engine_backend(const struct engine *e);
 void engine_set_backend(struct engine *e, struct backend *b);
@@ -162,7 +163,8 @@ struct session *session_free(struct session *s); /* its memory keeps the tokens,
 void session_freep(struct session **s);
 
 /* As session_free(), but memory and pages stay as they are, and the pages are not given to anybody
- * until engine_free(): for tests, where it stands for a process that has gone. The daemon's ends. */
+ * until engine_free(): for tests, where it stands for a process that has gone. The daemon's ends.
+ */
 struct session *session_leave(struct session *s);
 
 /* A second session with the same tokens; pages are shared until one of the two writes. */
@@ -265,12 +267,12 @@ struct step_item {
 };
 
 /*
- * On the home lane. Evaluates the tokens of all items, together at most max_rows and max_logits wanted rows. Not
- * counted is what a session must recompute before its item's new tokens, which is done in pieces:
- * it is nothing where the driver has given items without tokens before. In f32 mode, and in int8
- * mode, what one session gets does not depend on the other items.
- * 0: look at each ret_error; -EINVAL: too many rows, a session twice, more to be computed again
- * than is missing; -ENODEV: the device is lost; -ENOTRECOVERABLE: the model's file has changed
+ * On the home lane. Evaluates the tokens of all items, together at most max_rows and max_logits
+ * wanted rows. Not counted is what a session must recompute before its item's new tokens, which is
+ * done in pieces: it is nothing where the driver has given items without tokens before. In f32
+ * mode, and in int8 mode, what one session gets does not depend on the other items. 0: look at each
+ * ret_error; -EINVAL: too many rows, a session twice, more to be computed again than is missing;
+ * -ENODEV: the device is lost; -ENOTRECOVERABLE: the model's file has changed
  * (model_file_is_intact()), now and from now on. Of a step that failed nothing is kept: no session
  * has changed, but for what was missing and has been computed again before
  */

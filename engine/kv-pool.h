@@ -68,8 +68,8 @@ void kv_pool_ref(struct kv_pool *p, uint32_t page);
 void kv_pool_unref(struct kv_pool *p, uint32_t page);
 bool kv_pool_is_shared(const struct kv_pool *p, uint32_t page);
 
-/* In the place of kv_pool_unref(): a device may still write to the page, which is used no more until
- * it is known that none does: kv_pool_reclaim(), for all there are. */
+/* In the place of kv_pool_unref(): a device may still write to the page, which is used no more
+ * until it is known that none does: kv_pool_reclaim(), for all there are. */
 void kv_pool_retire(struct kv_pool *p, uint32_t page);
 void kv_pool_reclaim(struct kv_pool *p);
 

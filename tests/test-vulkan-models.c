@@ -82,7 +82,7 @@ static enum engine_lane back_and_forth(uint32_t piece)
     return piece % 3 == 1 ? LANE_CPU : LANE_GPU;
 }
 
-/* Logits behind each token, [n][vocab]; `rows` tokens at a time. */
+/* Logits behind each token, [n][vocab]; `rows` tokens at a time, or as many as the lane takes. */
 static float *run(const struct model *m, struct vulkan_device *d, const uint32_t *tokens,
                   uint32_t n, uint32_t rows, lane_of lane)
 {
@@ -92,12 +92,13 @@ static float *run(const struct model *m, struct vulkan_device *d, const uint32_t
     struct session *s;
 
     assert(all && session_new(&s, e, 0, NULL) == 0);
-    for (uint32_t at = 0, here; at < n; at += here) {
+    for (uint32_t at = 0, here, piece = 0; at < n; at += here, piece++) {
         struct step_item item = {.session = s, .tokens = tokens + at, .wanted = LOGITS_ALL};
+        enum engine_lane l = lane(piece);
 
-        item.n_tokens = here = MIN(rows, n - at);
-        assert(engine_start(e, lane(at / rows), &item, 1) == 0);
-        assert(engine_end(e, lane(at / rows)) == 0 && item.ret_error == 0);
+        item.n_tokens = here = MIN(MIN(rows, engine_lane_max_rows(e, l)), n - at);
+        assert(engine_start(e, l, &item, 1) == 0);
+        assert(engine_end(e, l) == 0 && item.ret_error == 0);
         memcpy(all + (size_t)at * vocab, item.ret_logits, (size_t)here * vocab * sizeof(*all));
     }
     session_free(s);
