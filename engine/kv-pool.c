@@ -232,7 +232,7 @@ struct kv_pool *kv_pool_free(struct kv_pool *p)
     if (!p)
         return NULL;
     assert(p->n_used == p->n_retired || p->left);
-    for (uint32_t i = 0; p->memory && p->is_ours && i < p->n_chunks; i++)
+    for (uint32_t i = 0; p->memory && p->chunks && p->is_ours && i < p->n_chunks; i++)
         release_chunk(p, i);
     if (p->memory)
         free(p->header);
