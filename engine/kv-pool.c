@@ -398,32 +398,6 @@ void kv_pool_retire(struct kv_pool *p, uint32_t page)
     p->n_retired++;
 }
 
-/* Whether somebody has a page of [from, to), or may still write to it. */
-static bool has_taken(const struct kv_pool *p, uint32_t from, uint32_t to)
-{
-    for (uint32_t i = from; i < MIN(to, p->n_begun); i++)
-        if (p->pages[i].refs > 0 || p->pages[i].retired)
-            return true;
-    return false;
-}
-
-/* The page behind the last one of the piece. */
-static uint32_t piece_end(const struct kv_pool *p, uint32_t piece)
-{
-    return piece * p->piece_pages + MIN(p->piece_pages, p->n_max - piece * p->piece_pages);
-}
-
-static int tell(struct kv_pool *p, uint32_t piece)
-{
-    uint32_t from = piece * p->piece_pages;
-    int r = backend_map(p->device, kv_pool_data(p, from),
-                        (piece_end(p, piece) - from) * p->page_bytes, BACKEND_SHARED);
-
-    if (r == 0)
-        p->told[piece] = true;
-    return r;
-}
-
 void kv_pool_reclaim(struct kv_pool *p)
 {
     for (uint32_t i = 0; i < p->n_begun && p->n_retired > 0; i++) {
@@ -436,36 +410,62 @@ void kv_pool_reclaim(struct kv_pool *p)
     }
 }
 
+/* Whether somebody has a page of [from, to), or may still write to it. */
+static bool has_taken(const struct kv_pool *p, uint32_t from, uint32_t to)
+{
+    for (uint32_t i = from; i < MIN(to, p->n_begun); i++)
+        if (p->pages[i].refs > 0 || p->pages[i].retired)
+            return true;
+    return false;
+}
+
+/* The page behind the last of n from `from` on, as many as there are. */
+static uint32_t end_of(const struct kv_pool *p, uint32_t from, uint32_t n)
+{
+    return from + MIN(n, p->n_max - from);
+}
+
+static int tell(struct kv_pool *p, uint32_t piece)
+{
+    uint32_t from = piece * p->piece_pages, n = end_of(p, from, p->piece_pages) - from;
+    int r = backend_map(p->device, kv_pool_data(p, from), n * p->page_bytes, BACKEND_SHARED);
+
+    if (r == 0)
+        p->told[piece] = true;
+    return r;
+}
+
+/* And whether it can be told of any page at all. */
+static int begin_telling(struct kv_pool *p, struct backend *b)
+{
+    size_t limit = MIN(CHUNK, backend_map_limit(b));
+
+    /* whose own pages of memory may not be whole ones */
+    limit = limit > 2 * MEMORY_PAGE ? limit - 2 * MEMORY_PAGE : 0;
+    p->piece_pages = (uint32_t)MIN(MAX(limit / p->page_bytes, (size_t)1), (size_t)p->n_max);
+    p->told = calloc(DIV_ROUND_UP(p->n_max, p->piece_pages), sizeof(*p->told));
+    if (!p->told)
+        return -ENOMEM;
+    p->device = b;
+    p->must_tell = true;
+    return tell(p, 0);
+}
+
 int kv_pool_map(struct kv_pool *p, struct backend *b)
 {
+    int r = 0;
+
     if (p->claims || p->memory == b)
         return 0;
-    if (!p->device) {
-        size_t limit = MIN(CHUNK, backend_map_limit(b));
-        int r;
-
-        /* whose own pages of memory may not be whole ones */
-        limit = limit > 2 * MEMORY_PAGE ? limit - 2 * MEMORY_PAGE : 0;
-        p->piece_pages = (uint32_t)MIN(MAX(limit / p->page_bytes, (size_t)1), (size_t)p->n_max);
-        p->told = calloc(DIV_ROUND_UP(p->n_max, p->piece_pages), sizeof(*p->told));
-        if (!p->told)
-            return -ENOMEM;
-        p->device = b;
-        p->must_tell = true;
-        r = tell(p, 0); /* is it possible at all? */
-        if (r < 0)
-            return r;
-    }
-    for (uint32_t i = 0; p->must_tell && i < DIV_ROUND_UP(p->n_begun, p->piece_pages); i++) {
-        int r = 0;
-
-        if (!p->told[i] && has_taken(p, i * p->piece_pages, piece_end(p, i)))
-            r = tell(p, i);
-        if (r < 0)
-            return r;
-    }
-    p->must_tell = false;
-    return 0;
+    if (!p->device)
+        r = begin_telling(p, b);
+    for (uint32_t from = 0; r == 0 && p->must_tell && from < p->n_begun;
+         from = end_of(p, from, p->piece_pages))
+        if (!p->told[from / p->piece_pages] && has_taken(p, from, end_of(p, from, p->piece_pages)))
+            r = tell(p, from / p->piece_pages);
+    if (r == 0)
+        p->must_tell = false;
+    return r;
 }
 
 void kv_pool_unmap(struct kv_pool *p)
@@ -556,7 +556,7 @@ static void untell(struct kv_pool *p)
     for (uint32_t i = 0; i < DIV_ROUND_UP(p->n_max, p->piece_pages); i++) {
         uint32_t from = i * p->piece_pages;
 
-        if (!p->told[i] || has_taken(p, from, piece_end(p, i)))
+        if (!p->told[i] || has_taken(p, from, end_of(p, from, p->piece_pages)))
             continue;
         backend_unmap(p->device, kv_pool_data(p, from));
         p->told[i] = false;
@@ -571,7 +571,7 @@ static uint64_t release_chunks(struct kv_pool *p)
     uint64_t bytes = 0;
 
     for (uint32_t c = 0; c < p->n_chunks; c++) {
-        uint32_t from = c * p->chunk_pages, to = from + MIN(p->chunk_pages, p->n_max - from);
+        uint32_t from = c * p->chunk_pages, to = end_of(p, from, p->chunk_pages);
 
         if (!p->chunks[c] || has_taken(p, from, to) ||
             (backend_failure(p->memory) && !p->is_ours[c]))

@@ -46,7 +46,7 @@ static const char *failure(const struct backend *b)
 
 static bool hangs(const struct backend *b)
 {
-    return ((const struct vulkan_backend *)b)->device->state == VULKAN_HUNG;
+    return vulkan_device_hangs(((const struct vulkan_backend *)b)->device);
 }
 
 /* What a hung device may still use, so that a search for leaks sees that it is kept on purpose. */
