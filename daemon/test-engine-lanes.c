@@ -24,6 +24,7 @@
 #include "daemon/test-engine-harness.h"
 #include "engine/model.h"
 #include "tests/chat-model.h"
+#include "tests/must.h"
 
 #undef NDEBUG
 #include <assert.h>
@@ -997,7 +998,6 @@ static void test_real(void)
 
 int main(int argc, char **argv)
 {
-    struct error err = {0};
     struct timeline *tl;
     struct model *m;
 
@@ -1005,10 +1005,7 @@ int main(int argc, char **argv)
     main_thread = pthread_self();
     setbuf(stdout, NULL);
     chat_model_write(argv[1], 1024, CHAT_MODEL_CONTEXT);
-    if (model_open(&m, argv[1], &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
+    m = must_open(argv[1]);
     model = m;
     text = long_text(LONG_TEXT);
 

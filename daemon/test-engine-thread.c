@@ -22,6 +22,7 @@
 #include "engine/model.h"
 #include "ipc/record.h"
 #include "tests/chat-model.h"
+#include "tests/must.h"
 
 #undef NDEBUG
 #include <assert.h>
@@ -1198,15 +1199,9 @@ static void test_statistics(void)
 
 static struct model *make_model(const char *path, uint32_t window)
 {
-    struct error err = {0};
-    struct model *m;
 
     chat_model_write(path, window, CHAT_MODEL_CONTEXT);
-    if (model_open(&m, path, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return m;
+    return must_open(path);
 }
 
 int main(int argc, char **argv)

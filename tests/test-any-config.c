@@ -27,6 +27,7 @@
 #include "engine/model-file.h"
 #include "engine/session.h"
 #include "tests/model-builder.h"
+#include "tests/must.h"
 #include "tests/odd-config.h"
 
 #define N_MODELS 60
@@ -57,14 +58,8 @@ static struct engine *new_engine(const struct model *m, const char *level, bool 
         .max_logits = 1,
         .kv_bytes = (uint64_t)64 << 20,
     };
-    struct error err = {""};
-    struct engine *e;
 
-    if (engine_new(&e, m, &o, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return e;
+    return must_engine(m, &o);
 }
 
 /* A copy of the last token's logits; `rows` tokens at a time. */
@@ -117,18 +112,6 @@ static void fill_matrices(const struct model *m, const char *path)
     close(fd);
 }
 
-static struct model *open_model(const char *path)
-{
-    struct error err = {""};
-    struct model *m;
-
-    if (model_open(&m, path, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return m;
-}
-
 /* Of one model: the largest distance to the reference. */
 static double check_model(const char *path, bool tame)
 {
@@ -139,7 +122,7 @@ static double check_model(const char *path, bool tame)
 
     odd_config(&b, tame);
     model_builder_write(&b, path);
-    m = open_model(path);
+    m = must_open(path);
     vocab = b.config.vocab_size;
     n = odd_between(1, MIN(b.config.context_max, (uint32_t)ODD_MOST_TOKENS));
     chunk = odd_between(1, 9);
@@ -183,7 +166,7 @@ static void check_refused(const char *path)
     odd_config(&b, true);
     b.config.head_dim = BACKEND_MAX_HEAD_DIM + 2;
     model_builder_write(&b, path);
-    m = open_model(path);
+    m = must_open(path);
     assert(engine_new(&e, m, &o, &err) == -EINVAL);
     assert(strstr(err.text, path) && strstr(err.text, "head_dim"));
     model_free(TAKE_PTR(m));
@@ -195,7 +178,7 @@ static void check_refused(const char *path)
     b.config.n_heads = 1 << 16;
     b.config.n_layers = b.config.n_layers_kv = 1;
     model_builder_write(&b, path);
-    m = open_model(path);
+    m = must_open(path);
     o.max_rows = 1 << 16;
     assert(engine_new(&e, m, &o, &err) == -EINVAL);
     assert(strstr(err.text, path) && strstr(err.text, "n_heads"));

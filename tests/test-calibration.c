@@ -20,6 +20,7 @@
 #include "engine/engine-internal.h"
 #include "engine/model-file.h"
 #include "tests/model-builder.h"
+#include "tests/must.h"
 #include "tests/queued-backend.h"
 
 #define SKIPPED 77
@@ -27,17 +28,11 @@
 static struct model *build(const char *path)
 {
     struct model_builder b = {.type = WEIGHT_Q4, .seed = 3};
-    struct error err = {""};
-    struct model *m;
 
     model_builder_config(&b.config, 10, 5, 70);
     b.config.context_max = 600;
     model_builder_write(&b, path);
-    if (model_open(&m, path, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return m;
+    return must_open(path);
 }
 
 static struct engine *engine_with(const struct model *m, uint64_t kv_bytes, uint32_t max_logits,
@@ -45,14 +40,8 @@ static struct engine *engine_with(const struct model *m, uint64_t kv_bytes, uint
 {
     struct engine_options o = {
         .n_threads = 1, .max_rows = 64, .max_logits = max_logits, .kv_bytes = kv_bytes, .gpu = gpu};
-    struct error err = {""};
-    struct engine *e;
 
-    if (engine_new(&e, m, &o, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return e;
+    return must_engine(m, &o);
 }
 
 static struct queued_backend *add_queued(struct engine *e)

@@ -24,6 +24,7 @@
 #include "engine/engine-internal.h"
 #include "engine/session.h"
 #include "tests/model-builder.h"
+#include "tests/must.h"
 
 #define WINDOW 70 /* not a multiple of a page */
 #define LONGEST 300
@@ -34,29 +35,17 @@ static uint32_t vocab;
 
 static struct model *build(struct model_builder *b)
 {
-    struct error err = {""};
-    struct model *m;
 
     model_builder_write(b, path);
-    if (model_open(&m, path, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return m;
+    return must_open(path);
 }
 
 static struct engine *engine_on(const struct model *m, struct engine_options o)
 {
-    struct error err = {""};
-    struct engine *e;
 
     if (!o.kv_bytes)
         o.kv_bytes = (uint64_t)64 << 20;
-    if (engine_new(&e, m, &o, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return e;
+    return must_engine(m, &o);
 }
 
 static struct session *session_on(struct engine *e)

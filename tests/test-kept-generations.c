@@ -25,6 +25,7 @@
 #include "engine/generation.h"
 #include "engine/model.h"
 #include "tests/chat-model.h"
+#include "tests/must.h"
 
 #define WINDOW 70
 #define CONTEXT 1024u
@@ -71,13 +72,9 @@ static struct engine *engine_with(int fd)
                                .kv_bytes = (uint64_t)3 << 20,
                                .has_kv_fd = fd >= 0,
                                .kv_fd = fd};
-    struct error err = {""};
     struct engine *e;
 
-    if (engine_new(&e, model, &o, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
+    e = must_engine(model, &o);
     assert(engine_kv_adopted(e) == (fd >= 0));
     return e;
 }
@@ -438,14 +435,10 @@ static void check_refused(void)
 
 int main(int argc, char **argv)
 {
-    struct error err = {""};
 
     assert(argc == 2);
     chat_model_write(argv[1], WINDOW, CONTEXT);
-    if (model_open(&model, argv[1], &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
+    model = must_open(argv[1]);
     check_all();
     check_refused();
     model_free(model);

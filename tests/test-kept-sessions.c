@@ -22,6 +22,7 @@
 #include "engine/engine-internal.h"
 #include "engine/session.h"
 #include "tests/model-builder.h"
+#include "tests/must.h"
 
 #define WINDOW 70 /* not a multiple of a page */
 #define CONTEXT 1000u
@@ -32,14 +33,7 @@ static uint8_t identity[ENGINE_IDENTITY] = {1, 2, 3};
 
 static struct engine *engine_on(const struct engine_options *options)
 {
-    struct error err = {""};
-    struct engine *e;
-
-    if (engine_new(&e, model, options, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return e;
+    return must_engine(model, options);
 }
 
 /* fd: a pool to be taken back, -1: none. */
@@ -56,8 +50,8 @@ static struct engine *engine_with(int fd)
 /* Memory that a child shares. */
 static void *new_memory(const struct engine *e)
 {
-    void *p = mmap(NULL, session_memory_bytes(model_config(engine_model(e)), CONTEXT), PROT_READ | PROT_WRITE,
-                   MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    void *p = mmap(NULL, session_memory_bytes(model_config(engine_model(e)), CONTEXT),
+                   PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
     assert(p != MAP_FAILED);
     return p;
@@ -471,16 +465,12 @@ static void check_spilled(void)
 int main(int argc, char **argv)
 {
     struct model_builder b = {.type = WEIGHT_F32, .seed = 1};
-    struct error err = {""};
 
     assert(argc == 2);
     model_builder_config(&b.config, 5, 5, WINDOW);
     model_builder_write(&b, argv[1]);
     vocab = b.config.vocab_size;
-    if (model_open(&model, argv[1], &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
+    model = must_open(argv[1]);
     check_left();
     check_damage();
     check_pool();

@@ -30,6 +30,7 @@
 #include "engine/engine-internal.h"
 #include "engine/session.h"
 #include "tests/model-builder.h"
+#include "tests/must.h"
 
 #define N_SLOTS 4u
 #define MOST_CONTEXT 600u
@@ -66,13 +67,9 @@ static struct engine *engine_with(int fd)
 {
     struct engine_options o = {
         .n_threads = 1, .max_rows = 64, .kv_bytes = kv_bytes, .has_kv_fd = fd >= 0, .kv_fd = fd};
-    struct error err = {""};
     struct engine *e;
 
-    if (engine_new(&e, model, &o, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
+    e = must_engine(model, &o);
     assert(engine_kv_adopted(e) == (fd >= 0));
     return e;
 }
@@ -248,16 +245,12 @@ static void work(struct worker *w, uint64_t n)
 
 static void begin(const char *path, const struct model_builder *b)
 {
-    struct error err = {""};
     struct engine *e;
 
     model_builder_write(b, path);
     vocab = b->config.vocab_size;
     window = b->config.window;
-    if (model_open(&model, path, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
+    model = must_open(path);
     e = engine_with(-1);
     memory_bytes = session_memory_bytes(model_config(engine_model(e)), context);
     pool_fd = fcntl(engine_kv_fd(e), F_DUPFD_CLOEXEC, 3);

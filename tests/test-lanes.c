@@ -25,6 +25,7 @@
 #include "engine/model-file.h"
 #include "engine/session.h"
 #include "tests/model-builder.h"
+#include "tests/must.h"
 #include "tests/queued-backend.h"
 
 #define WINDOW 70 /* not a multiple of a page */
@@ -44,16 +45,12 @@ static uint32_t below(uint32_t n)
 static struct model *build(const char *path, enum weight_type type)
 {
     struct model_builder b = {.type = type, .seed = 3};
-    struct error err = {""};
     struct model *m;
 
     model_builder_config(&b.config, 10, 5, WINDOW);
     b.config.context_max = CONTEXT;
     model_builder_write(&b, path);
-    if (model_open(&m, path, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
+    m = must_open(path);
     vocab = b.config.vocab_size;
     context = b.config.context_max;
     return m;
@@ -68,14 +65,8 @@ static struct engine *engine_on(const struct model *m, uint64_t kv_bytes)
         .max_logits = MAX_LOGITS,
         .kv_bytes = kv_bytes,
     };
-    struct error err = {""};
-    struct engine *e;
 
-    if (engine_new(&e, m, &o, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return e;
+    return must_engine(m, &o);
 }
 
 #define PLENTY ((uint64_t)32 << 20)

@@ -10,7 +10,6 @@
 #undef NDEBUG
 #include <assert.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -22,6 +21,7 @@
 #include "engine/model.h"
 #include "engine/read-ahead.h"
 #include "tests/model-builder.h"
+#include "tests/must.h"
 
 #define CALLS_MAX 64
 
@@ -44,8 +44,6 @@ int madvise(void *address, size_t length, int advice)
 static struct model *model_of(const char *path, uint32_t vocab_size_ple)
 {
     struct model_builder b = {.type = WEIGHT_F32, .seed = 1};
-    struct error err = {""};
-    struct model *m;
 
     model_builder_config(&b.config, 5, 5, 64);
     b.config.vocab_size_ple = vocab_size_ple;
@@ -54,11 +52,7 @@ static struct model *model_of(const char *path, uint32_t vocab_size_ple)
     model_builder_write(&b, path);
     n_calls = 0;
     wanted_advice = MADV_HUGEPAGE;
-    if (model_open(&m, path, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return m;
+    return must_open(path);
 }
 
 static void eval(const struct model *m, const uint32_t *tokens, size_t n)

@@ -11,7 +11,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -24,6 +23,7 @@
 #include "engine/engine-internal.h"
 #include "engine/session.h"
 #include "tests/model-builder.h"
+#include "tests/must.h"
 
 #define WINDOW 70
 #define N 300u
@@ -39,14 +39,8 @@ static struct engine *engine_with(uint64_t kv_bytes, enum kv_type type, uint8_t 
                                .kv_bytes = kv_bytes,
                                .kv_type = type,
                                .kv_identity = identity};
-    struct error err = {""};
-    struct engine *e;
 
-    if (engine_new(&e, model, &o, &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
-    return e;
+    return must_engine(model, &o);
 }
 
 static struct engine *engine(void)
@@ -361,7 +355,6 @@ static void check_full(const char *path)
 int main(int argc, char **argv)
 {
     struct model_builder b = {.type = WEIGHT_F32, .seed = 1};
-    struct error err = {""};
     uint32_t x = 1;
 
     assert(argc == 2);
@@ -373,10 +366,7 @@ int main(int argc, char **argv)
         x = x * 1664525u + 1013904223u;
         tokens[i] = (x >> 8) % vocab;
     }
-    if (model_open(&model, argv[1], &err) < 0) {
-        fprintf(stderr, "%s\n", err.text);
-        abort();
-    }
+    model = must_open(argv[1]);
     unlink(argv[1]);
     check_there_and_back();
     check_partly();
