@@ -145,25 +145,38 @@ static void test_threads_move(void)
     assert(sched_setaffinity(0, sizeof(all), &all) == 0);
 }
 
-static PFN_vkGetDeviceProcAddr real_get;
-static PFN_vkCreatePipelineCache real_create_cache;
+/* A function of the driver's as a device that is opened finds it. */
+static struct {
+    PFN_vkGetDeviceProcAddr get;
+    const char *name;
+    PFN_vkVoidFunction mine, real;
+} replaced;
+
+static PFN_vkVoidFunction replacing_GetDeviceProcAddr(VkDevice d, const char *name)
+{
+    PFN_vkVoidFunction f = replaced.get(d, name);
+
+    if (strcmp(name, replaced.name) != 0)
+        return f;
+    replaced.real = f;
+    return replaced.mine;
+}
+
+static void replace(struct vulkan_device *d, const char *name, PFN_vkVoidFunction mine)
+{
+    replaced.get = d->vk.GetDeviceProcAddr;
+    replaced.name = name;
+    replaced.mine = mine;
+    d->vk.GetDeviceProcAddr = replacing_GetDeviceProcAddr;
+}
+
 static size_t cache_given;
 
 static VkResult watched_CreatePipelineCache(VkDevice d, const VkPipelineCacheCreateInfo *info,
                                             const VkAllocationCallbacks *a, VkPipelineCache *ret)
 {
     cache_given = info->initialDataSize;
-    return real_create_cache(d, info, a, ret);
-}
-
-static PFN_vkVoidFunction watched_GetDeviceProcAddr(VkDevice d, const char *name)
-{
-    PFN_vkVoidFunction f = real_get(d, name);
-
-    if (strcmp(name, "vkCreatePipelineCache") != 0)
-        return f;
-    real_create_cache = (PFN_vkCreatePipelineCache)f;
-    return (PFN_vkVoidFunction)watched_CreatePipelineCache;
+    return ((PFN_vkCreatePipelineCache)replaced.real)(d, info, a, ret);
 }
 
 /* The pipelines of one process serve the next; what is no cache, or another's, goes nowhere. */
@@ -183,8 +196,7 @@ static void test_cache(void)
         if (i == 3)
             o.cache_bytes = 7;
         d = find_device(&o);
-        real_get = d->vk.GetDeviceProcAddr;
-        d->vk.GetDeviceProcAddr = watched_GetDeviceProcAddr;
+        replace(d, "vkCreatePipelineCache", (PFN_vkVoidFunction)watched_CreatePipelineCache);
         b = new_backend(d);
         assert(cache_given == (i == 1 ? bytes : 0));
         x = backend_alloc(b, 4);
@@ -388,23 +400,13 @@ static void test_weights(bool copied, bool upload)
  * Drivers that refuse imports, and such as agree and then give the device up when something is
  * submitted that uses one: another is made, and what was to be imported is copied.
  */
-static PFN_vkQueueSubmit real_submit;
 static unsigned submits, lost_submits; /* bit i: submission i is */
 
 static VkResult some_lost_QueueSubmit(VkQueue q, uint32_t n, const VkSubmitInfo *info,
                                       VkFence fence)
 {
-    return lost_submits >> submits++ & 1 ? VK_ERROR_DEVICE_LOST : real_submit(q, n, info, fence);
-}
-
-static PFN_vkVoidFunction losing_GetDeviceProcAddr(VkDevice d, const char *name)
-{
-    PFN_vkVoidFunction f = real_get(d, name);
-
-    if (strcmp(name, "vkQueueSubmit") != 0)
-        return f;
-    real_submit = (PFN_vkQueueSubmit)f;
-    return (PFN_vkVoidFunction)some_lost_QueueSubmit;
+    return lost_submits >> submits++ & 1 ? VK_ERROR_DEVICE_LOST
+                                         : ((PFN_vkQueueSubmit)replaced.real)(q, n, info, fence);
 }
 
 static void test_lost_by_import(unsigned lost, bool shares, bool imports, unsigned n_submits)
@@ -414,8 +416,7 @@ static void test_lost_by_import(unsigned lost, bool shares, bool imports, unsign
     CLEANUP(backend_freep) struct backend *b = NULL;
     float *x;
 
-    real_get = d->vk.GetDeviceProcAddr;
-    d->vk.GetDeviceProcAddr = losing_GetDeviceProcAddr;
+    replace(d, "vkQueueSubmit", (PFN_vkVoidFunction)some_lost_QueueSubmit);
     submits = 0;
     lost_submits = lost;
     b = new_backend(d);
@@ -427,24 +428,13 @@ static void test_lost_by_import(unsigned lost, bool shares, bool imports, unsign
     assert(backend_finish(b) == 0 && *x < 1);
 }
 
-static PFN_vkWaitSemaphores real_wait;
-
 static VkResult no_answer_WaitSemaphores(VkDevice d, const VkSemaphoreWaitInfo *info,
                                          uint64_t timeout)
 {
     (void)timeout;
-    real_wait(d, info, UINT64_MAX); /* so that the driver is done before the process is */
+    /* so that the driver is done before the process is */
+    ((PFN_vkWaitSemaphores)replaced.real)(d, info, UINT64_MAX);
     return VK_TIMEOUT;
-}
-
-static PFN_vkVoidFunction hanging_GetDeviceProcAddr(VkDevice d, const char *name)
-{
-    PFN_vkVoidFunction f = real_get(d, name);
-
-    if (strcmp(name, "vkWaitSemaphores") != 0)
-        return f;
-    real_wait = (PFN_vkWaitSemaphores)f;
-    return (PFN_vkVoidFunction)no_answer_WaitSemaphores;
 }
 
 /* A device that does not even answer to that is not used, and left alone. */
@@ -454,8 +444,7 @@ static void test_hung_by_import(void)
     struct backend *b = NULL;
     struct error err = {};
 
-    real_get = d->vk.GetDeviceProcAddr;
-    d->vk.GetDeviceProcAddr = hanging_GetDeviceProcAddr;
+    replace(d, "vkWaitSemaphores", (PFN_vkVoidFunction)no_answer_WaitSemaphores);
     assert(vulkan_device_open(d, &err) == -ENODEV && strstr(err.text, "does not answer"));
     assert(!vulkan_device_shares(d) && !d->imports_weights);
     assert(backend_vulkan_new(&b, d, &limits, &err) == -ENODEV && !b);
