@@ -10,7 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+try:
+    from daemon_client import Daemon, until
+except ImportError as e:
+    print(f"skipped: {e} (python3-dbus)")
+    sys.exit(77)
 
 LLMCTL, LLMD, MAKE_MODEL = map(os.path.abspath, sys.argv[1:4])
 PATIENCE = 200
@@ -18,36 +25,20 @@ folder = tempfile.mkdtemp(prefix="calibration-test-")
 model, cache, socket = (os.path.join(folder, n) for n in ("chat.llmd", "cache", "socket"))
 kept = os.path.join(cache, "llmd", "calibration.json")
 env = dict(os.environ, XDG_CACHE_HOME=cache, XDG_RUNTIME_DIR=folder, HOME=folder)
-llmd = [LLMD, "--private", "--no-bus", "--device=llvmpipe"]
 
 
 def calibrate(*args, **more):
-    return subprocess.run([*llmd, "--calibrate", *args], env=dict(env, **more), capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run([LLMD, "--private", "--no-bus", "--device=llvmpipe", "--calibrate", *args], env=dict(env, **more),
+                          capture_output=True, text=True, timeout=PATIENCE)
 
 
-class Daemon:
+class Calibrated(Daemon):
     def __init__(self, *args):
-        self.path = os.path.join(folder, "log")
-        with open(self.path, "w") as f:
-            self.process = subprocess.Popen([*llmd, "--socket", socket, "--model", model, "--idle-timeout=0", *args], env=env, stderr=f)
-
-    def __enter__(self):
-        self.wait_said("serving ")
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        assert self.process.wait(PATIENCE) == 0, self.log()
-
-    def log(self):
-        with open(self.path) as f:
-            return f.read()
+        super().__init__(LLMD, model, socket, "--no-bus", "--backend=auto", "--device=llvmpipe", "--idle-timeout=0", *args, env=env)
 
     def wait_said(self, text):
-        end = time.monotonic() + PATIENCE
-        while text not in self.log():
-            assert self.process.poll() is None and time.monotonic() < end, self.log()
-            time.sleep(0.02)
+        until(lambda: text in self.log() or self.process.poll() is not None, self.log)
+        assert text in self.log(), self.log()
 
     def ctl(self, *args):
         p = subprocess.run([LLMCTL, "--socket", socket, *args], env=env, capture_output=True, text=True, timeout=PATIENCE)
@@ -105,7 +96,7 @@ def check_known():
         m.update({"both-prefill": 50, "both-decode": 7})
 
     m = the_measurement()
-    with Daemon() as d:
+    with Calibrated() as d:
         d.wait_said("the GPU takes part")
         s = d.status()
         assert s["gpu_state"] == "in-use" and s["gpu_reason"] is None and "llvmpipe" in s["gpu"], s
@@ -116,7 +107,7 @@ def check_known():
         d.ctl("run", "--max-tokens=3", "--ignore-end", "Hello")
         assert "measured:" not in d.log()
     the_measurement(a_fine_gpu)
-    with Daemon() as d:
+    with Calibrated() as d:
         d.wait_said("the GPU takes part")
         d.ctl("run", "--max-tokens=3", "--ignore-end", "--deterministic=no", "Hello")
         s = d.status()
@@ -126,7 +117,7 @@ def check_known():
         lines = dict((x[:16].strip(), x[16:].strip()) for x in d.ctl("status").splitlines())
         assert lines["who does what"] == s["placement"] and lines["GPU is"] == "in use", lines
         assert lines["GPU"] == s["gpu"] and lines["read by GPU"] == str(s["gpu_prompt_tokens"]), lines
-    with Daemon("--backend=cpu") as d:
+    with Calibrated("--backend=cpu") as d:
         d.ctl("run", "--max-tokens=3", "Hello")
         s = d.status()
         assert s["gpu_state"] == "none" and s["gpu"] is None, s
@@ -136,7 +127,7 @@ def check_known():
 def check_damaged():
     with open(kept, "r+") as f:
         f.truncate(100)
-    with Daemon() as d:
+    with Calibrated() as d:
         d.wait_said("is measured again: " + kept)
         d.wait_said("the GPU takes part")
         d.ctl("run", "--max-tokens=3", "Hello")  # in between
